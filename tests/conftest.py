@@ -1,0 +1,31 @@
+import os
+
+# Before vLLM is imported: engines of the tests run in this process, so that tests can look into them.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import pytest
+
+from tests import models
+from tests.engines import Engines
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a Llama with random weights."""
+    return models.make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_filters(tmp_path_factory):
+    """(path, tensor) of random filters for ``tiny_model``."""
+    path = tmp_path_factory.mktemp("filters") / "tiny.safetensors"
+    return path, models.make_tiny_filters(path)
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_model, tiny_filters):
+    """Engines by configuration, each started once."""
+    return Engines(tiny_model, tiny_filters[0])

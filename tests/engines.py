@@ -1,0 +1,108 @@
+"""Engines shared by the tests, and a window into them."""
+
+import functools
+import itertools
+import pathlib
+
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+
+from vllm_qfilters import kv_compression
+
+BLOCK = 32
+
+
+class Engines:
+    """Starts each configuration once; tests share the engines and leave them idle."""
+
+    def __init__(self, model: pathlib.Path, filters: pathlib.Path) -> None:
+        self._model, self._filters = model, filters
+        self._engines: dict[tuple, Engine] = {}
+
+    def get(self, num_blocks: int = 512, max_model_len: int = 4096, max_batched: int = 512, **options) -> "Engine":
+        key = (num_blocks, max_model_len, max_batched, tuple(sorted(options.items())))
+        if key not in self._engines:
+            self._engines[key] = Engine(
+                self._model,
+                num_blocks,
+                max_model_len,
+                max_batched,
+                kv_compression("qfilters", filters=str(self._filters), **options),
+            )
+        return self._engines[key]
+
+
+class Engine:
+    """An in-process engine on the tiny model."""
+
+    _ids = itertools.count()
+
+    def __init__(self, model, num_blocks: int, max_model_len: int, max_batched: int, compression: dict) -> None:
+        self.llm = LLM(
+            str(model),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype="float32",
+            block_size=BLOCK,
+            num_gpu_blocks_override=num_blocks,
+            kv_cache_memory_bytes=1 << 28,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_batched,
+            max_num_seqs=16,
+            **compression,
+        )
+
+    @property
+    def scheduler(self):
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def runner(self):
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @functools.cached_property
+    def pool(self):
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def generate(self, prompts, max_tokens=64, kv_budget=None, logprobs=0, **params):
+        extra = None if kv_budget is None else {"kv_budget": kv_budget}
+        sampling = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs, extra_args=extra, **params
+        )
+        return self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
+
+    def add(self, prompt, max_tokens=64, kv_budget=None) -> str:
+        """Adds a request without running it; returns its id."""
+        extra = None if kv_budget is None else {"kv_budget": kv_budget}
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+        request_id = f"test-{next(self._ids)}"
+        self.llm.llm_engine.add_request(request_id, TokensPrompt(prompt_token_ids=prompt), params)
+        return request_id
+
+    def step(self):
+        return self.llm.llm_engine.step()
+
+    def run(self, on_step=lambda: None, max_steps=100_000) -> dict:
+        """Steps until idle; returns the finished outputs by request id."""
+        finished = {}
+        for _ in range(max_steps):
+            if not self.llm.llm_engine.has_unfinished_requests():
+                return finished
+            for output in self.step():
+                if output.finished:
+                    finished[output.request_id] = output
+            on_step()
+        raise AssertionError(f"still running after {max_steps} steps")
+
+    def assert_idle(self) -> None:
+        """Every page is free, nothing is remembered of any request."""
+        pages = self.scheduler.pages
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
+        assert not pages.evicted and not pages.limits and not pages.req_to_blocks and not pages._released
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
+
+
+def tokens_and_logprobs(output) -> tuple[list[int], list[float]]:
+    completion = output.outputs[0]
+    ids = list(completion.token_ids)
+    return ids, [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]

@@ -1,0 +1,49 @@
+"""Small models and filters for the tests, made on the spot."""
+
+import pathlib
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_qfilters.filters.format import Filters, ModelIdentity, save
+
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 32, 512
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+def make_tiny_llama(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """A Llama with random weights, large enough that attention differs from token to token; float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=NUM_HEADS * HEAD_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_SIZE,
+        vocab_size=VOCAB,
+        max_position_embeddings=65536,
+        initializer_range=0.12,
+        rope_parameters=ROPE,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def tiny_identity(name: str = "tiny") -> ModelIdentity:
+    return ModelIdentity(name, "LlamaForCausalLM", NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, ROPE)
+
+
+def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> torch.Tensor:
+    """Random filters, saved at ``path``; returned as ``[layers, kv_heads, head_size]``, higher projection = keep."""
+    filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(seed))
+    save(path, Filters(filters), tiny_identity())
+    return filters
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()

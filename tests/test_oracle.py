@@ -1,0 +1,64 @@
+"""The engine against Hugging Face with the same eviction rule, token by token."""
+
+import pytest
+import torch
+
+from tests.engines import BLOCK, tokens_and_logprobs
+from tests.models import random_prompt
+from tests.oracle import Rule, teacher_forced_logprobs
+
+CASES = {
+    # id: (configuration, prompt length, generated tokens)
+    "chunked-layer": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 900, 300),
+    "chunked-head": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head"), 900, 300),
+    "chunked-odd-window": (dict(budget=250, window=45, sinks=7, interval=32, chunk=128, granularity="head"), 700, 300),
+    "no-sinks": (dict(budget=192, window=32, sinks=0, interval=32, chunk=256), 500, 200),
+    "prompt-below-budget": (dict(budget=256, window=0.5, sinks=4, interval=64, chunk=256), 100, 400),
+    "prompt-ends-at-a-cut": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 768, 100),
+    "full": (dict(budget=256, window=64, sinks=4, interval=64, prefill="full"), 900, 200),
+    "scope-decode": (dict(budget=128, window=32, sinks=4, interval=32, scope="decode", granularity="head"), 300, 400),
+}
+
+
+@pytest.fixture(scope="module")
+def hf_model(tiny_model):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
+    options, prompt_tokens, new_tokens = CASES[case]
+    engine = engines.get(**options)
+    prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
+    before = engine.scheduler.compression_stats.compactions
+    outputs = engine.generate(prompts, max_tokens=new_tokens)
+    assert engine.scheduler.compression_stats.compactions - before >= 4
+    window = options["window"] if isinstance(options["window"], int) else int(options["window"] * options["budget"])
+    whole = options.get("prefill") == "full" or options.get("scope") == "decode"
+    rule = Rule(
+        budget=options["budget"],
+        window=window,
+        sinks=options["sinks"],
+        interval=options["interval"],
+        block=BLOCK,
+        chunk=None if whole else options["chunk"],
+        shared_by_heads=options.get("granularity", "layer") == "layer",
+        keep_prompt=options.get("scope") == "decode",
+    )
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids, logprobs = tokens_and_logprobs(output)
+        expected, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected), atol=2e-4, rtol=0)
+    engine.assert_idle()
+
+
+def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
+    """The comparison above is not vacuous: the same tokens have other log-probabilities without eviction."""
+    options, prompt_tokens, _ = CASES["chunked-layer"]
+    prompt = random_prompt(prompt_tokens, seed=1)
+    ids, logprobs = tokens_and_logprobs(engines.get(**options).generate([prompt], max_tokens=50)[0])
+    rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, shared_by_heads=True)
+    uncompressed, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
+    assert (torch.tensor(logprobs) - torch.tensor(uncompressed)).abs().max() > 0.05

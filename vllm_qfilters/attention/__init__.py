@@ -1,0 +1,1 @@
+"""Attention backends that score keys as they are written."""

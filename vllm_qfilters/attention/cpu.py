@@ -1,0 +1,66 @@
+"""vLLM's CPU attention with a score stored beside every key it writes."""
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_qfilters.filters.statistics import LayerStatistics
+from vllm_qfilters.kernels import write_scores
+from vllm_qfilters.scorers import Scorer
+
+
+class QFiltersCPUAttentionImpl(CPUAttentionBackendImpl):
+    """Attributes, set by the model runner once the cache exists:
+
+    scorer: scores keys as they are written; None: keys are not scored.
+    score_plane: where their scores go, shape ``[num_blocks, num_kv_heads, block_size]``.
+    statistics: while filters are calibrated, sees every query and key.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scorer: Scorer | None = None
+        self.score_plane: torch.Tensor | None = None
+        self.statistics: LayerStatistics | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.scorer is not None:
+            write_scores(self.scorer(key), self.score_plane, slot_mapping)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.statistics is not None and attn_metadata is not None:
+            num_tokens = attn_metadata.num_actual_tokens
+            self.statistics.observe(query[:num_tokens], key[:num_tokens])
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+
+
+class QFiltersCPUAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[QFiltersCPUAttentionImpl]:
+        return QFiltersCPUAttentionImpl
+
+
+def register() -> None:
+    """Puts the scoring backend in the place of vLLM's, in this process."""
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{QFiltersCPUAttentionBackend.__name__}")

@@ -1,0 +1,186 @@
+"""The configuration of KV compression: one frozen dataclass, one way to read it.
+
+Knows nobody: the command line, the engine core and the workers all import this module. The configuration travels as JSON in
+vLLM's ``additional_config["kv_compression"]`` and is read back by :meth:`KVCompressionConfig.from_vllm_config` alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_qfilters.budget import RequestLimits, min_budget
+
+ADDITIONAL_CONFIG_KEY = "kv_compression"
+REQUEST_BUDGET_KEY = "kv_budget"
+
+METHODS = {
+    "qfilters": "projection of each key on its head's Q-Filter (arXiv 2503.02812)",
+    "streaming": "the first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
+    "knorm": "keys of small norm first (arXiv 2406.11430)",
+    "random": "random tokens, the floor every method must beat",
+}
+GRANULARITIES = ("head", "layer")
+PREFILLS = ("chunked", "full")
+SCOPES = ("all", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCompressionConfig:
+    """How the KV cache of every sequence is kept within its budget.
+
+    Attributes:
+        method: which tokens stay; one of ``METHODS``.
+        budget: most tokens a decoding sequence keeps resident per layer and head. An ``int`` counts tokens; a ``float`` in
+            (0, 1] is a fraction of the sequence's prompt. A request may set its own as ``kv_budget``.
+        window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a fraction of
+            the sequence's budget.
+        sinks: the first tokens of a sequence, never evicted.
+        interval: tokens evicted in one go by a sequence that reached its budget; a multiple of the block size.
+        granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep the
+            same tokens, by the mean of their standardised scores.
+        prefill: ``chunked``: a prompt is cut to the budget after every ``chunk`` tokens, so that a sequence never holds more
+            than ``budget + chunk``; ``full``: the whole prompt is attended first and cut when decoding begins.
+        scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is for
+            generated tokens alone.
+        chunk: prompt tokens between two cuts of ``chunked`` prefill; a multiple of the block size.
+        filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this model,
+            else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the value and the range.
+    """
+
+    method: str = "qfilters"
+    budget: int | float = 2048
+    window: int | float = 0.5
+    sinks: int = 4
+    interval: int = 128
+    granularity: str = "layer"
+    prefill: str = "chunked"
+    scope: str = "all"
+    chunk: int = 2048
+    filters: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, tuple(METHODS))
+        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("prefill", self.prefill, PREFILLS)
+        _check_choice("scope", self.scope, SCOPES)
+        _check_budget("budget", self.budget)
+        if not _is_int(self.window) and not (isinstance(self.window, float) and 0 <= self.window < 1):
+            raise ValueError(f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)")
+        for name, least in (("window", 0), ("sinks", 0), ("interval", 1), ("chunk", 1)):
+            value = getattr(self, name)
+            if isinstance(value, float) and name == "window":
+                continue
+            if not _is_int(value) or value < least:
+                raise ValueError(f"{name}={value!r}: give an integer >= {least} (tokens)")
+        if not isinstance(self.filters, str) or not self.filters:
+            raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
+        if _is_int(self.budget):
+            self._check_budget_holds("budget", self.budget)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "KVCompressionConfig":
+        """Reads ``{"budget": 1024, ...}``; unknown keys are refused by name."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown KV compression option {', '.join(unknown)}; the options are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> "KVCompressionConfig | None":
+        """The configuration a vLLM engine was started with, or None where KV compression is off."""
+        additional = vllm_config.additional_config
+        values = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+        return None if values is None else cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def min_budget(self) -> int:
+        """Fewest tokens a budget may have: after an eviction sinks and window must still fit."""
+        return min_budget(window=self.window, sinks=self.sinks, interval=self.interval)
+
+    @property
+    def evicts_prompts_in_chunks(self) -> bool:
+        return self.prefill == "chunked" and self.scope == "all"
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raises ValueError unless whole pages can be freed with every eviction."""
+        for name in ("interval", "chunk"):
+            value = getattr(self, name)
+            if value % block_size:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of the block size {block_size}: set {name} to "
+                    f"{max(1, round(value / block_size)) * block_size}, or change --block-size"
+                )
+
+    def request_limits(self, extra_args: Mapping[str, Any] | None, prompt_tokens: int) -> RequestLimits | None:
+        """The limits of one request, or None if compression is off for it.
+
+        Args:
+            extra_args: the request's ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP); ``kv_budget`` overrides
+                ``budget``, and 0 switches compression off.
+            prompt_tokens: length of the prompt, for a budget that is a fraction of it.
+
+        Raises:
+            ValueError: ``kv_budget`` is no budget this configuration allows.
+        """
+        budget = (extra_args or {}).get(REQUEST_BUDGET_KEY, self.budget)
+        if budget == 0 and not isinstance(budget, bool):
+            return None
+        _check_budget(REQUEST_BUDGET_KEY, budget)
+        if _is_int(budget):
+            self._check_budget_holds(REQUEST_BUDGET_KEY, budget)
+        else:
+            budget = max(math.ceil(budget * prompt_tokens), self.min_budget)
+        window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
+        sinks = self.sinks
+        if self.scope == "decode":
+            # The prompt stays: it counts as sinks, and comes on top of the budget.
+            sinks = max(sinks, prompt_tokens)
+            budget += prompt_tokens
+        return RequestLimits(
+            budget=budget,
+            window=window,
+            sinks=sinks,
+            interval=self.interval,
+            chunk=self.chunk if self.evicts_prompts_in_chunks else None,
+            recent_only=self.method == "streaming",
+        )
+
+    def max_resident_tokens(self, max_model_len: int) -> int:
+        """Most tokens one sequence can hold under the configured budget, its prefill included."""
+        if not self.evicts_prompts_in_chunks:
+            return max_model_len
+        limits = self.request_limits(None, prompt_tokens=max_model_len)
+        return min(max_model_len, limits.max_resident_tokens)
+
+    def _check_budget_holds(self, name: str, budget: int) -> None:
+        if budget < self.min_budget:
+            raise ValueError(
+                f"{name}={budget}: at least {self.min_budget} tokens are needed for window {self.window} + sinks {self.sinks} + "
+                f"interval {self.interval}; raise {name} or lower those"
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_budget(name: str, value: Any) -> None:
+    if _is_int(value) and value > 0:
+        return
+    if isinstance(value, float) and 0 < value <= 1:
+        return
+    off = " or 0 to switch compression off" if name == REQUEST_BUDGET_KEY else ""
+    raise ValueError(f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){off}")

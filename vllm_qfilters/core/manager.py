@@ -1,0 +1,128 @@
+"""The block manager: pages of sequences that hold fewer tokens than they have computed.
+
+Runs in the engine process and owns ``evicted`` there. The worker side keeps its own count, from the same plans.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vllm_qfilters.budget import RequestLimits
+from vllm_qfilters.plan import RequestCompaction
+
+
+class QFiltersManager(FullAttentionManager):
+    """Counts pages by resident tokens, and takes whole pages out of a sequence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
+        self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
+        self._released: list[KVCacheBlock] = []  # taken out by compact(), not yet returned to the pool
+
+    def resident_tokens(self, request: Request) -> int:
+        return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        num_tokens -= self.evicted.get(request_id, 0)
+        if apply_admission_cap and request_id in self.limits:
+            # Agrees with QFiltersSpec.max_memory_usage_bytes, or a request that passed the startup check is never admitted.
+            num_tokens = min(num_tokens, self.limits[request_id].max_resident_tokens)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        return super().allocate_new_blocks(
+            request_id, num_tokens - self.evicted.get(request_id, 0), num_tokens_main_model
+        )
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # After an eviction page i no longer holds tokens [i * block_size, ...), and new keys have seen a compressed context.
+        if request.request_id not in self.evicted:
+            super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Finish, abort and preemption all come through here: a resumed request starts again with nothing evicted.
+        self.evicted.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def compact(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
+        """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
+
+        The pages taken out lie before the window: in them ends the region tokens are evicted from, so that survivors move only
+        into holes before them and the window keeps its pages. Pages that survivors may be written to must be private and
+        unhashed; others are replaced, from free pages if there are enough, else by giving up their place in the prefix cache.
+        Call :meth:`release` after the last request of a step: until then the pages taken out stay readable.
+
+        Returns:
+            The plan row, or None if pages shared with other running requests would have to be copied and no page is free: the
+            sequence then waits for the next step.
+        """
+        request_id, bs = request.request_id, self.block_size
+        limits = self.limits[request_id]
+        blocks = self.req_to_blocks[request_id]
+        resident = self.resident_tokens(request)
+        kept = resident - evicted_tokens
+        window = limits.protected_window(kept)
+        first_out = (kept - window) // bs
+        after_out = first_out + evicted_tokens // bs
+        written = list(range(limits.sinks // bs, first_out))
+        if (kept - window) % bs:
+            written.append(after_out)  # its head belongs to the evictable region, its tail to the window
+
+        replaced = [i for i in written if not self.block_pool.is_block_writable(blocks[i])]
+        if len(replaced) > self.block_pool.get_num_free_blocks():
+            unshared = {blocks[i].block_id for i in replaced if blocks[i].ref_cnt == 1}
+            self.block_pool.evict_blocks(unshared)
+            replaced = [i for i in replaced if blocks[i].ref_cnt > 1]
+            if len(replaced) > self.block_pool.get_num_free_blocks():
+                return None
+        private = self.block_pool.get_new_blocks(len(replaced))
+
+        self._released.extend(blocks[i] for i in replaced)
+        self._released.extend(blocks[first_out:after_out])
+        for i, block in zip(replaced, private):
+            blocks[i] = block
+        del blocks[first_out:after_out]
+        self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
+        return RequestCompaction(
+            req_id=request_id,
+            resident_tokens=resident,
+            evicted_tokens=evicted_tokens,
+            sinks=limits.sinks,
+            window=window,
+            block_ids=tuple(block.block_id for block in blocks),
+        )
+
+    def release(self) -> int:
+        """Returns the pages taken out by :meth:`compact` to the pool; a shared page only loses this reference.
+
+        Returns:
+            Pages that became free.
+        """
+        before = self.block_pool.get_num_free_blocks()
+        # Later pages first, as when a request ends: heads of prefixes are the last to leave the prefix cache.
+        self.block_pool.free_blocks(reversed(self._released))
+        self._released = []
+        return self.block_pool.get_num_free_blocks() - before

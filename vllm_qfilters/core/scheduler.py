@@ -1,0 +1,116 @@
+"""The scheduler: decides before every step which running sequences evict how many tokens.
+
+Runs in the engine process. Freed pages are back in the pool before vLLM's own scheduling begins, so they serve other requests in
+the same step; which tokens go is the workers' business (worker/compactor.py).
+"""
+
+import time
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.manager import QFiltersManager
+from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.metrics import KVCompressionStats, attach_stats
+from vllm_qfilters.plan import CompactionPlan, QFiltersSchedulerOutput
+
+logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
+
+LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
+
+
+class QFiltersScheduler(AsyncScheduler):
+    """Plans evictions, then lets vLLM schedule. Serves with and without async scheduling."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        # Built-in specs first: the registry fills itself only while it is empty.
+        KVCacheSpecRegistry._ensure_registered(vllm_config)
+        KVCacheSpecRegistry.register(QFiltersSpec, QFiltersManager, FullAttentionSpec)
+        super().__init__(vllm_config, *args, **kwargs)
+        self.compression = KVCompressionConfig.from_vllm_config(self.vllm_config)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, QFiltersManager), f"pages are managed by {type(manager).__name__}, not QFiltersManager"
+        self.pages = manager
+        self.compression_stats = KVCompressionStats()
+        self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
+
+    def add_request(self, request: Request) -> None:
+        extra_args = request.sampling_params.extra_args if request.sampling_params else None
+        limits = self.compression.request_limits(extra_args, request.num_prompt_tokens)
+        if limits is not None:
+            self.pages.limits[request.request_id] = limits
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        plan = self._plan_compaction()
+        output = super().schedule(throttle_prefills)
+        # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
+        rows = tuple(row for row in plan.rows if row.req_id in self.pages.evicted)
+        return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self.compression_stats.resident_tokens = sum(self.pages.resident_tokens(r) for r in self.running)
+            self.compression_stats.compressed_requests = sum(r.request_id in self.pages.evicted for r in self.running)
+            attach_stats(stats, self.compression_stats)
+            self._log_stats()
+        return stats
+
+    def _plan_compaction(self) -> CompactionPlan:
+        rows = []
+        for request in self.running:
+            evicted_tokens = self._evicted_tokens_due(request)
+            if evicted_tokens and (row := self.pages.compact(request, evicted_tokens)):
+                rows.append(row)
+        # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
+        freed_pages = self.pages.release()
+        if rows:
+            stats = self.compression_stats
+            stats.compactions += len(rows)
+            stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
+            stats.freed_pages += freed_pages
+        return CompactionPlan(tuple(rows))
+
+    def _evicted_tokens_due(self, request: Request) -> int:
+        limits = self.pages.limits.get(request.request_id)
+        if limits is None:
+            return 0
+        if request.is_prefill_chunk and (limits.chunk is None or request.num_computed_tokens % limits.chunk):
+            return 0
+        return limits.evicted_tokens(self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        limits = self.pages.limits.get(request.request_id)
+        if limits is not None and limits.first_prefill_cut is not None and num_tokens >= limits.first_prefill_cut:
+            # A longer hit would hold more than the budget and a chunk, and skip the cut a cold prompt gets there.
+            num_tokens = limits.first_prefill_cut - self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, boundary, diverged
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        # vLLM asks here, for running and waiting requests alike, where a chunk may end. Ours end at cuts.
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        limits = self.pages.limits.get(request.request_id)
+        to_next_cut = limits.tokens_to_next_cut(num_computed_tokens) if limits is not None else None
+        return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        self.pages.limits.pop(request.request_id, None)
+
+    def _log_stats(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_log_time:
+            self._next_log_time = now + LOG_INTERVAL_SECONDS
+            logger.info("%s", self.compression_stats)

@@ -1,0 +1,42 @@
+"""The cache specification: what a page costs, and how many pages one sequence can hold at most."""
+
+import dataclasses
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+SCORE_BYTES = 4  # one float32 per token and KV head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QFiltersSpec(FullAttentionSpec):
+    """Full attention whose sequences hold a bounded number of tokens.
+
+    Each page carries the scores of its tokens behind its keys and values (``page_size_padded``): they are counted in the size
+    of the cache, and allocated, shared and freed with the page.
+
+    Attributes:
+        max_resident_tokens: most tokens one sequence holds at any time.
+    """
+
+    max_resident_tokens: int
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec, max_resident_tokens: int) -> "QFiltersSpec":
+        values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(FullAttentionSpec)}
+        score_bytes = spec.num_kv_heads * spec.block_size * SCORE_BYTES
+        values["page_size_padded"] = spec.unpadded_page_size_bytes + score_bytes
+        return cls(**values, max_resident_tokens=max_resident_tokens)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        first = specs[0]
+        if any(spec != first for spec in specs[1:]):
+            raise AssertionError("All layers in the same KV cache group must have the same QFiltersSpec.")
+        return first
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        tokens = min(vllm_config.model_config.max_model_len, self.max_resident_tokens)
+        return cdiv(tokens, self.block_size) * self.page_size_bytes

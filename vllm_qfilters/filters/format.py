@@ -1,0 +1,188 @@
+"""The filters file, and the two conventions everything else relies on.
+
+A score is high for tokens to keep, and a filter points along the mean query: ``score = <key, filter>``. Published files
+(``nthngdy/<model>_qfilt``; make_filters.py and hf_cache.py of github.com/NathanGodey/qfilters) store the NEGATED filter and
+negate the projection again. :func:`load` and :func:`save` are the only places that know: nothing else ever negates.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+FORMAT = "vllm-qfilters"
+VERSION = 1
+MAX_FILE_BYTES = 8 << 30
+
+_PUBLISHED_NAME = "q_filters"
+_OPTIONAL = (
+    "query_mean_before_rope",
+    "query_second_before_rope",
+    "query_mean_after_rope",
+    "query_second_after_rope",
+    "score_mean",
+    "score_std",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelIdentity:
+    """What a filters file must agree on with the model it is used for.
+
+    Attributes:
+        name: as the user gave it: a repository or a folder. Informative; a moved model keeps its filters.
+        architecture: of the model, e.g. LlamaForCausalLM.
+        num_layers, num_heads, num_kv_heads, head_size: of the whole model, not of one rank.
+        rope: the rotary parameters of its configuration.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rope: dict[str, Any]
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "ModelIdentity":
+        """From vLLM's ModelConfig."""
+        rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+        return cls(
+            name=str(model_config.model),
+            architecture=model_config.architecture,
+            num_layers=model_config.get_total_num_hidden_layers(),
+            num_heads=model_config.hf_text_config.num_attention_heads,
+            num_kv_heads=model_config.get_total_num_kv_heads(),
+            head_size=model_config.get_head_size(),
+            rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """Filters of a model, and the statistics they were made from where the file has them.
+
+    Attributes:
+        filters: pointing along the mean query, shape ``[num_layers, num_kv_heads, head_size]``, float32.
+        query_mean_before_rope, query_mean_after_rope: shape ``[num_layers, num_heads, head_size]``.
+        query_second_before_rope, query_second_after_rope: uncentred second moments,
+            shape ``[num_layers, num_heads, head_size, head_size]``.
+        score_mean, score_std: of ``<key, filter>`` over the calibration tokens, shape ``[num_layers, num_kv_heads]``.
+        calibration: how they were made, one line; empty if unknown.
+    """
+
+    filters: torch.Tensor
+    query_mean_before_rope: torch.Tensor | None = None
+    query_second_before_rope: torch.Tensor | None = None
+    query_mean_after_rope: torch.Tensor | None = None
+    query_second_after_rope: torch.Tensor | None = None
+    score_mean: torch.Tensor | None = None
+    score_std: torch.Tensor | None = None
+    calibration: str = ""
+
+    def of_heads(self, first: int, count: int) -> torch.Tensor:
+        """The filters of ``count`` KV heads from ``first`` on, as a tensor-parallel rank needs them."""
+        return self.filters[:, first : first + count]
+
+
+def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> None:
+    """Writes a filters file, in one piece or not at all.
+
+    ``q_filters`` in it has the published name, shape and sign, so that tools for published files read ours.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: getattr(filters, name) for name in _OPTIONAL if getattr(filters, name) is not None}
+    tensors[_PUBLISHED_NAME] = -filters.filters
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "model": json.dumps(dataclasses.asdict(model), sort_keys=True),
+        "calibration": filters.calibration,
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
+    """Reads a filters file, ours or a published one, for ``model``.
+
+    Raises:
+        ValueError: it is no safetensors file, lacks filters, has non-finite ones, or was made for another model; the message
+            has both sides' numbers.
+        OSError: it cannot be read.
+    """
+    path = pathlib.Path(path)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, a filters file at most {MAX_FILE_BYTES}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+            if _PUBLISHED_NAME not in names:
+                raise ValueError(f"{path} holds no tensor {_PUBLISHED_NAME!r}, only {', '.join(sorted(names)[:5])}: not a filters file")
+            _check_model(path, metadata, model)
+            expected = _expected_shapes(model)
+            tensors = {}
+            for name in (_PUBLISHED_NAME, *_OPTIONAL):
+                if name not in names:
+                    continue
+                found = tuple(file.get_slice(name).get_shape())  # the header's word: a hostile file is refused unread
+                if found != expected[name]:
+                    raise ValueError(
+                        f"{path}: {name} has shape {found}, but {model.name} needs {expected[name]} "
+                        "(layers, heads, head size): the file was made for another model"
+                    )
+                tensors[name] = file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers, it has dtype {tensor.dtype}")
+        tensors[name] = tensor.to(torch.float32)
+    return Filters(filters=-tensors.pop(_PUBLISHED_NAME), **tensors, calibration=metadata.get("calibration", ""))
+
+
+def _expected_shapes(model: ModelIdentity) -> dict[str, tuple[int, ...]]:
+    kv = (model.num_layers, model.num_kv_heads)
+    query = (model.num_layers, model.num_heads, model.head_size)
+    return {
+        _PUBLISHED_NAME: (*kv, model.head_size),
+        "query_mean_before_rope": query,
+        "query_second_before_rope": (*query, model.head_size),
+        "query_mean_after_rope": query,
+        "query_second_after_rope": (*query, model.head_size),
+        "score_mean": kv,
+        "score_std": kv,
+    }
+
+
+def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdentity) -> None:
+    if metadata.get("format") != FORMAT:
+        return  # a published file names no model: its shape must do
+    try:
+        version, made_for = int(metadata["version"]), dict(json.loads(metadata["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a damaged header ({error!r}): calibrate it again") from error
+    if version > VERSION:
+        raise ValueError(f"{path} has version {version}, this package reads up to {VERSION}: update vllm-qfilters")
+    for name, value in dataclasses.asdict(model).items():
+        if name != "name" and made_for.get(name) != value:
+            raise ValueError(
+                f"{path} was made for {made_for.get('name')} ({name} {made_for.get(name)}), "
+                f"but {model.name} has {name} {value}: calibrate filters for it, or use filters 'auto'"
+            )

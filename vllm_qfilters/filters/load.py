@@ -1,0 +1,84 @@
+"""Finds the filters of a model: a given file, the local cache, published ones on the hub."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from vllm import envs
+from vllm.logger import init_logger
+
+from vllm_qfilters.filters.format import Filters, ModelIdentity, load
+
+logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
+
+AUTO = "auto"
+_WEIGHTS_NAME = "model.safetensors"
+_PUBLISHER = "nthngdy"
+
+
+def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | None:
+    """Filters for ``model``, and a word on where they came from.
+
+    Args:
+        wanted: the configuration's ``filters``: ``auto``, a file or folder, or a repository.
+
+    Returns:
+        None if ``wanted`` is ``auto`` and there are none yet: they must be calibrated.
+
+    Raises:
+        ValueError: the filters are for another model, or ``wanted`` names none.
+    """
+    if wanted != AUTO:
+        path = pathlib.Path(wanted)
+        if path.is_dir():
+            path = path / _WEIGHTS_NAME
+        if path.exists():
+            return load(path, model), str(path)
+        if wanted.count("/") != 1 or path.suffix:
+            raise ValueError(f"filters={wanted!r}: no such file; give an existing one, a repository, or 'auto'")
+        try:
+            return load(_download(wanted), model), f"hub {wanted}"
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(f"filters={wanted!r}: neither a file nor a repository that can be read: {error}") from error
+    cached = cache_path(model)
+    if cached.exists():
+        return load(cached, model), f"cache {cached}"
+    repository = published_repository(model)
+    if repository is None:
+        return None
+    try:
+        return load(_download(repository), model), f"hub {repository}"
+    except RepositoryNotFoundError:
+        logger.info("No published filters %s.", repository)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        logger.info("Published filters %s cannot be had (%s).", repository, type(error).__name__)
+    return None
+
+
+def cache_path(model: ModelIdentity) -> pathlib.Path:
+    """Where calibrated filters of ``model`` are kept. Changes with the model's configuration and weight files."""
+    key = json.dumps([dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
+    name = pathlib.PurePath(model.name).name
+    return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
+def published_repository(model: ModelIdentity) -> str | None:
+    """The repository the authors of Q-Filters would publish ``model``'s filters in; None for a local model."""
+    if pathlib.Path(model.name).exists() or model.name.count("/") != 1:
+        return None
+    return f"{_PUBLISHER}/{model.name.split('/')[1]}_qfilt"
+
+
+def _download(repository: str) -> str:
+    return hf_hub_download(repository, _WEIGHTS_NAME)
+
+
+def _weight_files(name: str) -> list[tuple[str, int, int]]:
+    folder = pathlib.Path(name)
+    if not folder.is_dir():
+        return []
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

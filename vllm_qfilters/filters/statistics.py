@@ -1,0 +1,72 @@
+"""Running first and second moments of queries and keys, per head. No sample is kept."""
+
+import torch
+
+from vllm_qfilters.filters.rotary import unrotate
+
+
+class Moments:
+    """Mean and second moment of vectors per head.
+
+    Args:
+        num_heads: heads.
+        head_size: elements per vector.
+    """
+
+    def __init__(self, num_heads: int, head_size: int) -> None:
+        self.count = 0
+        self._sum = torch.zeros(num_heads, head_size, dtype=torch.float64)
+        self._outer = torch.zeros(num_heads, head_size, head_size, dtype=torch.float64)
+
+    def add(self, vectors: torch.Tensor) -> None:
+        """vectors: shape ``[num_tokens, num_heads, head_size]``, float32."""
+        by_head = vectors.transpose(0, 1)  # [num_heads, num_tokens, head_size]
+        self.count += vectors.shape[0]
+        self._sum += by_head.sum(1).cpu()
+        self._outer += torch.bmm(by_head.transpose(1, 2), by_head).cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32, shape ``[num_heads, head_size]``."""
+        return (self._sum / self.count).to(torch.float32)
+
+    @property
+    def second(self) -> torch.Tensor:
+        """Uncentred second moment E[v v^T], float32, shape ``[num_heads, head_size, head_size]``."""
+        return (self._outer / self.count).to(torch.float32)
+
+
+class LayerStatistics:
+    """What calibration learns of one attention layer.
+
+    Args:
+        num_heads: query heads on this rank.
+        num_kv_heads: KV heads on this rank.
+        head_size: elements per head.
+        rotary_emb: the layer's rotary embedding, or None for models without one.
+        positions: the model runner's buffer of positions; at a forward pass it starts with those of the step's tokens.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        rotary_emb: torch.nn.Module | None,
+        positions: torch.Tensor,
+    ) -> None:
+        self.query_before_rope = Moments(num_heads, head_size)
+        self.query_after_rope = Moments(num_heads, head_size)
+        self.key_after_rope = Moments(num_kv_heads, head_size)
+        self._rotary_emb = rotary_emb
+        self._positions = positions
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """query, key: after RoPE, shape ``[num_tokens, heads, head_size]``."""
+        query = query.to(torch.float32)
+        before = query
+        if self._rotary_emb is not None:
+            before = unrotate(query, self._positions[: query.shape[0]], self._rotary_emb)
+        self.query_before_rope.add(before)
+        self.query_after_rope.add(query)
+        self.key_after_rope.add(key.to(torch.float32))

@@ -1,0 +1,91 @@
+"""What KV compression does not work with yet: refused by name, at start or at the request, saying what to change."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
+
+from vllm_qfilters.budget import cdiv
+from vllm_qfilters.config import KVCompressionConfig
+
+
+def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses engine configurations before the model is loaded.
+
+    Raises:
+        ValueError: names the feature and what to change.
+    """
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    refused = {
+        "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
+        "encoder-decoder models": model.is_encoder_decoder,
+        "MLA (latent attention) models": model.use_mla,
+        "models with M-RoPE positions": model.uses_mrope,
+        "KV connectors; drop --kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "encoder-cache connectors; drop --ec-transfer-config": vllm_config.ec_transfer_config is not None,
+        "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
+        and vllm_config.kv_events_config.enable_kv_cache_events,
+        "speculative decoding; drop --speculative-config": vllm_config.speculative_config is not None,
+        f"--kv-cache-dtype {cache.cache_dtype}; use auto": is_quantized_kv_cache(cache.cache_dtype),
+        "pipeline parallelism; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
+        "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "model runner V2; unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
+        "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
+            model.original_max_model_len == -1
+        ),
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"KV compression does not support {what}")
+    config.check_block_size(cache.block_size)
+
+
+def check_specs(specs: dict[str, KVCacheSpec]) -> None:
+    """Refuses models whose layers are not all alike and full attention.
+
+    Raises:
+        ValueError: names the first layer that is not.
+    """
+    first = next(iter(specs.values()), None)
+    for name, spec in specs.items():
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(f"KV compression supports full attention in every layer, but {name} has a {type(spec).__name__}")
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+            raise ValueError(f"KV compression does not support sliding-window or chunked attention, which {name} has")
+        if spec.head_size_v != spec.head_size or spec.num_head_slots is not None or spec.page_size_padded is not None:
+            raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
+        if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):
+            raise ValueError(
+                f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x {spec.head_size}, "
+                f"the first layer {first.num_kv_heads} x {first.head_size}"
+            )
+
+
+def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request: Any) -> None:
+    """Refuses a request in the front end, before the engine has seen it (HTTP 400).
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``; its ``max_tokens`` is resolved.
+
+    Raises:
+        ValueError: its ``kv_budget`` is no budget, or lets it grow beyond the whole cache.
+    """
+    params = request.sampling_params
+    if params is None:
+        return
+    if request.resumable:
+        raise ValueError("KV compression does not support streaming input sessions")
+    prompt_tokens = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
+    limits = config.request_limits(params.extra_args, prompt_tokens)
+    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    if not num_blocks:
+        return
+    length = min(prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
+    resident = length if limits is None else min(length, limits.max_resident_tokens)
+    needed, usable = cdiv(resident, vllm_config.cache_config.block_size), num_blocks - 1  # one is vLLM's null block
+    if needed > usable:
+        raise ValueError(
+            f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: set a "
+            "smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
+        )

@@ -1,0 +1,177 @@
+"""The model runner (V1): runs the model on caches that hold fewer tokens than have been computed.
+
+Positions stay logical, they feed RoPE and sampling; slots and sequence lengths count resident tokens.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
+from vllm_qfilters.filters.format import Filters, ModelIdentity, save
+from vllm_qfilters.filters.load import cache_path, find_filters
+from vllm_qfilters.kernels import PagedCache, probe_page_layout
+from vllm_qfilters.plan import QFiltersSchedulerOutput
+from vllm_qfilters.scorers import FilterScorer, KeyNormScorer, RandomScorer, Scorer
+from vllm_qfilters.support import check_specs
+from vllm_qfilters.worker.compactor import Compactor
+from vllm_qfilters.worker.request_state import EvictedTokens
+
+logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
+
+
+class QFiltersCPUModelRunner(CPUModelRunner):
+    """Applies compaction plans before, and resident lengths after, what vLLM does with a step."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
+        self.evicted = EvictedTokens()
+        self.compactor: Compactor | None = None  # once the cache exists
+        self.layers: list[torch.nn.Module] = []  # attention layers in order
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        check_specs(specs)
+        if self.shared_kv_cache_layers:
+            raise ValueError("KV compression does not support models whose layers share one KV cache")
+        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
+        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens) for name, spec in specs.items()}
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if is_profiling:
+            return
+        (tensor,) = kv_cache_config.kv_cache_tensors
+        self.layers = [self.compilation_config.static_forward_context[name] for name in tensor.layers]
+        first = self.layers[0]
+
+        def write_cache(key, value, kv_cache, slot_mapping):
+            first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)
+
+        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, first.kv_cache.dtype)
+        cache = PagedCache([layer.kv_cache for layer in self.layers], layout)
+        self.compactor = Compactor(cache, shared_by_heads=self.compression.granularity == "layer")
+
+    def start_compression(self) -> None:
+        """Finds or calibrates what scores need, and says in one line what is active. Call before serving."""
+        origin = ""
+        filters = None
+        if self.compression.method == "qfilters":
+            model = ModelIdentity.from_model_config(self.model_config)
+            found = find_filters(self.compression.filters, model)
+            if found is None:
+                filters, origin = self._calibrate_and_cache(model)
+            else:
+                filters, origin = found
+        for index, layer in enumerate(self.layers):
+            layer.impl.scorer = self._scorer(filters, index)
+            layer.impl.score_plane = self.compactor.cache.scores[index]
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin))
+
+    def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
+        """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
+        modules = dict(self.model.named_modules())
+        rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
+        return calibrate(self, self.layers, rotary_embs, sequences, description)
+
+    def _calibrate_and_cache(self, model: ModelIdentity) -> tuple[Filters, str]:
+        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
+        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
+        description = f"{NUM_SEQUENCES} sequences of {num_tokens} random token ids"
+        sequences = random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+        filters = self.calibrate_filters(sequences, description)
+        path = cache_path(model)
+        if get_tensor_model_parallel_rank() == 0:
+            save(path, filters, model)
+        return filters, f"calibrated now ({description}), kept in {path}"
+
+    def _scorer(self, filters: Filters | None, layer_index: int) -> Scorer | None:
+        method = self.compression.method
+        if method == "qfilters":
+            count, total = self.layers[0].num_kv_heads, self.model_config.get_total_num_kv_heads()
+            first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+            return FilterScorer(filters.of_heads(first, count)[layer_index])
+        return {"knorm": KeyNormScorer(), "random": RandomScorer(seed=layer_index), "streaming": None}[method]
+
+    def _update_states(self, scheduler_output: SchedulerOutput):
+        # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
+        self.evicted.forget(scheduler_output.finished_req_ids)
+        self.evicted.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        if isinstance(scheduler_output, QFiltersSchedulerOutput):
+            for row in scheduler_output.compaction.rows:
+                (block_ids,) = self.requests[row.req_id].block_ids
+                self.compactor.compact(block_ids, row)
+                block_ids[:] = row.block_ids
+                batch_row = self.input_batch.req_id_to_index.get(row.req_id)
+                if batch_row is not None:
+                    self.input_batch.block_table.clear_row(batch_row)
+                    self.input_batch.block_table.add_row((block_ids,), batch_row)
+                self.evicted.add(row.req_id, row.evicted_tokens)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        num_reqs = self.input_batch.num_reqs
+        evicted = self.evicted.rows(self.input_batch.req_ids)
+        if evicted is not None:
+            by_request = torch.from_numpy(evicted)
+            self.seq_lens[:num_reqs] -= by_request
+            self.optimistic_seq_lens_cpu[:num_reqs] -= by_request
+            by_token = torch.from_numpy(np.repeat(evicted, num_scheduled_tokens))
+            self.input_batch.block_table.compute_slot_mapping(
+                num_reqs,
+                self.query_start_loc.gpu[: num_reqs + 1],
+                self.positions[: scheduler_output.total_num_scheduled_tokens] - by_token,
+            )
+        return prepared
+
+
+def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
+    """What is active, in one line."""
+    budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
+    window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
+    parts = [
+        f"KV compression is on: method {config.method}",
+        f"budget {budget}",
+        f"window {window}",
+        f"sinks {config.sinks}",
+        f"interval {config.interval}",
+        f"granularity {config.granularity}",
+        f"prefill {config.prefill}" + (f" (chunks of {config.chunk})" if config.evicts_prompts_in_chunks else ""),
+        f"scope {config.scope}",
+    ]
+    if origin:
+        parts.append(f"filters {origin}")
+    if isinstance(config.budget, int):
+        decoding = cdiv(config.budget, block_size)
+        pages = f"at most {decoding} pages of {block_size} tokens per decoding sequence"
+        if config.scope == "decode":
+            pages += " beside its prompt"
+        if config.evicts_prompts_in_chunks:
+            pages += f", {cdiv(config.budget + config.chunk, block_size)} while its prompt is read"
+        parts.append(pages)
+    return ", ".join(parts)
+
+
+def _rotary_emb(modules: dict[str, torch.nn.Module], layer_name: str) -> torch.nn.Module | None:
+    """The rotary embedding beside an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``."""
+    parent = layer_name.rpartition(".")[0]
+    found = [
+        module
+        for name, module in modules.items()
+        if name.rpartition(".")[0] == parent and isinstance(module, RotaryEmbeddingBase)
+    ]
+    return found[0] if found else None
