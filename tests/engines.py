@@ -94,6 +94,12 @@ class Engine:
             on_step()
         raise AssertionError(f"still running after {max_steps} steps")
 
+    def drop_everything(self) -> None:
+        """Aborts what a failed test left behind, and forgets cached prefixes."""
+        self.llm.llm_engine.abort_request(list(self.scheduler.requests), internal=True)
+        self.run()
+        assert self.llm.reset_prefix_cache()
+
     def assert_idle(self) -> None:
         """Every page is free, nothing is remembered of any request."""
         pages = self.scheduler.pages

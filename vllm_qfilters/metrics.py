@@ -65,9 +65,12 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
         self.counters = {
-            "compactions": Counter("vllm:kv_compression_compactions", "Evictions carried out.", labels),
-            "evicted_tokens": Counter("vllm:kv_compression_evicted_tokens", "Tokens evicted from the KV cache.", labels),
-            "freed_pages": Counter("vllm:kv_compression_freed_pages", "KV cache pages that evictions freed.", labels),
+            name: Counter(f"vllm:kv_compression_{name}", text, labels)
+            for name, text in (
+                ("compactions", "Evictions carried out."),
+                ("evicted_tokens", "Tokens evicted from the KV cache."),
+                ("freed_pages", "KV cache pages that evictions freed."),
+            )
         }
         self.gauges = {
             name: Gauge(f"vllm:kv_compression_{name}", text, labels, multiprocess_mode="mostrecent")

@@ -76,8 +76,7 @@ class QFiltersManager(FullAttentionManager):
         Call :meth:`release` after the last request of a step: until then the pages taken out stay readable.
 
         Returns:
-            The plan row, or None if pages shared with other running requests would have to be copied and no page is free: the
-            sequence then waits for the next step.
+            The plan row, or None if pages shared with other running requests would have to be copied and none is free.
         """
         request_id, bs = request.request_id, self.block_size
         limits = self.limits[request_id]

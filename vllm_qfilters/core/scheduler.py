@@ -12,10 +12,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
@@ -68,18 +69,36 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _plan_compaction(self) -> CompactionPlan:
         rows = []
-        for request in self.running:
+        for request in list(self.running):
+            if request.status != RequestStatus.RUNNING:
+                continue  # preempted for one before it
             evicted_tokens = self._evicted_tokens_due(request)
-            if evicted_tokens and (row := self.pages.compact(request, evicted_tokens)):
+            if not evicted_tokens:
+                continue
+            while (row := self.pages.compact(request, evicted_tokens)) is None:
+                if self._preempt_lowest_priority() is request:
+                    break
+            else:
                 rows.append(row)
         # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
         freed_pages = self.pages.release()
-        if rows:
-            stats = self.compression_stats
-            stats.compactions += len(rows)
-            stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
-            stats.freed_pages += freed_pages
+        stats = self.compression_stats
+        stats.compactions += len(rows)
+        stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
+        stats.freed_pages += freed_pages
         return CompactionPlan(tuple(rows))
+
+    def _preempt_lowest_priority(self) -> Request:
+        """Preempts the running request vLLM would preempt for want of a page, and returns it."""
+        if self.policy == SchedulingPolicy.PRIORITY:
+            victim = max(self.running, key=lambda request: (request.priority, request.arrival_time))
+        else:
+            victim = self.running[-1]
+        self.running.remove(victim)
+        # It may be resumed in this very step, as after reset_prefix_cache: the worker must then not think it went on running.
+        self._preempt_request(victim, time.monotonic(), drop_stale_output=True)
+        self.prev_step_scheduled_req_ids.discard(victim.request_id)
+        return victim
 
     def _evicted_tokens_due(self, request: Request) -> int:
         limits = self.pages.limits.get(request.request_id)

@@ -1,0 +1,47 @@
+"""Runs requests on an engine in a process of its own: JSON on stdin, JSON on stdout. Plain vLLM unless given a compression."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> list[dict]:
+    """Each request: prompt (token ids), and SamplingParams as keywords. Returns token_ids, logprobs, prompt_logprobs of each."""
+    job = {"model": str(model), "requests": requests, "compression": compression, "llm": llm}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    from vllm_qfilters import kv_compression
+
+    job = json.load(sys.stdin)
+    compression = kv_compression(**job["compression"]) if job["compression"] is not None else {}
+    llm = LLM(job["model"], enforce_eager=True, **job["llm"], **compression)
+    prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in job["requests"]]
+    params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **r) for r in job["requests"]]
+    results = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        completion = output.outputs[0]
+        results.append(
+            {
+                "token_ids": list(completion.token_ids),
+                "logprobs": [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)],
+                "prompt_logprobs": [
+                    None if step is None else {str(token): entry.logprob for token, entry in step.items()}
+                    for step in output.prompt_logprobs or []
+                ],
+            }
+        )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

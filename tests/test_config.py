@@ -1,0 +1,263 @@
+"""The configuration: what it refuses, and what limits a request gets from it."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_qfilters.budget import RequestLimits
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, GRANULARITIES, METHODS, PREFILLS, SCOPES, KVCompressionConfig
+
+BUDGET_RANGE = ("an integer > 0", "<= 1.0")
+WINDOW_RANGE = ("an integer >= 0", "0 <= window < 1")
+SMALL = dict(budget=512, window=64, sinks=4, interval=32, chunk=256)
+
+REFUSED = {
+    # id: (options, what the message must name)
+    "budget-zero": (dict(budget=0), ("budget=0:", *BUDGET_RANGE)),
+    "budget-negative": (dict(budget=-5), ("budget=-5:", *BUDGET_RANGE)),
+    "budget-true": (dict(budget=True), ("budget=True:", *BUDGET_RANGE)),
+    "budget-false": (dict(budget=False), ("budget=False:", *BUDGET_RANGE)),
+    "budget-none": (dict(budget=None), ("budget=None:", *BUDGET_RANGE)),
+    "budget-text": (dict(budget="1024"), ("budget='1024':", *BUDGET_RANGE)),
+    "budget-fraction-above-one": (dict(budget=1.5), ("budget=1.5:", *BUDGET_RANGE)),
+    "budget-fraction-zero": (dict(budget=0.0), ("budget=0.0:", *BUDGET_RANGE)),
+    "budget-fraction-negative": (dict(budget=-0.5), ("budget=-0.5:", *BUDGET_RANGE)),
+    "budget-nan": (dict(budget=float("nan")), ("budget=nan:", *BUDGET_RANGE)),
+    "budget-infinite": (dict(budget=float("inf")), ("budget=inf:", *BUDGET_RANGE)),
+    "budget-below-window-sinks-interval": (
+        dict(budget=99, window=64, sinks=4, interval=32),
+        ("budget=99:", "at least 100", "window 64", "sinks 4", "interval 32"),
+    ),
+    "budget-below-fractional-window": (
+        dict(budget=39, window=0.5, sinks=4, interval=16),
+        ("budget=39:", "window 0.5", "sinks 4", "interval 16"),
+    ),
+    "budget-below-interval": (dict(budget=64, window=0), ("budget=64:", "at least 132", "interval 128")),
+    "window-negative": (dict(window=-1), ("window=-1:", "an integer >= 0")),
+    "window-fraction-negative": (dict(window=-0.5), ("window=-0.5:", *WINDOW_RANGE)),
+    "window-whole-budget": (dict(window=1.0), ("window=1.0:", *WINDOW_RANGE)),
+    "window-nan": (dict(window=float("nan")), ("window=nan:", *WINDOW_RANGE)),
+    "window-true": (dict(window=True), ("window=True:", *WINDOW_RANGE)),
+    "window-text": (dict(window="64"), ("window='64':", *WINDOW_RANGE)),
+    "sinks-negative": (dict(sinks=-1), ("sinks=-1:", "an integer >= 0")),
+    "sinks-float": (dict(sinks=4.0), ("sinks=4.0:", "an integer >= 0")),
+    "sinks-true": (dict(sinks=True), ("sinks=True:", "an integer >= 0")),
+    "interval-zero": (dict(interval=0), ("interval=0:", "an integer >= 1")),
+    "interval-negative": (dict(interval=-32), ("interval=-32:", "an integer >= 1")),
+    "interval-float": (dict(interval=32.0), ("interval=32.0:", "an integer >= 1")),
+    "chunk-zero": (dict(chunk=0), ("chunk=0:", "an integer >= 1")),
+    "chunk-none": (dict(chunk=None), ("chunk=None:", "an integer >= 1")),
+    "method-unknown": (dict(method="snapkv"), ("method='snapkv':", *METHODS)),
+    "method-none": (dict(method=None), ("method=None:", *METHODS)),
+    "granularity-unknown": (dict(granularity="token"), ("granularity='token':", *GRANULARITIES)),
+    "prefill-unknown": (dict(prefill="none"), ("prefill='none':", *PREFILLS)),
+    "scope-unknown": (dict(scope="prompt"), ("scope='prompt':", *SCOPES)),
+    "filters-empty": (dict(filters=""), ("filters='':", "'auto'", "a file")),
+    "filters-none": (dict(filters=None), ("filters=None:", "'auto'", "a file")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
+    options, parts = REFUSED[case]
+    with pytest.raises(ValueError) as refusal:
+        KVCompressionConfig(**options)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="defaults"),
+        pytest.param(dict(budget=100, window=64, sinks=4, interval=32), id="smallest-budget"),
+        pytest.param(dict(budget=1.0), id="budget-whole-prompt"),
+        pytest.param(dict(budget=1e-6), id="budget-tiny-fraction"),
+        pytest.param(dict(window=0, sinks=0), id="nothing-protected"),
+        pytest.param(dict(window=0.0), id="window-fraction-zero"),
+        *(pytest.param(dict(method=method), id=f"method-{method}") for method in METHODS),
+        *(pytest.param(dict(granularity=granularity), id=f"granularity-{granularity}") for granularity in GRANULARITIES),
+        *(pytest.param(dict(prefill=prefill), id=f"prefill-{prefill}") for prefill in PREFILLS),
+        *(pytest.param(dict(scope=scope), id=f"scope-{scope}") for scope in SCOPES),
+    ],
+)
+def test_a_valid_configuration_survives_json(options):
+    config = KVCompressionConfig(**options)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert KVCompressionConfig.from_dict(values) == config
+    for name, value in options.items():
+        assert values[name] == value and type(values[name]) is type(value)
+
+
+def test_to_dict_names_every_option():
+    assert set(KVCompressionConfig().to_dict()) == {field.name for field in dataclasses.fields(KVCompressionConfig)}
+
+
+def test_unknown_options_are_refused_by_name_and_the_known_ones_listed():
+    with pytest.raises(ValueError) as refusal:
+        KVCompressionConfig.from_dict({"budget": 1024, "windw": 3, "Sinks": 4})
+    message = str(refusal.value)
+    assert "Sinks, windw" in message
+    for field in dataclasses.fields(KVCompressionConfig):
+        assert field.name in message
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KVCompressionConfig().budget = 1
+
+
+def test_the_engine_configuration_carries_it():
+    vllm_config = SimpleNamespace(additional_config={ADDITIONAL_CONFIG_KEY: KVCompressionConfig(**SMALL).to_dict(), "other": 1})
+    assert KVCompressionConfig.from_vllm_config(vllm_config) == KVCompressionConfig(**SMALL)
+
+
+@pytest.mark.parametrize("additional", [{}, {"other": 1}, None, object()], ids=["empty", "other-key", "none", "object"])
+def test_an_engine_without_it_is_not_compressed(additional):
+    assert KVCompressionConfig.from_vllm_config(SimpleNamespace(additional_config=additional)) is None
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_the_defaults_fit_every_block_size(block_size):
+    KVCompressionConfig().check_block_size(block_size)
+
+
+@pytest.mark.parametrize("name", ["interval", "chunk"])
+@pytest.mark.parametrize(("value", "block_size", "suggested"), [(100, 32, 96), (5, 32, 32), (129, 128, 128), (250, 128, 256)])
+def test_tokens_that_are_no_whole_pages_are_refused_with_a_value_that_fits(name, value, block_size, suggested):
+    config = KVCompressionConfig(**{"interval": block_size, "chunk": block_size, name: value})
+    with pytest.raises(ValueError) as refusal:
+        config.check_block_size(block_size)
+    assert f"{name}={value} " in str(refusal.value)
+    assert f"block size {block_size}" in str(refusal.value)
+    assert f"set {name} to {suggested}," in str(refusal.value)
+    dataclasses.replace(config, **{name: suggested}).check_block_size(block_size)
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        pytest.param("abc", ("kv_budget='abc':", *BUDGET_RANGE), id="text"),
+        pytest.param(-1, ("kv_budget=-1:", *BUDGET_RANGE), id="negative"),
+        pytest.param(True, ("kv_budget=True:", *BUDGET_RANGE), id="true"),
+        pytest.param(False, ("kv_budget=False:", *BUDGET_RANGE), id="false"),
+        pytest.param(None, ("kv_budget=None:", *BUDGET_RANGE), id="none"),
+        pytest.param([512], ("kv_budget=[512]:", *BUDGET_RANGE), id="list"),
+        pytest.param(1.5, ("kv_budget=1.5:", *BUDGET_RANGE), id="fraction-above-one"),
+        pytest.param(float("nan"), ("kv_budget=nan:", *BUDGET_RANGE), id="nan"),
+        pytest.param(99, ("kv_budget=99:", "at least 100", "window 64", "sinks 4", "interval 32"), id="too-small"),
+    ],
+)
+def test_a_bad_budget_of_a_request_is_refused_naming_value_and_range(value, parts):
+    with pytest.raises(ValueError) as refusal:
+        KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens=1000)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+def test_a_refused_budget_of_a_request_says_how_to_switch_compression_off():
+    with pytest.raises(ValueError, match="0 to switch compression off"):
+        KVCompressionConfig(**SMALL).request_limits({"kv_budget": -1}, prompt_tokens=1000)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_a_request_with_budget_zero_is_not_compressed(zero):
+    assert KVCompressionConfig(**SMALL).request_limits({"kv_budget": zero}, prompt_tokens=1000) is None
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 7}], ids=["none", "empty", "other-key"])
+def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
+    limits = KVCompressionConfig(**SMALL).request_limits(extra_args, prompt_tokens=1000)
+    assert limits == RequestLimits(budget=512, window=64, sinks=4, interval=32, chunk=256, recent_only=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "prompt_tokens", "budget"),
+    [
+        pytest.param(100, 1000, 100, id="smallest"),
+        pytest.param(5000, 1000, 5000, id="above-prompt"),
+        pytest.param(0.25, 1000, 250, id="fraction"),
+        pytest.param(0.25, 1001, 251, id="fraction-rounded-up"),
+        pytest.param(1.0, 1000, 1000, id="whole-prompt"),
+        pytest.param(0.25, 100, 100, id="fraction-raised-to-the-smallest"),
+    ],
+)
+def test_a_request_sets_its_own_budget(value, prompt_tokens, budget):
+    limits = KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens)
+    assert limits == RequestLimits(budget=budget, window=64, sinks=4, interval=32, chunk=256)
+
+
+def test_a_configured_fraction_is_of_the_prompt():
+    config = KVCompressionConfig(**{**SMALL, "budget": 0.5})
+    assert config.request_limits(None, prompt_tokens=3000).budget == 1500
+    assert config.request_limits({"kv_budget": 200}, prompt_tokens=3000).budget == 200
+
+
+@pytest.mark.parametrize(("budget", "window"), [(512, 256), (301, 150), (0.25, 125)])
+def test_a_fractional_window_is_of_the_budget_of_the_request(budget, window):
+    config = KVCompressionConfig(**{**SMALL, "window": 0.5})
+    assert config.request_limits({"kv_budget": budget}, prompt_tokens=1000).window == window
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "budget", "sinks"),
+    [pytest.param(1000, 1512, 1000, id="long-prompt"), pytest.param(3, 515, 4, id="prompt-below-sinks")],
+)
+def test_scope_decode_keeps_the_prompt_beside_the_budget(prompt_tokens, budget, sinks):
+    limits = KVCompressionConfig(**SMALL, scope="decode").request_limits(None, prompt_tokens)
+    assert limits == RequestLimits(budget=budget, window=64, sinks=sinks, interval=32, chunk=None)
+
+
+def test_scope_decode_takes_a_fractional_window_of_the_generated_tokens_alone():
+    limits = KVCompressionConfig(budget=512, window=0.25, scope="decode").request_limits(None, prompt_tokens=1000)
+    assert limits.window == 128
+
+
+def test_prefill_full_cuts_no_prompt_in_chunks():
+    config = KVCompressionConfig(**SMALL, prefill="full")
+    assert not config.evicts_prompts_in_chunks
+    assert config.request_limits(None, prompt_tokens=1000).chunk is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_streaming_alone_keeps_recent_tokens_only(method):
+    limits = KVCompressionConfig(**SMALL, method=method).request_limits(None, prompt_tokens=1000)
+    assert limits.recent_only == (method == "streaming")
+    assert limits.protected_window(kept=480) == (476 if method == "streaming" else 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "max_model_len", "tokens"),
+    [
+        pytest.param({}, 10_000, 512 + 256, id="budget-and-chunk"),
+        pytest.param({}, 600, 600, id="short-model"),
+        pytest.param(dict(prefill="full"), 10_000, 10_000, id="prefill-full"),
+        pytest.param(dict(scope="decode"), 10_000, 10_000, id="scope-decode"),
+        pytest.param(dict(budget=0.5), 10_000, 5000 + 256, id="fraction"),
+    ],
+)
+def test_the_most_one_sequence_holds(options, max_model_len, tokens):
+    assert KVCompressionConfig(**{**SMALL, **options}).max_resident_tokens(max_model_len) == tokens
+
+
+@settings(deadline=None)
+@given(
+    window=st.one_of(st.integers(0, 500), st.floats(0, 0.99)),
+    sinks=st.integers(0, 100),
+    interval=st.integers(1, 256),
+    scope=st.sampled_from(SCOPES),
+    kv_budget=st.one_of(st.floats(0, 1, exclude_min=True), st.integers(0, 2000)),
+    prompt_tokens=st.integers(1, 5000),
+)
+def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
+    window, sinks, interval, scope, kv_budget, prompt_tokens
+):
+    config = KVCompressionConfig(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
+    if isinstance(kv_budget, int):
+        kv_budget += config.min_budget
+    limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens)
+    assert limits.budget - limits.interval >= limits.window + limits.sinks

@@ -1,0 +1,613 @@
+"""Filters: their file, where they are looked for, and how they are made from statistics."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import stat
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
+from vllm_qfilters.filters import calibrate, format, load
+from vllm_qfilters.filters.calibrate import make_filters, random_sequences
+from vllm_qfilters.filters.format import Filters, ModelIdentity
+from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
+from vllm_qfilters.filters.statistics import LayerStatistics, Moments
+
+SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
+QUERY_SHAPE = (NUM_LAYERS, NUM_HEADS, HEAD_SIZE)
+TENSORS = {
+    "filters": SHAPE,
+    "query_mean_before_rope": QUERY_SHAPE,
+    "query_second_before_rope": (*QUERY_SHAPE, HEAD_SIZE),
+    "query_mean_after_rope": QUERY_SHAPE,
+    "query_second_after_rope": (*QUERY_SHAPE, HEAD_SIZE),
+    "score_mean": SHAPE[:2],
+    "score_std": SHAPE[:2],
+}
+
+
+def random_filters(seed: int = 0) -> Filters:
+    """Filters with all statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+    return Filters(**tensors, calibration="4 sequences of noise")
+
+
+def assert_same(found: Filters, expected: Filters) -> None:
+    assert found.calibration == expected.calibration
+    for name in TENSORS:
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None), name
+        assert ours is None or (ours.dtype == torch.float32 and torch.equal(ours, theirs)), name
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "filters.safetensors"
+
+
+@pytest.mark.parametrize("has_statistics", [True, False], ids=["statistics", "filters-alone"])
+def test_what_is_saved_is_loaded(path, has_statistics):
+    filters = random_filters() if has_statistics else Filters(random_filters().filters)
+    format.save(path, filters, tiny_identity())
+    assert_same(format.load(path, tiny_identity()), filters)
+
+
+def test_the_file_has_the_published_name_and_sign(path):
+    filters = random_filters()
+    format.save(path, filters, tiny_identity())
+    assert torch.equal(load_file(path)["q_filters"], -filters.filters)
+
+
+def test_a_view_is_saved_whole(path):
+    filters = random_filters().filters.transpose(0, 1).contiguous().transpose(0, 1)
+    format.save(path, Filters(filters), tiny_identity())
+    assert torch.equal(format.load(path, tiny_identity()).filters, filters)
+
+
+def test_folders_are_made_and_others_may_read_the_file(tmp_path):
+    path = tmp_path / "a" / "b" / "filters.safetensors"
+    format.save(path, random_filters(), tiny_identity())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+    format.save(path, random_filters(seed=1), tiny_identity())
+
+    def fail(tensors, filename, metadata):
+        pathlib.Path(filename).write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(format, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        format.save(path, random_filters(seed=2), tiny_identity())
+    assert os.listdir(path.parent) == [path.name]
+    assert_same(format.load(path, tiny_identity()), random_filters(seed=1))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str
+)
+def test_a_published_file_is_loaded_negated_as_float32(path, dtype):
+    """It has filters alone, in any floating-point type, and names no model."""
+    published = random_filters().filters.to(dtype)
+    save_file({"q_filters": published}, path)
+    assert_same(format.load(path, tiny_identity()), Filters(-published.to(torch.float32)))
+
+
+def test_a_model_that_was_moved_keeps_its_filters(path):
+    format.save(path, random_filters(), tiny_identity("here/tiny"))
+    assert_same(format.load(path, tiny_identity("there/tiny")), random_filters())
+
+
+OTHER_MODEL = {
+    "num_layers": NUM_LAYERS + 1,
+    "num_heads": 2 * NUM_HEADS,
+    "num_kv_heads": 2 * NUM_KV_HEADS,
+    "head_size": 2 * HEAD_SIZE,
+    "architecture": "Qwen3ForCausalLM",
+    "rope": {"rope_theta": 500000.0, "rope_type": "default"},
+}
+
+
+@pytest.mark.parametrize("field", OTHER_MODEL)
+def test_filters_made_for_another_model_are_refused_naming_both(path, field):
+    made_for, value = tiny_identity("maker/tiny"), OTHER_MODEL[field]
+    format.save(path, random_filters(), made_for)
+    with pytest.raises(ValueError) as refusal:
+        format.load(path, dataclasses.replace(made_for, name="user/other", **{field: value}))
+    for part in (str(path), f"maker/tiny ({field} {getattr(made_for, field)})", f"user/other has {field} {value}"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((NUM_LAYERS - 1, NUM_KV_HEADS, HEAD_SIZE), id="layers"),
+        pytest.param((NUM_LAYERS, NUM_HEADS, HEAD_SIZE), id="heads"),
+        pytest.param((NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE // 2), id="head-size"),
+        pytest.param((NUM_LAYERS, NUM_KV_HEADS * HEAD_SIZE), id="flat"),
+    ],
+)
+def test_a_published_file_of_another_shape_is_refused_naming_both(path, shape):
+    save_file({"q_filters": torch.zeros(shape)}, path)
+    with pytest.raises(ValueError) as refusal:
+        format.load(path, tiny_identity("user/tiny"))
+    for part in (str(path), f"q_filters has shape {shape}", f"user/tiny needs {SHAPE}"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "filters"])
+def test_statistics_of_another_shape_are_refused_naming_both(path, name):
+    save_file({"q_filters": torch.zeros(SHAPE), name: torch.zeros(2, 3)}, path)
+    with pytest.raises(ValueError) as refusal:
+        format.load(path, tiny_identity())
+    assert f"{name} has shape (2, 3)" in str(refusal.value) and f"needs {TENSORS[name]}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 40, -1000, -1], ids=lambda length: f"bytes{length}")
+def test_a_truncated_file_is_refused(path, length):
+    format.save(path, random_filters(), tiny_identity())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        format.load(path, tiny_identity())
+
+
+def test_garbage_is_refused(path):
+    path.write_bytes(random.Random(0).randbytes(5000))
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        format.load(path, tiny_identity())
+
+
+def test_a_pickle_is_refused_unread(path, tmp_path):
+    torch.save({"q_filters": torch.zeros(SHAPE), "touch": _Touch(tmp_path / "ran")}, path)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        format.load(path, tiny_identity())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_too_large_for_filters_is_refused_unread(path, monkeypatch):
+    format.save(path, random_filters(), tiny_identity())
+    monkeypatch.setattr(format, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(format.safetensors, "safe_open", None)
+    with pytest.raises(ValueError, match=rf"{path.stat().st_size} bytes, a filters file at most 1000"):
+        format.load(path, tiny_identity())
+
+
+@pytest.mark.parametrize("tensors", [{}, {"filters": torch.zeros(SHAPE), "weight": torch.zeros(3)}], ids=["empty", "others"])
+def test_a_file_without_filters_is_refused_naming_what_it_has(path, tensors):
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"no tensor 'q_filters', only {', '.join(tensors)}"):
+        format.load(path, tiny_identity())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("name", ["q_filters", "score_std"])
+def test_numbers_that_are_not_finite_are_refused(path, name, value):
+    tensors = {"q_filters": torch.zeros(SHAPE), "score_std": torch.zeros(SHAPE[:2])}
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"{name} must hold finite"):
+        format.load(path, tiny_identity())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_not_floating_point_are_refused_naming_their_type(path, dtype):
+    save_file({"q_filters": torch.zeros(SHAPE, dtype=dtype)}, path)
+    with pytest.raises(ValueError, match=f"q_filters must hold .* dtype {dtype}"):
+        format.load(path, tiny_identity())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param({"model": None}, id="no-model"),
+        pytest.param({"model": "tiny"}, id="model-not-json"),
+        pytest.param({"model": "[1, 2]"}, id="model-no-object"),
+        pytest.param({"model": "7"}, id="model-a-number"),
+        pytest.param({"model": "[" * 100_000}, id="model-nested-without-end"),
+        pytest.param({"version": None}, id="no-version"),
+        pytest.param({"version": "one"}, id="version-no-number"),
+    ],
+)
+def test_a_damaged_header_is_refused(path, damage):
+    save_with_header(path, damage)
+    with pytest.raises(ValueError, match="has a damaged header .*: calibrate it again"):
+        format.load(path, tiny_identity())
+
+
+def test_a_model_with_fields_missing_is_refused(path):
+    save_with_header(path, {"model": "{}"})
+    with pytest.raises(ValueError, match="made for None"):
+        format.load(path, tiny_identity())
+
+
+def test_a_newer_version_is_refused_naming_both(path):
+    save_with_header(path, {"version": str(format.VERSION + 1)})
+    with pytest.raises(ValueError, match=rf"has version {format.VERSION + 1}, .* up to {format.VERSION}: update"):
+        format.load(path, tiny_identity())
+
+
+def test_a_missing_file_is_an_os_error(path):
+    with pytest.raises(OSError):
+        format.load(path, tiny_identity())
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 1), (0, 1)])
+def test_a_rank_gets_the_filters_of_its_heads(first, count):
+    filters = random_filters()
+    assert torch.equal(filters.of_heads(first, count), filters.filters[:, first : first + count])
+    assert filters.of_heads(first, count).shape == (NUM_LAYERS, count, HEAD_SIZE)
+
+
+class _Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def save_with_header(path: pathlib.Path, changes: dict[str, str | None]) -> None:
+    """A file of ours with entries of its header changed, or dropped where None."""
+    header = {
+        "format": format.FORMAT,
+        "version": str(format.VERSION),
+        "model": json.dumps(dataclasses.asdict(tiny_identity())),
+        "calibration": "",
+        **changes,
+    }
+    save_file({"q_filters": torch.zeros(SHAPE)}, path, {name: value for name, value in header.items() if value is not None})
+
+
+@pytest.fixture
+def cache_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "envs", SimpleNamespace(VLLM_CACHE_ROOT=str(tmp_path / "cache")))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A model folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_the_cache_path_lies_below_vllms_cache_and_is_named_after_the_model(cache_root):
+    path = cache_path(tiny_identity("org/tiny"))
+    assert path.parent == cache_root / "qfilters"
+    assert path.name.startswith("tiny-") and path.suffix == ".safetensors"
+
+
+def test_the_cache_path_stays_while_nothing_changes(cache_root, weights):
+    before = cache_path(tiny_identity(str(weights)))
+    (weights / "README.md").write_text("words")
+    assert cache_path(tiny_identity(str(weights))) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-2.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_the_cache_path_changes_with_weight_files(cache_root, weights, name):
+    before = cache_path(tiny_identity(str(weights)))
+    (weights / name).write_bytes(b"other weights")
+    assert cache_path(tiny_identity(str(weights))) != before
+
+
+def test_the_cache_path_changes_when_weights_are_overwritten_by_as_many_bytes(cache_root, weights):
+    before = cache_path(tiny_identity(str(weights)))
+    modified = (weights / "model.safetensors").stat().st_mtime_ns
+    os.utime(weights / "model.safetensors", ns=(modified, modified + 1_000_000))
+    assert cache_path(tiny_identity(str(weights))) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "org/other"}, {"architecture": "Other"}, {"num_layers": 9}, {"head_size": 64}, {"rope": {"rope_theta": 5e5}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_cache_path_changes_with_the_model(cache_root, change):
+    model = tiny_identity("org/tiny")
+    assert cache_path(dataclasses.replace(model, **change)) != cache_path(model)
+
+
+class Hub:
+    """Stands in for downloads: serves a file or raises, and remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.answer: pathlib.Path | Exception = AssertionError("nothing is to be downloaded")
+        self.asked: list[str] = []
+
+    def download(self, repository: str) -> str:
+        self.asked.append(repository)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(load, "_download", hub.download)
+    return hub
+
+
+def http_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("refused", response=SimpleNamespace(headers={}, request=None))
+
+
+DOWNLOAD_ERRORS = {
+    "no-repository": http_error(RepositoryNotFoundError),
+    "server": http_error(HfHubHTTPError),
+    "no-file": LocalEntryNotFoundError("not cached"),
+    "offline": ConnectionError("no network"),
+}
+
+
+def save_for(path: pathlib.Path, model: ModelIdentity, seed: int = 0) -> pathlib.Path:
+    format.save(path, random_filters(seed), model)
+    return path
+
+
+def test_auto_takes_cached_filters_first(cache_root, hub):
+    model = tiny_identity("org/tiny")
+    path = save_for(cache_path(model), model, seed=1)
+    filters, origin = find_filters("auto", model)
+    assert_same(filters, random_filters(seed=1))
+    assert origin == f"cache {path}"
+    assert not hub.asked
+
+
+def test_auto_takes_published_filters_next(cache_root, hub, path):
+    model = tiny_identity("org/Tiny-3.2-1B")
+    hub.answer = save_for(path, model, seed=2)
+    filters, origin = find_filters("auto", model)
+    assert_same(filters, random_filters(seed=2))
+    assert origin == "hub nthngdy/Tiny-3.2-1B_qfilt"
+    assert hub.asked == ["nthngdy/Tiny-3.2-1B_qfilt"]
+
+
+@pytest.mark.parametrize("error", DOWNLOAD_ERRORS)
+def test_auto_finds_none_where_none_can_be_downloaded(cache_root, hub, error):
+    hub.answer = DOWNLOAD_ERRORS[error]
+    assert find_filters("auto", tiny_identity("org/tiny")) is None
+    assert hub.asked == ["nthngdy/tiny_qfilt"]
+
+
+def test_auto_downloads_nothing_for_a_local_model(cache_root, hub, weights):
+    assert find_filters("auto", tiny_identity(str(weights))) is None
+    assert not hub.asked
+
+
+def test_auto_refuses_published_filters_of_another_shape(cache_root, hub, path):
+    save_file({"q_filters": torch.zeros(1, 2, 3)}, path)
+    hub.answer = path
+    with pytest.raises(ValueError, match="made for another model"):
+        find_filters("auto", tiny_identity("org/tiny"))
+
+
+def test_a_given_file_comes_before_the_cache(cache_root, hub, path):
+    model = tiny_identity("org/tiny")
+    save_for(cache_path(model), model, seed=1)
+    save_for(path, model, seed=2)
+    filters, origin = find_filters(str(path), model)
+    assert_same(filters, random_filters(seed=2))
+    assert origin == str(path)
+    assert not hub.asked
+
+
+def test_a_given_folder_is_searched_for_a_published_file(hub, tmp_path):
+    path = save_for(tmp_path / "model.safetensors", tiny_identity())
+    filters, origin = find_filters(str(tmp_path), tiny_identity())
+    assert_same(filters, random_filters())
+    assert origin == str(path)
+
+
+def test_a_given_file_for_another_model_is_refused(hub, path):
+    save_for(path, dataclasses.replace(tiny_identity(), num_kv_heads=4))
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        find_filters(str(path), tiny_identity())
+
+
+@pytest.mark.parametrize("repository", ["someone/tiny_qfilt", "nthngdy/Llama-3.2-1B_qfilt"])
+def test_a_given_repository_is_downloaded(hub, path, repository):
+    hub.answer = save_for(path, tiny_identity())
+    filters, origin = find_filters(repository, tiny_identity())
+    assert_same(filters, random_filters())
+    assert origin == f"hub {repository}"
+    assert hub.asked == [repository]
+
+
+@pytest.mark.parametrize("error", DOWNLOAD_ERRORS)
+def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
+    hub.answer = DOWNLOAD_ERRORS[error]
+    with pytest.raises(ValueError, match="filters='someone/tiny_qfilt': neither a file nor a repository"):
+        find_filters("someone/tiny_qfilt", tiny_identity())
+
+
+@pytest.mark.parametrize(
+    "wanted", ["missing.safetensors", "folder/missing.safetensors", "/nowhere/at/all", "missing", "a/b/c"]
+)
+def test_a_missing_file_is_refused_by_name(hub, wanted):
+    with pytest.raises(ValueError, match=f"filters='{wanted}': no such file"):
+        find_filters(wanted, tiny_identity())
+    assert not hub.asked
+
+
+def test_a_folder_without_a_file_is_refused(hub, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        find_filters(str(tmp_path), tiny_identity())
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("meta-llama/Llama-3.1-8B", "nthngdy/Llama-3.1-8B_qfilt"),
+        ("tiny", None),
+        ("/models/org/tiny", None),
+        ("a/b/c", None),
+    ],
+)
+def test_the_authors_publish_under_the_name_of_the_model(name, repository):
+    assert published_repository(tiny_identity(name)) == repository
+
+
+@pytest.mark.parametrize("sizes", [(50,), (1, 7, 42), (25, 0, 25)], ids=str)
+def test_moments_are_those_of_all_vectors_added(sizes):
+    vectors = torch.randn(50, 3, 5, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.5, -3, 0, 2, 10])
+    moments = Moments(num_heads=3, head_size=5)
+    for part in vectors.split(sizes):
+        moments.add(part)
+    assert moments.count == 50
+    exact = vectors.double()
+    torch.testing.assert_close(moments.mean, exact.mean(0).float())
+    torch.testing.assert_close(moments.second, torch.einsum("nhi,nhj->hij", exact, exact).div(50).float())
+
+
+def test_moments_are_not_lost_in_a_long_sum():
+    moments = Moments(num_heads=1, head_size=1)
+    moments.add(torch.full((1, 1, 1), 2.0**13))
+    for _ in range(1000):
+        moments.add(torch.full((1, 1, 1), 2.0**-13))
+    assert float(moments.mean * 1001) == pytest.approx(2.0**13 + 1000 * 2.0**-13, rel=1e-6)
+
+
+class Layers:
+    """Queries and keys of some layers, and the statistics of them."""
+
+    def __init__(self, num_heads: int = 4, num_kv_heads: int = 2, num_layers: int = 2, head_size: int = 16) -> None:
+        generator = torch.Generator().manual_seed(0)
+        spread = torch.linspace(0.2, 2.0, head_size)
+        self.queries = torch.randn(num_layers, 300, num_heads, head_size, generator=generator) * spread
+        self.queries += torch.randn(num_layers, 1, num_heads, head_size, generator=generator)
+        self.keys = torch.randn(num_layers, 300, num_kv_heads, head_size, generator=generator) * spread
+        self.keys += torch.randn(num_layers, 1, num_kv_heads, head_size, generator=generator)
+
+    def statistics(self, heads: slice = slice(None), kv_heads: slice = slice(None)) -> list[LayerStatistics]:
+        """As a rank with these heads gathers them, from three steps."""
+        layers = []
+        for queries, keys in zip(self.queries[:, :, heads], self.keys[:, :, kv_heads], strict=True):
+            layer = LayerStatistics(queries.shape[1], keys.shape[1], queries.shape[2], None, torch.zeros(0))
+            for query, key in zip(queries.split([120, 1, 179]), keys.split([120, 1, 179]), strict=True):
+                layer.observe(query, key)
+            layers.append(layer)
+        return layers
+
+    def direct_filters(self) -> torch.Tensor:
+        """One head after the other, as the paper has it."""
+        num_layers, _, num_heads, head_size = self.queries.shape
+        num_kv_heads = self.keys.shape[2]
+        filters = torch.zeros(num_layers, num_kv_heads, head_size)
+        for layer in range(num_layers):
+            for head in range(num_heads):
+                queries = self.queries[layer, :, head].double()
+                direction = torch.linalg.svd(queries, full_matrices=False).Vh[0]
+                if direction @ queries.mean(0) < 0:
+                    direction = -direction
+                group = num_heads // num_kv_heads
+                filters[layer, head // group] += direction.float() / group
+        return filters
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=lambda tensor, dim: tensor))
+
+
+GROUPS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (6, 1)], ids=["MHA", "GQA2", "MQA6"])
+
+
+@GROUPS
+def test_made_filters_are_the_signed_singular_vectors_averaged_over_query_heads(one_rank, num_heads, num_kv_heads):
+    layers = Layers(num_heads=num_heads, num_kv_heads=num_kv_heads)
+    filters = make_filters(layers.statistics(), num_kv_heads, "noise")
+    torch.testing.assert_close(filters.filters, layers.direct_filters(), atol=1e-4, rtol=0)
+    assert filters.calibration == "noise"
+
+
+def test_made_filters_point_along_the_mean_query(one_rank):
+    layers = Layers(num_heads=2, num_kv_heads=2)
+    filters = make_filters(layers.statistics(), 2, "").filters
+    assert bool(((filters * layers.queries.mean(1)).sum(-1) > 0).all())
+    layers.queries.neg_()
+    torch.testing.assert_close(make_filters(layers.statistics(), 2, "").filters, -filters)
+
+
+@GROUPS
+def test_scores_of_made_filters_have_the_mean_and_deviation_over_the_keys(one_rank, num_heads, num_kv_heads):
+    layers = Layers(num_heads=num_heads, num_kv_heads=num_kv_heads)
+    filters = make_filters(layers.statistics(), num_kv_heads, "")
+    scores = (layers.keys.double() * filters.filters[:, None]).sum(-1)
+    torch.testing.assert_close(filters.score_mean, scores.mean(1).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(filters.score_std, scores.std(1, correction=0).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_equal_keys_have_no_deviation(one_rank):
+    layers = Layers()
+    layers.keys[:] = 3.0
+    score_std = make_filters(layers.statistics(), 2, "").score_std
+    torch.testing.assert_close(score_std, torch.zeros(2, 2), atol=0.02, rtol=0)
+
+
+def test_made_filters_keep_the_moments_of_the_queries(one_rank):
+    layers = Layers()
+    filters = make_filters(layers.statistics(), 2, "")
+    second = torch.einsum("lnhi,lnhj->lhij", layers.queries, layers.queries) / 300
+    for mean, square in (
+        (filters.query_mean_before_rope, filters.query_second_before_rope),
+        (filters.query_mean_after_rope, filters.query_second_after_rope),
+    ):
+        torch.testing.assert_close(mean, layers.queries.mean(1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(square, second, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["one-kv-head-each", "a-shared-kv-head"])
+def test_two_ranks_make_the_filters_of_one(monkeypatch, num_kv_heads):
+    layers = Layers(num_kv_heads=num_kv_heads)
+    of_second = slice(num_kv_heads - 1, num_kv_heads)
+    ranks = [layers.statistics(slice(0, 2), slice(0, 1)), layers.statistics(slice(2, 4), of_second)]
+    gathered = []
+
+    def record(tensor, dim):
+        gathered.append(tensor)
+        return torch.cat((tensor, tensor), dim)
+
+    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=record))
+    make_filters(ranks[1], num_kv_heads, "")
+    of_second_rank = iter(gathered.copy())
+    joined = SimpleNamespace(all_gather=lambda tensor, dim: torch.cat((tensor, next(of_second_rank)), dim))
+    monkeypatch.setattr(calibrate, "get_tp_group", lambda: joined)
+    found = make_filters(ranks[0], num_kv_heads, "")
+
+    alone = SimpleNamespace(all_gather=lambda tensor, dim: tensor)
+    monkeypatch.setattr(calibrate, "get_tp_group", lambda: alone)
+    expected = make_filters(layers.statistics(), num_kv_heads, "")
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+
+
+def test_made_filters_fit_into_a_file(one_rank, path):
+    filters = make_filters(Layers().statistics(), 2, "noise")
+    model = ModelIdentity("tiny", "LlamaForCausalLM", num_layers=2, num_heads=4, num_kv_heads=2, head_size=16, rope={})
+    format.save(path, filters, model)
+    assert_same(format.load(path, model), filters)
+
+
+def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary():
+    sequences = random_sequences(vocab_size=10, num_sequences=3, num_tokens=200)
+    assert [len(sequence) for sequence in sequences] == [200, 200, 200]
+    assert all(set(sequence) == set(range(10)) for sequence in sequences)
+    assert sequences == random_sequences(10, 3, 200)
+    assert sequences != random_sequences(10, 3, 200, seed=1)

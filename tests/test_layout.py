@@ -1,0 +1,342 @@
+"""Where bytes lie: probing a backend's cache writer, and the cache on an allocation like vLLM's."""
+
+import dataclasses
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from vllm_qfilters.kernels import PagedCache, probe_page_layout
+from vllm_qfilters.kernels.layout import PageLayout
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCORE_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Sizes of a small cache."""
+
+    num_layers: int = 3
+    num_blocks: int = 6
+    num_kv_heads: int = 2
+    block_size: int = 16
+    head_size: int = 8
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def content_bytes(self) -> int:
+        return self.num_kv_heads * self.block_size * 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        return self.content_bytes + SCORE_BYTES * self.num_kv_heads * self.block_size
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.num_blocks * self.page_bytes
+
+    def element_byte(self, layer: int, page: int, head: int, element: int) -> int:
+        """The byte of the allocation at which an element of a head's part of a page begins."""
+        head_elements = 2 * self.block_size * self.head_size
+        inside = (head * head_elements + element) * self.dtype.itemsize
+        return layer * self.layer_bytes + page * self.page_bytes + inside
+
+    def score_byte(self, layer: int, page: int, head: int, slot: int) -> int:
+        inside = SCORE_BYTES * (head * self.block_size + slot)
+        return layer * self.layer_bytes + page * self.page_bytes + self.content_bytes + inside
+
+
+def kv_cache_views(buffer: torch.Tensor, geometry: Geometry, page_bytes: int | None = None) -> list[torch.Tensor]:
+    """The views vLLM gives to attention layers: one int8 allocation, layers outermost, pages padded behind their content."""
+    page_elements = (page_bytes or geometry.page_bytes) // geometry.dtype.itemsize
+    layer_elements = geometry.num_blocks * page_elements
+    shape = (geometry.num_blocks, geometry.num_kv_heads, geometry.block_size, 2 * geometry.head_size)
+    strides = (page_elements, geometry.block_size * 2 * geometry.head_size, 2 * geometry.head_size, 1)
+    elements = buffer.view(geometry.dtype)
+    first = elements.storage_offset()
+    return [elements.as_strided(shape, strides, first + layer * layer_elements) for layer in range(geometry.num_layers)]
+
+
+def random_layout(block_size: int, head_size: int, seed: int = 0) -> PageLayout:
+    """Keys and values anywhere in a page."""
+    places = torch.randperm(2 * block_size * head_size, generator=torch.Generator().manual_seed(seed))
+    keys, values = places.view(2, block_size, head_size)
+    return PageLayout(keys=keys, values=values)
+
+
+def make_cache(geometry: Geometry, seed: int = 0) -> tuple[torch.Tensor, PagedCache]:
+    """A cache of random numbers in a random layout, and the bytes it lies in."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.zeros(geometry.num_layers * geometry.layer_bytes, dtype=torch.int8)
+    cache = PagedCache(kv_cache_views(buffer, geometry), random_layout(geometry.block_size, geometry.head_size, seed))
+    cache.pages.copy_(torch.randn(cache.pages.shape, generator=generator))
+    cache.scores.copy_(torch.randn(cache.scores.shape, generator=generator))
+    return buffer, cache
+
+
+def writer_of(layout: PageLayout):
+    """A cache writer that uses ``layout``."""
+
+    def write_cache(key, value, kv_cache, slot_mapping):
+        block_size = kv_cache.shape[2]
+        for token, slot in enumerate(slot_mapping.tolist()):
+            for head in range(kv_cache.shape[1]):
+                page = kv_cache[slot // block_size, head].view(-1)
+                page[layout.keys[slot % block_size]] = key[token, head]
+                page[layout.values[slot % block_size]] = value[token, head]
+
+    return write_cache
+
+
+def identity_layout(block_size: int, head_size: int) -> PageLayout:
+    keys = torch.arange(block_size * head_size).view(block_size, head_size)
+    return PageLayout(keys=keys, values=keys + block_size * head_size)
+
+
+def transposed_keys_layout(block_size: int, head_size: int) -> PageLayout:
+    identity = identity_layout(block_size, head_size)
+    keys = torch.arange(block_size * head_size).view(head_size, block_size).T.contiguous()
+    return PageLayout(keys=keys, values=identity.values)
+
+
+LAYOUTS = {"identity": identity_layout, "transposed-keys": transposed_keys_layout, "permuted": random_layout}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block_size", "head_size"), [(16, 8), (32, 80), (128, 64)], ids=["bs16-D8", "bs32-D80", "bs128-D64"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_probing_finds_the_layout_a_writer_uses(name, block_size, head_size, dtype):
+    layout = LAYOUTS[name](block_size, head_size)
+    found = probe_page_layout(writer_of(layout), block_size, head_size, DTYPES[dtype])
+    assert torch.equal(found.keys, layout.keys)
+    assert torch.equal(found.values, layout.values)
+
+
+def drop_key(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.keys[3, 5]] = 0
+
+
+def drop_value(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.values[0, 0]] = 0
+
+
+def drop_last_token(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.keys[-1]] = 0
+
+
+def double_key_over_value(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.values[2, 2]] = key[3, 0, 5]
+
+
+def double_key_over_key(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.keys[2, 2]] = key[3, 0, 5]
+
+
+def double_value_over_value(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.values[2, 2]] = value[3, 0, 5]
+
+
+@pytest.mark.parametrize(
+    "damage", [drop_key, drop_value, drop_last_token, double_key_over_value, double_key_over_key, double_value_over_value]
+)
+def test_a_writer_that_drops_or_doubles_elements_is_refused(damage):
+    layout = random_layout(16, 8)
+    write_cache = writer_of(layout)
+
+    def damaged(key, value, kv_cache, slot_mapping):
+        write_cache(key, value, kv_cache, slot_mapping)
+        damage(key, value, kv_cache, layout)
+
+    with pytest.raises(RuntimeError, match="each of the 128 elements.*block size 16, head size 8, torch.bfloat16"):
+        probe_page_layout(damaged, 16, 8, torch.bfloat16)
+
+
+def vllm_cpu_writer(isa: str):
+    """What vLLM's CPU backend does in ``do_kv_cache_update``."""
+
+    def write_cache(key, value, kv_cache, slot_mapping):
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)
+
+    return write_cache
+
+
+needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="the CPU has no AVX-512")
+CPU_WRITERS = [
+    pytest.param(isa, block_size, head_size, dtype, id=f"{isa}-bs{block_size}-D{head_size}-{dtype}", marks=marks)
+    for isa, block_sizes, head_sizes, dtypes, marks in (
+        ("vec", (32, 64, 128), (32, 64, 80, 128), DTYPES, ()),
+        ("vec16", (16,), (80,), DTYPES, ()),
+        ("amx", (32, 128), (64, 128), ("bf16",), needs_avx512),
+    )
+    for block_size in block_sizes
+    for head_size in head_sizes
+    for dtype in dtypes
+]
+
+
+@pytest.mark.parametrize(("isa", "block_size", "head_size", "dtype"), CPU_WRITERS)
+def test_keys_and_values_are_read_where_vllm_wrote_them(isa, block_size, head_size, dtype):
+    """In a padded cache of several pages and heads, in any order of tokens, with padding tokens between them."""
+    geometry = Geometry(num_layers=2, num_blocks=4, block_size=block_size, head_size=head_size, dtype=DTYPES[dtype])
+    write_cache = vllm_cpu_writer(isa)
+    views = kv_cache_views(torch.zeros(2 * geometry.layer_bytes, dtype=torch.int8), geometry)
+    cache = PagedCache(views, probe_page_layout(write_cache, block_size, head_size, geometry.dtype))
+
+    torch.manual_seed(0)
+    num_tokens = 3 * block_size
+    slots = torch.randperm(geometry.num_blocks * block_size)[:num_tokens]
+    slots[::7] = -1
+    key, value = torch.randn(2, num_tokens, geometry.num_kv_heads, head_size).to(geometry.dtype)
+    write_cache(key, value, views[1], slots)
+
+    is_token = slots >= 0
+    slots, key, value = slots[is_token], key[is_token], value[is_token]
+    for head in range(geometry.num_kv_heads):
+        layer = torch.full_like(slots, 1)
+        found = cache.read(layer, slots // block_size, torch.full_like(slots, head), slots % block_size)
+        assert torch.equal(found[0], key[:, head])
+        assert torch.equal(found[1], value[:, head])
+    assert not cache.pages[0].any() and not cache.scores.any()
+
+
+GEOMETRIES = {
+    "L3-H2-bs16-D8-fp32": Geometry(),
+    "L1-H1-bs32-D16-bf16": Geometry(num_layers=1, num_kv_heads=1, block_size=32, head_size=16, dtype=torch.bfloat16),
+    "L2-H3-bs16-D10-fp16": Geometry(num_layers=2, num_kv_heads=3, head_size=10, dtype=torch.float16),
+}
+
+
+@pytest.fixture(params=GEOMETRIES)
+def geometry(request):
+    return GEOMETRIES[request.param]
+
+
+def random_places(geometry: Geometry, count: int) -> tuple[torch.Tensor, ...]:
+    """``count`` different (layer, page, head, slot) places."""
+    sizes = (geometry.num_layers, geometry.num_blocks, geometry.num_kv_heads, geometry.block_size)
+    numbers = torch.randperm(torch.Size(sizes).numel(), generator=torch.Generator().manual_seed(1))[:count]
+    return torch.unravel_index(numbers, sizes)
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int8).flatten()
+
+
+def test_elements_and_scores_lie_at_their_bytes_of_the_allocation(geometry):
+    buffer, cache = make_cache(geometry)
+    for layer, page, head, slot in zip(*(numbers.tolist() for numbers in random_places(geometry, 40)), strict=True):
+        at = [torch.tensor([index]) for index in (layer, page, head, slot)]
+        keys, values = cache.read(*at)
+        for row, offsets in ((keys[0], cache.layout.keys[slot]), (values[0], cache.layout.values[slot])):
+            for dim, element in enumerate(offsets.tolist()):
+                start = geometry.element_byte(layer, page, head, element)
+                assert torch.equal(buffer[start : start + geometry.dtype.itemsize], bytes_of(row[dim : dim + 1]))
+        start = geometry.score_byte(layer, page, head, slot)
+        assert torch.equal(buffer[start : start + SCORE_BYTES], bytes_of(cache.scores[layer, page, head, slot : slot + 1]))
+
+
+def test_a_write_changes_nothing_but_its_places(geometry):
+    buffer, cache = make_cache(geometry)
+    layer, page, head, slot = random_places(geometry, 20)
+    torch.manual_seed(2)
+    keys, values = torch.randn(2, 20, geometry.head_size).to(geometry.dtype)
+    expected = buffer.clone()
+    for row, (at_layer, at_page, at_head, at_slot) in enumerate(zip(layer, page, head, slot, strict=True)):
+        for vectors, offsets in ((keys, cache.layout.keys[at_slot]), (values, cache.layout.values[at_slot])):
+            for dim, element in enumerate(offsets.tolist()):
+                start = geometry.element_byte(int(at_layer), int(at_page), int(at_head), element)
+                expected[start : start + geometry.dtype.itemsize] = bytes_of(vectors[row, dim : dim + 1])
+    cache.write(layer, page, head, slot, keys, values)
+    assert torch.equal(buffer, expected)
+    found = cache.read(layer, page, head, slot)
+    assert torch.equal(found[0], keys) and torch.equal(found[1], values)
+
+
+def test_scores_and_contents_do_not_overlap(geometry):
+    buffer, cache = make_cache(geometry)
+    buffer.zero_()
+    cache.scores.fill_(-1.5)
+    assert not cache.pages.any()
+    expected = torch.zeros_like(buffer)
+    score = bytes_of(torch.tensor([-1.5]))
+    for layer, page, head, slot in torch.cartesian_prod(*(torch.arange(size) for size in cache.scores.shape)).tolist():
+        start = geometry.score_byte(layer, page, head, slot)
+        expected[start : start + SCORE_BYTES] = score
+    assert torch.equal(buffer, expected)
+
+    buffer.zero_()
+    cache.pages.fill_(-1.5)
+    assert not cache.scores.any()
+    contents = geometry.num_layers * geometry.num_blocks * geometry.content_bytes
+    assert int((buffer.view(geometry.dtype) == -1.5).sum()) == contents // geometry.dtype.itemsize
+
+
+def test_copied_pages_take_their_scores_along_in_every_layer(geometry):
+    buffer, cache = make_cache(geometry)
+    expected = buffer.view(geometry.num_layers, geometry.num_blocks, geometry.page_bytes).clone()
+    for source, destination in ((4, 1), (0, 5)):
+        expected[:, destination] = expected[:, source]
+    cache.copy_pages(torch.tensor([4, 0]), torch.tensor([1, 5]))
+    assert torch.equal(buffer, expected.flatten())
+
+
+def test_a_cache_may_begin_anywhere_in_its_allocation():
+    geometry = Geometry()
+    whole = torch.zeros(geometry.num_layers * geometry.layer_bytes + 512, dtype=torch.int8)
+    cache = PagedCache(kv_cache_views(whole[256:-256], geometry), random_layout(16, 8))
+    cache.pages.fill_(1.0)
+    cache.scores.fill_(1.0)
+    assert not whole[:256].any() and not whole[-256:].any()
+    assert bool((whole[256:-256].view(torch.float32) == 1).all())
+
+
+def test_room_beyond_the_scores_is_left_alone():
+    geometry = Geometry()
+    page_bytes = geometry.page_bytes + 64
+    buffer = torch.zeros(geometry.num_layers * geometry.num_blocks * page_bytes, dtype=torch.int8)
+    cache = PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8))
+    cache.pages.fill_(1.0)
+    cache.scores.fill_(1.0)
+    by_page = buffer.view(-1, page_bytes)
+    assert not by_page[:, geometry.page_bytes :].any()
+    assert bool((by_page[:, : geometry.page_bytes].contiguous().view(torch.float32) == 1).all())
+
+
+@pytest.mark.parametrize("missing_bytes", [4, 64, SCORE_BYTES * 2 * 16])
+def test_pages_without_room_for_scores_are_refused_naming_both_sizes(missing_bytes):
+    geometry = Geometry()
+    needed = SCORE_BYTES * geometry.num_kv_heads * geometry.block_size
+    page_bytes = geometry.page_bytes - missing_bytes
+    buffer = torch.zeros(geometry.num_layers * geometry.num_blocks * page_bytes, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"have {needed - missing_bytes} bytes left for scores, {needed} are needed"):
+        PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8))
+
+
+def token_major(views: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same shape with all heads of a token side by side."""
+    return [
+        view.as_strided(view.shape, (view.stride(0), view.shape[3], view.shape[1] * view.shape[3], 1), view.storage_offset())
+        for view in views
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rearrange", "message"),
+    [
+        pytest.param(token_major, "head by head", id="token-major"),
+        pytest.param(lambda views: [view.transpose(2, 3) for view in views], "head by head", id="transposed"),
+        pytest.param(lambda views: [view[..., ::2] for view in views], "head by head", id="every-other-element"),
+        pytest.param(lambda views: [views[0], views[2], views[1]], "layer 2 .* constant distance", id="layers-out-of-order"),
+        pytest.param(lambda views: [views[0], views[1], views[2][1:]], "layer 2 .* constant distance", id="fewer-pages"),
+        pytest.param(lambda views: [view.clone() for view in views], "layer 1 .* constant distance", id="separate-allocations"),
+        pytest.param(lambda views: [views[0], views[1][::2], views[2]], "layer 1 .* constant distance", id="other-strides"),
+    ],
+)
+def test_views_that_are_not_laid_out_like_vllms_are_refused(rearrange, message):
+    geometry = Geometry()
+    views = kv_cache_views(torch.zeros(geometry.num_layers * geometry.layer_bytes, dtype=torch.int8), geometry)
+    with pytest.raises(ValueError, match=message):
+        PagedCache(rearrange(views), random_layout(16, 8))

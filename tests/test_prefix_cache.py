@@ -1,0 +1,92 @@
+"""Prefix caching stays on and right: a request served from cached pages gives what a cold engine gives."""
+
+import pytest
+import torch
+
+from tests.engines import tokens_and_logprobs
+from tests.models import random_prompt
+
+OPTIONS = dict(budget=256, window=64, sinks=4, interval=64, chunk=256, num_blocks=256)
+SHARED = random_prompt(640, seed=11)
+FIRST = SHARED + random_prompt(90, seed=12)
+SECOND = SHARED + random_prompt(50, seed=13)
+NEW_TOKENS = 120
+
+
+@pytest.fixture(params=["chunked", "full"])
+def engine(request, engines):
+    engine = engines.get(**OPTIONS, prefill=request.param)
+    assert engine.llm.reset_prefix_cache()
+    return engine
+
+
+def generate(engine, prompt, kv_budget=None):
+    (output,) = engine.generate([prompt], max_tokens=NEW_TOKENS, kv_budget=kv_budget)
+    return output
+
+
+def cold(engine, prompt, kv_budget=None):
+    assert engine.llm.reset_prefix_cache()
+    output = generate(engine, prompt, kv_budget)
+    assert output.num_cached_tokens == 0
+    assert engine.llm.reset_prefix_cache()
+    return output
+
+
+def assert_same(output, expected):
+    ids, logprobs = tokens_and_logprobs(output)
+    expected_ids, expected_logprobs = tokens_and_logprobs(expected)
+    assert ids == expected_ids
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), atol=1e-4, rtol=0)
+
+
+def test_a_request_after_another_with_the_same_prefix(engine):
+    expected = cold(engine, SECOND)
+    generate(engine, FIRST)
+    warm = generate(engine, SECOND)
+    assert warm.num_cached_tokens > 0
+    assert_same(warm, expected)
+
+
+def test_a_request_while_the_first_one_compacts(engine):
+    expected_first, expected_second = cold(engine, FIRST), cold(engine, SECOND)
+    ids = {engine.add(FIRST, NEW_TOKENS): expected_first}
+    for _ in range(60):
+        engine.step()
+    assert engine.scheduler.pages.evicted
+    ids[engine.add(SECOND, NEW_TOKENS)] = expected_second
+    finished = engine.run()
+    for name, expected in ids.items():
+        assert list(finished[name].outputs[0].token_ids) == list(expected.outputs[0].token_ids)
+    assert finished[list(ids)[1]].num_cached_tokens > 0
+
+
+def test_two_requests_with_the_same_prefix_at_once(engine):
+    expected = [cold(engine, FIRST), cold(engine, SECOND)]
+    outputs = engine.generate([FIRST, SECOND], max_tokens=NEW_TOKENS)
+    for output, reference in zip(outputs, expected, strict=True):
+        assert_same(output, reference)
+
+
+def test_an_uncompressed_request_reads_shared_pages_intact(engine):
+    """It shares its pages with one that is compacted under its eyes, and comes back for them afterwards."""
+    expected = cold(engine, FIRST, kv_budget=0)
+    uncompressed = engine.add(FIRST, NEW_TOKENS, kv_budget=0)
+    engine.step(), engine.step()
+    engine.add(SECOND, NEW_TOKENS)
+    finished = engine.run()
+    assert list(finished[uncompressed].outputs[0].token_ids) == list(expected.outputs[0].token_ids)
+    again = generate(engine, FIRST, kv_budget=0)
+    assert again.num_cached_tokens >= 608
+    assert_same(again, expected)
+    engine.assert_idle()
+
+
+def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(engines):
+    """An uncompressed request cached more than budget and chunk allow: the hit ends before the first cut."""
+    engine = engines.get(**OPTIONS, prefill="chunked")
+    expected = cold(engine, SECOND)
+    generate(engine, FIRST, kv_budget=0)
+    warm = generate(engine, SECOND)
+    assert warm.num_cached_tokens == 512 - 32
+    assert_same(warm, expected)

@@ -1,0 +1,95 @@
+"""Step tables: tokens and pages a sequence holds after every step, on both sides of the process boundary."""
+
+from tests.engines import BLOCK
+from tests.models import random_prompt
+
+OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
+
+# (computed, resident, pages) after each step of a 300-token prompt and 70 generated tokens; a page holds 32 tokens.
+TABLE = [
+    (256, 256, 8),  # no cut at 128: the budget was not exceeded; chunks end at cuts, 256 is the first
+    (300, 172, 6),  # cut to 128, then the rest of the prompt
+    (301, 109, 4),  # 172 + 1 > 128: two whole pages go, 108 stay, and the new token
+    *[(301 + n, 109 + n, 4) for n in range(1, 20)],
+    (321, 97, 4),  # 128 held, the next token would be one too many: `interval` go
+    *[(321 + n, 97 + n, 4) for n in range(1, 32)],
+    (353, 97, 4),
+    *[(353 + n, 97 + n, 4) for n in range(1, 17)],
+]
+
+
+def test_step_table_of_one_request(engines):
+    engine = engines.get(**OPTIONS)
+    pages, pool = engine.scheduler.pages, engine.pool
+    free_at_start = pool.get_num_free_blocks()
+    engine.add(random_prompt(300, seed=3), max_tokens=70)
+    seen = []
+
+    def look():
+        for request in engine.scheduler.running:
+            held = len(pages.req_to_blocks[request.request_id])
+            resident = pages.resident_tokens(request)
+            seen.append((request.num_computed_tokens, resident, held))
+            assert pool.get_num_free_blocks() == free_at_start - held
+            assert int(engine.runner.seq_lens[0]) == resident, "worker and scheduler disagree"
+            assert engine.runner.input_batch.block_table[0].num_blocks_per_row[0] == held
+
+    finished = engine.run(look)
+    assert seen == TABLE[: len(seen)] and len(seen) >= len(TABLE) - 1
+    (output,) = finished.values()
+    assert len(output.outputs[0].token_ids) == 70
+    engine.assert_idle()
+
+
+def test_pages_freed_by_one_request_serve_another_in_the_same_step(engines):
+    """The cache has room for the second request only if the first one's pages are free before that step is scheduled."""
+    engine = engines.get(**dict(OPTIONS, num_blocks=13))  # 12 usable pages
+    first = random_prompt(257, seed=4)  # holds 8 pages at its cut, then 4 + 1
+    engine.add(first, max_tokens=20)
+    engine.step()
+    assert engine.pool.get_num_free_blocks() == 4
+    engine.add(random_prompt(200, seed=5), max_tokens=20)  # needs 7 pages
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+    engine.run()
+    engine.assert_idle()
+
+
+def test_per_request_budgets_in_one_batch(engines):
+    engine = engines.get(**OPTIONS)
+    budgets = {None: 128, 96: 96, 256: 256, 0.5: 150, 0: None}
+    ids = {engine.add(random_prompt(300, seed=6), max_tokens=60, kv_budget=key): limit for key, limit in budgets.items()}
+    largest = dict.fromkeys(ids, 0)
+
+    def look():
+        for request in engine.scheduler.running:
+            if request.num_computed_tokens > request.num_prompt_tokens:
+                name = request.request_id.rpartition("-")[0]  # vLLM appends a random suffix
+                largest[name] = max(largest[name], engine.scheduler.pages.resident_tokens(request))
+
+    engine.run(look)
+    for name, limit in ids.items():
+        assert largest[name] == (limit or 358), (name, largest)  # off: all but the last token
+    engine.assert_idle()
+
+
+def test_full_prefill_holds_the_whole_prompt_and_then_the_budget(engines):
+    engine = engines.get(budget=128, window=32, sinks=4, interval=32, prefill="full", num_blocks=64, max_model_len=1024)
+    engine.add(random_prompt(700, seed=7), max_tokens=40)
+    held = []
+    engine.run(lambda: held.extend(engine.scheduler.pages.resident_tokens(r) for r in engine.scheduler.running))
+    assert max(held) == 700 and max(held[3:]) <= 128
+    assert BLOCK * len(engine.pool.blocks) > 700
+    engine.assert_idle()
+
+
+def test_abort_returns_every_page(engines):
+    engine = engines.get(**OPTIONS)
+    for seed in range(4):
+        engine.add(random_prompt(400, seed=seed), max_tokens=500)
+    for _ in range(30):
+        engine.step()
+    assert engine.scheduler.pages.evicted
+    engine.llm.llm_engine.abort_request([request.request_id for request in engine.scheduler.running], internal=True)
+    engine.run()
+    engine.assert_idle()
