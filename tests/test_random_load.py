@@ -50,9 +50,8 @@ class Watch:
         self.preempted.update(external(r.request_id) for r in scheduler.requests.values() if r.num_preemptions)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("prefill", ["chunked", "full"])
-def test_random_load_keeps_every_invariant_and_ends(seed, prefill, engines):
+@pytest.mark.parametrize("prefill, seed", [("chunked", 0), ("chunked", 1), ("chunked", 2), ("full", 3)])
+def test_random_load_keeps_every_invariant_and_ends(prefill, seed, engines):
     rng = random.Random(seed)
     engine = engines.get(
         budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, prefill=prefill, num_blocks=34, max_model_len=1024
@@ -61,8 +60,8 @@ def test_random_load_keeps_every_invariant_and_ends(seed, prefill, engines):
     prefixes = [random_prompt(length, seed=100 + length) for length in (64, 200, 330)]
     watch = Watch(engine)
     requests, alive, finished = {}, [], {}
-    for step in range(400):
-        if len(requests) < 50 and rng.random() < 0.4:
+    for _ in range(200):
+        if len(requests) < 24 and rng.random() < 0.4:
             prompt = rng.choice([[], *prefixes]) + random_prompt(rng.randint(1, 300), seed=rng.randint(0, 10**6))
             job = dict(prompt=prompt, max_tokens=rng.randint(1, 150), kv_budget=rng.choice([None, None, 160, 250, 0.6, 0]))
             name = engine.add(**job)
@@ -85,8 +84,8 @@ def test_random_load_keeps_every_invariant_and_ends(seed, prefill, engines):
 
     # Evictions depend on positions alone: served alone and cold, each request that kept its pages says the same.
     undisturbed = sorted(set(requests) - watch.preempted)
-    assert len(undisturbed) >= 5
-    for name in rng.sample(undisturbed, 5):
+    assert len(undisturbed) >= 4
+    for name in rng.sample(undisturbed, 4):
         assert engine.llm.reset_prefix_cache()
         job = requests[name]
         (alone,) = engine.generate([job["prompt"]], max_tokens=job["max_tokens"], kv_budget=job["kv_budget"])

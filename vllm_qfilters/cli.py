@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,28 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
-    """The options of subcommand ``name`` and vLLM's engine arguments."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_qfilters.plugin import register
-
-    subcommand = SUBCOMMANDS[name]
-    options = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
-    options.add_argument("model_tag", metavar="MODEL", nargs="?", help="folder or Hugging Face repository; also as --model")
-    subcommand.add_options(options)
-    parser = FlexibleArgumentParser(
-        prog=f"vllm-qfilters {name}",
-        usage=f"vllm-qfilters {name} {subcommand.usage} [any engine argument of vLLM]",
-        description=f"{subcommand.description}\n\n{options.format_help()}",
-        epilog=f"{subcommand.examples}\n\nEngine arguments: --help=all shows every one, --help=WORD those of a group or name.",
-        parents=[options],
-    )
-    load_general_plugins()
-    register()  # also where VLLM_PLUGINS leaves it out
-    EngineArgs.add_cli_args(parser)
-    parser.set_defaults(model=None, **subcommand.defaults)
+    """The options of subcommand ``name`` and vLLM's engine arguments. Exits after help, and for what cannot be parsed."""
+    parser = _parser(name)
     try:
         args = parser.parse_args(list(argv))
     except (ValueError, OSError) as error:
@@ -209,11 +190,11 @@ def _calibration_sequences(
 
 
 def _after_calibration(args: argparse.Namespace, path: str, description: str) -> str:
-    how = f"vllm serve {args.model} --kv-compression qfilters"
+    how = f"vllm serve {shlex.quote(args.model)} --kv-compression qfilters"
     if args.output is None:
         how += "\nIt finds them by itself, as long as the model is given by this name."
     else:
-        how += f" --kv-compression-config.filters {args.output}"
+        how += f" --kv-compression-config.filters {shlex.quote(str(args.output))}"
     return f"\nCalibrated with {description}. The filters are in\n  {args.output or path}\nUse them with\n  {how}"
 
 
@@ -265,6 +246,10 @@ def _engine(engine_args: "EngineArgs") -> Iterator["LLM"]:
         llm = LLM.from_engine_args(engine_args)
     except (ValueError, OSError) as error:
         raise UsageError(_one_line(error)) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Engine core initialization failed"):
+            raise
+        raise UsageError("the engine did not start, the first error above says why") from error
     try:
         yield llm
     finally:
@@ -317,6 +302,32 @@ def _temperature(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number >= 0")
     return value
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    """vLLM's parser: its plain help lists engine arguments by group only, so our options are part of the description."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_qfilters.plugin import register
+
+    subcommand = SUBCOMMANDS[name]
+    options = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    options.add_argument("model_tag", metavar="MODEL", nargs="?", help="folder or Hugging Face repository; also as --model")
+    subcommand.add_options(options)
+    parser = FlexibleArgumentParser(
+        prog=f"vllm-qfilters {name}",
+        usage=f"vllm-qfilters {name} {subcommand.usage} [any engine argument of vLLM]",
+        description=f"{subcommand.description}\n\n{options.format_help()}",
+        epilog=f"{subcommand.examples}\n\nEngine arguments: --help=all shows every one, --help=WORD those of a group or name.",
+        parents=[options],
+    )
+    load_general_plugins()
+    register()  # also where VLLM_PLUGINS leaves it out
+    EngineArgs.add_cli_args(parser)
+    parser.set_defaults(model=None, **subcommand.defaults)
+    return parser
 
 
 def _add_calibrate_options(parser: argparse.ArgumentParser) -> None:

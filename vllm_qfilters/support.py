@@ -3,10 +3,14 @@
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
+
+logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 
 def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
@@ -39,6 +43,13 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         if is_refused:
             raise ValueError(f"KV compression does not support {what}")
     config.check_block_size(cache.block_size)
+    if isinstance(config.budget, int) and config.budget >= model.max_model_len:
+        logger.warning(
+            "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests that set a "
+            "smaller kv_budget",
+            config.budget,
+            model.max_model_len,
+        )
 
 
 def check_specs(specs: dict[str, KVCacheSpec]) -> None:
@@ -63,21 +74,24 @@ def check_specs(specs: dict[str, KVCacheSpec]) -> None:
 
 
 def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request: Any) -> None:
-    """Refuses a request in the front end, before the engine has seen it (HTTP 400).
+    """Refuses a request in the front end, before the engine has seen it.
 
     Args:
         request: vLLM's ``EngineCoreRequest``; its ``max_tokens`` is resolved.
 
     Raises:
-        ValueError: its ``kv_budget`` is no budget, or lets it grow beyond the whole cache.
+        VLLMValidationError: its ``kv_budget`` is no budget, or lets it grow beyond the whole cache (HTTP 400).
     """
     params = request.sampling_params
     if params is None:
         return
     if request.resumable:
-        raise ValueError("KV compression does not support streaming input sessions")
+        raise VLLMValidationError("KV compression does not support streaming input sessions")
     prompt_tokens = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
-    limits = config.request_limits(params.extra_args, prompt_tokens)
+    try:
+        limits = config.request_limits(params.extra_args, prompt_tokens)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from error
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
         return
@@ -85,7 +99,7 @@ def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request:
     resident = length if limits is None else min(length, limits.max_resident_tokens)
     needed, usable = cdiv(resident, vllm_config.cache_config.block_size), num_blocks - 1  # one is vLLM's null block
     if needed > usable:
-        raise ValueError(
+        raise VLLMValidationError(
             f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: set a "
             "smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
         )

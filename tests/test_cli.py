@@ -1,0 +1,359 @@
+"""The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of both subcommands with one."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
+from vllm_qfilters import cli
+from vllm_qfilters.filters.format import load
+from vllm_qfilters.offline import Refusal, Request
+
+
+class FakeLLM:
+    """Stands for vLLM's LLM: answers a prompt with its own text, refuses two of them."""
+
+    def __init__(self, max_model_len=4096, num_blocks=65, block_size=128):
+        cache = SimpleNamespace(num_gpu_blocks=num_blocks, block_size=block_size)
+        self.model_config = SimpleNamespace(max_model_len=max_model_len, get_vocab_size=lambda: 100)
+        self.llm_engine = SimpleNamespace(
+            vllm_config=SimpleNamespace(cache_config=cache),
+            engine_core=SimpleNamespace(shutdown=lambda timeout: self.shutdowns.append(timeout)),
+        )
+        self.shutdowns, self.calls, self.params, self.queue = [], [], [], []
+        self.engine_args = None
+        self.finish_reason = "stop"
+
+    def collective_rpc(self, method, args):
+        self.calls.append((method, *args))
+        return ["/cache/tiny.safetensors"]
+
+    def get_tokenizer(self):
+        return SimpleNamespace(encode=lambda text: [int(word) for word in text.split()])
+
+    def enqueue(self, prompt, params, use_tqdm):
+        if prompt == "too long":
+            raise VLLMValidationError("prompt is\ntoo long")
+        if params.extra_args == {"kv_budget": 1}:
+            raise ValueError("kv_budget=1: too small")
+        self.params.append(params)
+        self.queue.append(prompt)
+
+    def enqueue_chat(self, messages, params, use_tqdm):
+        self.enqueue(" ".join(message["content"] for message in messages), params, use_tqdm)
+
+    def wait_for_completion(self, output_type, use_tqdm):
+        prompts, self.queue = self.queue, []
+        return [
+            SimpleNamespace(
+                prompt_token_ids=[1] * len(prompt),
+                outputs=[SimpleNamespace(text=prompt.upper(), finish_reason=self.finish_reason, token_ids=[1, 2])],
+            )
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What engines were started with (``args``), the one that starts (``next``), or why none does (``error``)."""
+    engines = SimpleNamespace(args=[], next=FakeLLM(), error=None)
+
+    def from_engine_args(engine_args):
+        engines.args.append(engine_args)
+        if engines.error is not None:
+            raise engines.error
+        return engines.next
+
+    monkeypatch.setattr(vllm.LLM, "from_engine_args", from_engine_args)
+    return engines
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a", "kv_budget": 512}\n{"messages": [{"role": "user", "content": "b"}], "temperature": 1}\n')
+    return path
+
+
+GENERATE = ["generate", "MODEL", "--input", "in.jsonl", "--output", "out.jsonl"]
+
+
+def run(argv, model):
+    """The exit status of the command; MODEL stands for ``model``."""
+    try:
+        return cli.main([str(model) if arg == "MODEL" else arg for arg in argv])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.parametrize("argv, status", [([], 2), (["frobnicate"], 2), (["--help"], 0), (["--version"], 0)])
+def test_without_a_subcommand(argv, status):
+    assert run(argv, "") == status
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
+        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", '{"prompt": "..."}', "--kv-compression-config.budget"]),
+    ],
+)
+def test_help_teaches(name, words, capsys):
+    assert run([name, "--help"], "") == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+
+
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_options_are_none_of_vllm(name, tiny_model):
+    required = ["--input", "a", "--output", "b"] if name == "generate" else []
+    args = vars(cli.parse(name, [str(tiny_model), *required]))
+    engine = {field.name for field in dataclasses.fields(EngineArgs)}
+    own = {"text", "output", "sequences", "tokens", "input", "max_tokens", "temperature", "batch_size", "model_tag"}
+    assert own & set(args) and not own & engine
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["calibrate"], "which MODEL?"),
+        (["calibrate", "MODEL", "--model", "MODEL"], "name one model"),
+        (["calibrate", "./nowhere"], "./nowhere: no such model folder"),
+        (["calibrate", "MODEL", "--text", "missing.txt"], "missing.txt: No such file"),
+        (["calibrate", "MODEL", "--text", "."], "Is a directory"),
+        (["calibrate", "MODEL", "--text", "latin1.txt"], "latin1.txt is not a UTF-8 text"),
+        (["calibrate", "MODEL", "-o", "."], "is a folder"),
+        (["calibrate", "MODEL", "-o", "missing/f.safetensors"], "missing is no folder"),
+        (["calibrate", "MODEL", "--sequences", "0"], "'0' is no integer >= 1"),
+        (["calibrate", "MODEL", "--tokens", "many"], "'many' is no integer >= 1"),
+        (["calibrate", "MODEL", "--kv-compression", "qfilters"], "calibration needs no --kv-compression"),
+        (["calibrate", "MODEL", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["calibrate", "MODEL", "--config", "missing.yaml"], "missing.yaml: No such file"),
+        (["generate", "MODEL"], "the following arguments are required: --input, --output"),
+        (["generate", "MODEL", "--input", "missing.jsonl", "--output", "o"], "missing.jsonl: No such file"),
+        (["generate", "MODEL", "--input", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input"),
+        (["generate", "MODEL", "--input", "in.jsonl", "--output", "missing/o"], "missing is no folder"),
+        (["generate", "MODEL", "--input", "in.jsonl", "--output", "latin1.txt"], "latin1.txt cannot be continued"),
+        ([*GENERATE, "--temperature", "nan"], "'nan' is no number >= 0"),
+        ([*GENERATE, "--batch-size", "-3"], "'-3' is no integer >= 1"),
+        ([*GENERATE, "--kv-compression", "magic"], "invalid choice: 'magic'"),
+        ([*GENERATE, "--kv-compression-config", "{budget"], "--kv-compression-config"),
+        ([*GENERATE, "--kv-compression-config.budget"], "--kv-compression-config.budget needs a value"),
+        ([*GENERATE, "--kv-compression-config.budget", "5"], "budget=5: at least"),
+        ([*GENERATE, "--kv-compression-config.bugdet", "5"], "unknown KV compression option bugdet"),
+    ],
+)
+def test_bad_usage_is_one_line_and_starts_nothing(argv, message, prompts, started, tiny_model, capsys):
+    prompts.with_name("latin1.txt").write_bytes(b"gr\xfc\xdfe\n")
+    assert run(argv, tiny_model) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"vllm-qfilters {argv[0]}: error: ") and message in last
+    assert not started.args and not prompts.with_name("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("max_model_len\nis too large"), OSError("no weights"), RuntimeError("Engine core initialization failed. See above.")],
+)
+def test_an_engine_that_does_not_start_is_one_line(error, prompts, started, tiny_model, capsys):
+    started.error = error
+    assert run(GENERATE, tiny_model) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("vllm-qfilters generate: error: ")
+
+
+def test_other_failures_of_the_engine_are_not_hidden(prompts, started, tiny_model):
+    started.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(GENERATE, tiny_model)
+
+
+def test_generate(prompts, started, tiny_model, capsys):
+    assert run([*GENERATE, "--max-tokens", "7", "--max-model-len", "1k", "--kv-compression-config.budget", "512"], tiny_model) == 0
+    first, second = map(json.loads, prompts.with_name("out.jsonl").read_text().splitlines())
+    assert first == {"line": 1, "id": None, "text": "A", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 2}
+    assert second["text"] == "B"
+    (engine_args,) = started.args
+    assert engine_args.model == str(tiny_model) and engine_args.max_model_len == 1000
+    assert engine_args.additional_config["kv_compression"]["method"] == "qfilters"
+    assert engine_args.additional_config["kv_compression"]["budget"] == 512
+    assert [params.extra_args for params in started.next.params] == [{"kv_budget": 512}, None]
+    assert [params.temperature for params in started.next.params] == [0, 1]
+    assert {params.max_tokens for params in started.next.params} == {7}
+    assert len(started.next.shutdowns) == 1
+    assert "has all 2 lines; 0 failed" in capsys.readouterr().err
+
+
+def test_generate_again_starts_nothing(prompts, started, tiny_model, capsys):
+    run(GENERATE, tiny_model)
+    assert run(GENERATE, tiny_model) == 0
+    assert len(started.args) == 1
+    assert "2 of them before" in capsys.readouterr().err
+
+
+def test_failed_lines_make_the_exit_status_1(prompts, started, tiny_model, capsys):
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "too long"}\n{"prompt": "b", "kv_budget": 1}\n{"prompt": "c"}\n')
+    assert run(GENERATE, tiny_model) == 1
+    written = [json.loads(line) for line in prompts.with_name("out.jsonl").read_text().splitlines()]
+    assert [record.get("text") for record in written] == ["A", None, None, "C"]
+    assert [record.get("error") for record in written] == [None, "prompt is too long", "kv_budget=1: too small", None]
+    assert "has all 4 lines; 2 failed" in capsys.readouterr().err
+    assert run(GENERATE, tiny_model) == 1, "the finished output still has failures"
+
+
+def test_a_request_the_engine_gives_up_is_no_completion():
+    llm = FakeLLM()
+    llm.finish_reason = "error"
+    (answer,) = cli.batch_generator(llm, 8, 0.0)([Request(1, prompt="a")])
+    assert isinstance(answer, Refusal) and "gave up" in answer.error
+
+
+def test_an_interrupt_ends_the_engine(prompts, started, tiny_model, capsys):
+    def wait_for_completion(output_type, use_tqdm):
+        raise KeyboardInterrupt
+
+    started.next.wait_for_completion = wait_for_completion
+    assert run(GENERATE, tiny_model) == 130
+    assert len(started.next.shutdowns) == 1
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_calibrate_where_auto_looks(started, tiny_model, capsys):
+    assert run(["calibrate", "MODEL", "--sequences", "3", "--tokens", "500", "--seed", "5"], tiny_model) == 0
+    ((method, sequences, description, path),) = started.next.calls
+    assert method == "calibrate_filters" and path == ""
+    assert [len(sequence) for sequence in sequences] == [500] * 3
+    assert description == "3 sequences of 500 random token ids (seed 5)"
+    printed = capsys.readouterr().out
+    assert "/cache/tiny.safetensors" in printed and f"vllm serve {tiny_model} --kv-compression qfilters\n" in printed
+
+
+def test_calibrate_into_a_file(started, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["calibrate", "--model", "MODEL", "-o", "my filters"], tiny_model) == 0
+    assert started.next.calls[0][3] == str(tmp_path / "my filters")
+    assert "--kv-compression-config.filters 'my filters'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block_size", [None, 32, 256])
+def test_calibration_fits_any_block_size(block_size, started, tiny_model):
+    assert run(["calibrate", "MODEL", *([] if block_size is None else ["--block-size", str(block_size)])], tiny_model) == 0
+    options = started.args[0].additional_config["kv_compression"]
+    assert options["method"] == "random"
+    assert options["interval"] == options["chunk"] == (block_size or 128)
+
+
+@pytest.mark.parametrize(
+    "engine, num_tokens", [(FakeLLM(max_model_len=300), 299), (FakeLLM(num_blocks=4), 384), (FakeLLM(), 2048)]
+)
+def test_sequences_fit_model_and_cache(engine, num_tokens, started, tiny_model, capsys):
+    started.next = engine
+    assert run(["calibrate", "MODEL"], tiny_model) == 0
+    assert {len(sequence) for sequence in engine.calls[0][1]} == {num_tokens}
+    assert (f"Sequences are {num_tokens} tokens long" in capsys.readouterr().err) == (num_tokens < 2048)
+
+
+def words(count):
+    return " ".join(map(str, range(count)))
+
+
+def test_calibrate_with_texts(started, tiny_model, tmp_path):
+    (tmp_path / "a.txt").write_text(words(2000))
+    (tmp_path / "b.txt").write_text(words(700))
+    texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert run(["calibrate", "MODEL", "--tokens", "400", "--text", *texts], tiny_model) == 0
+    _, sequences, description, _ = started.next.calls[0]
+    assert [(sequence[0], len(sequence)) for sequence in sequences] == [(0, 400), (0, 400), (400, 400), (400, 300)]
+    assert description == "4 sequences, 1500 tokens, of a.txt, b.txt"
+
+
+def test_a_short_text_is_refused_by_name(started, tiny_model, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(words(100))
+    assert run(["calibrate", "MODEL", "--text", str(tmp_path / "a.txt")], tiny_model) == 2
+    assert "a.txt has 100 tokens, a text needs 256 at least" in capsys.readouterr().err
+    assert not started.next.calls and len(started.next.shutdowns) == 1
+
+
+def test_texts_are_not_left_out_silently():
+    with pytest.raises(cli.UsageError, match="raise --sequences to 2 at least"):
+        cli.text_sequences({"a.txt": range(1000), "b.txt": range(1000)}, num_sequences=1, num_tokens=500)
+
+
+@pytest.fixture(scope="module")
+def model_with_tokenizer(tiny_model, tmp_path_factory):
+    """``tiny_model`` with a tokenizer of as many words as it has token ids, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("with-tokenizer") / "model"
+    shutil.copytree(tiny_model, folder)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Runs the command as a user would, in a process of its own."""
+    environment = {**os.environ, "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if sys.dont_write_bytecode:  # else each run compiles vLLM again
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
+    engine = ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--kv-cache-memory-bytes", "64M"]
+    engine += ["--max-model-len", "1024"]
+
+    def run_command(*argv):
+        argv = [sys.executable, "-c", "from vllm_qfilters.cli import main; raise SystemExit(main())", *map(str, argv), *engine]
+        return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run_command
+
+
+def test_calibrate_then_generate_then_continue(model_with_tokenizer, command, tmp_path):
+    model, filters = model_with_tokenizer, tmp_path / "filters.safetensors"
+    done = command("calibrate", model, "--sequences", 2, "--tokens", 300, "-o", filters)
+    assert done.returncode == 0, done.stderr
+    assert f"--kv-compression-config.filters {filters}" in done.stdout
+    assert load(filters, tiny_identity()).filters.shape == (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
+
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"prompt": " ".join(f"w{i}" for i in range(3, 403)), "id": "long"},
+        {"messages": [{"role": "user", "content": "w5 w6"}], "id": "chat"},
+        {"prompt": "w7 w8", "kv_budget": 0, "max_tokens": 5},
+        {"prompt": "w9", "kv_budget": 7},
+        {"prompt": "w3 " * 2000},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    generate = ["generate", model, "--input", prompts, "--output", output, "--max-tokens", 80, "--batch-size", 2]
+    generate += ["--kv-compression-config.filters", filters, "--kv-compression-config.budget", 128]
+    generate += ["--kv-compression-config.interval", 32, "--kv-compression-config.chunk", 64]
+    done = command(*generate)
+    assert done.returncode == 1, done.stderr
+    assert f"{output} has all 6 lines; 3 failed" in done.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["line"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["id"] for record in records] == ["long", "chat", None, None, None, None]
+    assert [record.get("prompt_tokens") for record in records] == [400, 3, 2, None, None, None]
+    assert records[2]["completion_tokens"] <= 5 and "w" in records[0]["text"]
+    assert "kv_budget=7" in records[3]["error"] and "1024" in records[4]["error"] and "JSON" in records[5]["error"]
+
+    whole = output.read_bytes()
+    output.write_bytes(whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 20])  # two lines and some of the third
+    done = command(*generate)
+    assert done.returncode == 1, done.stderr
+    assert "has all 6 lines, 2 of them before; 3 failed" in done.stderr
+    assert output.read_bytes() == whole

@@ -1,0 +1,180 @@
+"""The real server over HTTP, with the OpenAI client, on the demo model."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import openai
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+BUDGET, BLOCK = 512, 64
+
+
+class Server:
+    """`vllm serve` in a process of its own; its log is kept line by line."""
+
+    def __init__(self, *flags: str, name: str = "demo") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(pathlib.Path(sys.executable).parent / "vllm"), "serve", str(MODEL), "--served-model-name", name]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK), "--enforce-eager"]
+        command += ["--kv-cache-memory-bytes", str(400 << 20), *flags]
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        self.url = f"http://127.0.0.1:{port}"
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
+
+    def wait(self, seconds: float = 300) -> "Server":
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, "".join(self.log[-40:])
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5):
+                    return self
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("".join(self.log[-40:]))
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        found = (re.match(r"(vllm:kv_compression_\w+)\{.*\} (\S+)", line) for line in lines)
+        return {m[1].removeprefix("vllm:kv_compression_"): float(m[2]) for m in found if m and not m[1].endswith("_created")}
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
+    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512}' % BUDGET
+    server = Server("--kv-compression", "qfilters", "--kv-compression-config", config).wait()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def text(words: int) -> str:
+    from pydoc_data import topics
+
+    return " ".join(" ".join(topics.topics.values()).split()[:words])
+
+
+def test_the_log_says_what_is_active_and_where_filters_came_from(server):
+    (line,) = [line for line in server.log if "KV compression is on" in line]
+    for part in (
+        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer", "prefill chunked (chunks of 512)",
+        "filters calibrated now (4 sequences of 2048 random token ids)",
+        "at most 8 pages of 64 tokens per decoding sequence, 16 while its prompt is read",
+    ):
+        assert part in line, line
+    assert not any("Traceback" in line for line in server.log)
+
+
+def test_every_metric_shows_from_the_start(server):
+    assert set(server.metrics()) >= {
+        "compactions_total", "evicted_tokens_total", "freed_pages_total", "resident_tokens", "compressed_requests"
+    }
+
+
+def test_a_long_completion_is_counted_and_reads_on(server, client):
+    before = server.metrics()
+    prompt = text(900)
+    answer = client.completions.create(
+        model="demo", prompt=prompt, max_tokens=300, temperature=0, logprobs=1, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage.prompt_tokens > 2 * BUDGET and answer.usage.completion_tokens == 300
+    assert len(answer.choices[0].logprobs.token_logprobs) == 300
+    words = answer.choices[0].text.split()
+    assert sum(word.isascii() and any(c.isalpha() for c in word) for word in words) > 0.5 * len(words)
+    after = server.metrics()
+    evicted = after["evicted_tokens_total"] - before["evicted_tokens_total"]
+    held_at_the_end = answer.usage.prompt_tokens + 299 - evicted
+    assert BUDGET - 64 <= held_at_the_end <= BUDGET
+    assert after["freed_pages_total"] - before["freed_pages_total"] >= evicted / BLOCK
+    assert after["resident_tokens"] == 0
+
+
+def test_chat_streams(client):
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Name three colours. " + text(700)}],
+        max_tokens=40,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert chunks[-1].usage.prompt_tokens > BUDGET
+
+
+def test_two_budgets_at_once_give_what_each_gives_alone(client):
+    def ask(kv_budget, results=None):
+        answer = client.completions.create(
+            model="demo",
+            prompt=text(800),
+            max_tokens=60,
+            temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": {"kv_budget": kv_budget}},
+        )
+        if results is not None:
+            results[kv_budget] = answer.choices[0].text
+        return answer.choices[0].text
+
+    alone = {budget: ask(budget) for budget in (256, 0)}
+    assert alone[256] != alone[0]
+    together: dict[int, str] = {}
+    threads = [threading.Thread(target=ask, args=(budget, together)) for budget in alone]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert together == alone
+
+
+@pytest.mark.parametrize("kv_budget", [-5, 100, 1.5, "much", [1]], ids=str)
+def test_a_bad_budget_is_a_400_with_a_reason_and_others_go_on(kv_budget, client):
+    with pytest.raises(openai.BadRequestError, match="kv_budget"):
+        client.completions.create(model="demo", prompt="a b c", max_tokens=4, extra_body={"vllm_xargs": {"kv_budget": kv_budget}})
+    assert client.completions.create(model="demo", prompt="a b c", max_tokens=4).choices
+
+
+def test_a_clean_end(server, client):
+    """A client that goes away in the middle of its stream leaves no page behind."""
+    stream = client.completions.create(
+        model="demo", prompt=text(700), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    for _, chunk in zip(range(5), stream):
+        assert chunk.choices is not None
+    stream.close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and server.metrics()["resident_tokens"]:
+        client.completions.create(model="demo", prompt="tick", max_tokens=2)
+        time.sleep(0.5)
+    assert server.metrics()["resident_tokens"] == 0
+
+
+def test_a_plain_server_says_nothing_of_us():
+    plain = Server().wait()
+    try:
+        assert plain.metrics() == {}
+        assert not any("compression" in line.lower() or "qfilters" in line.lower() for line in plain.log), plain.log
+    finally:
+        plain.stop()
