@@ -105,7 +105,7 @@ def test_without_a_subcommand(argv, status):
     "name, words",
     [
         ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
-        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", '{"prompt": "..."}', "--kv-compression-config.budget"]),
+        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", '{"prompt": "..."}', "-config.budget 1024"]),
     ],
 )
 def test_help_teaches(name, words, capsys):
@@ -137,6 +137,7 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["calibrate", "MODEL", "--sequences", "0"], "'0' is no integer >= 1"),
         (["calibrate", "MODEL", "--tokens", "many"], "'many' is no integer >= 1"),
         (["calibrate", "MODEL", "--kv-compression", "qfilters"], "calibration needs no --kv-compression"),
+        (["calibrate", "MODEL", "--scheduler-cls", "my.Scheduler"], "cannot be combined with --kv-compression"),
         (["calibrate", "MODEL", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["calibrate", "MODEL", "--config", "missing.yaml"], "missing.yaml: No such file"),
         (["generate", "MODEL"], "the following arguments are required: --input, --output"),
@@ -163,7 +164,7 @@ def test_bad_usage_is_one_line_and_starts_nothing(argv, message, prompts, starte
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("max_model_len\nis too large"), OSError("no weights"), RuntimeError("Engine core initialization failed. See above.")],
+    [ValueError("it is\ntoo large"), OSError("no weights"), RuntimeError("Engine core initialization failed. See above.")],
 )
 def test_an_engine_that_does_not_start_is_one_line(error, prompts, started, tiny_model, capsys):
     started.error = error
@@ -178,7 +179,8 @@ def test_other_failures_of_the_engine_are_not_hidden(prompts, started, tiny_mode
 
 
 def test_generate(prompts, started, tiny_model, capsys):
-    assert run([*GENERATE, "--max-tokens", "7", "--max-model-len", "1k", "--kv-compression-config.budget", "512"], tiny_model) == 0
+    options = ["--max-tokens", "7", "--max-model-len", "1k", "--kv-compression-config.budget", "512"]
+    assert run([*GENERATE, *options], tiny_model) == 0
     first, second = map(json.loads, prompts.with_name("out.jsonl").read_text().splitlines())
     assert first == {"line": 1, "id": None, "text": "A", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 2}
     assert second["text"] == "B"

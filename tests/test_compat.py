@@ -74,21 +74,21 @@ def test_registering_twice_patches_once():
     assert EngineArgs.add_cli_args is patched
 
 
-def test_engine_arguments_without_the_flag_are_untouched():
+def test_engine_arguments_without_the_flag_are_untouched(tiny_model):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "m"]))
-    assert arguments == AsyncEngineArgs(model="m")
+    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", str(tiny_model)]))
+    assert (arguments.scheduler_cls, arguments.worker_cls, arguments.additional_config) == (None, "auto", {})
 
 
-def test_the_flag_and_dotted_keys_reach_the_engine_arguments():
+def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    flags = ["--model", "m", "--kv-compression", "qfilters", "--kv-compression-config.budget", "1024"]
+    flags = ["--model", str(tiny_model), "--kv-compression", "qfilters", "--kv-compression-config.budget", "1024"]
     flags += ["--kv-compression-config.window", "0.25", "--additional-config", '{"mine": 1}']
     arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(flags))
     compression = arguments.additional_config["kv_compression"]
@@ -107,13 +107,13 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments():
         (["--kv-compression", "qfilters", "--worker-cls", "other.Worker"], "--worker-cls other.Worker cannot be combined"),
     ],
 )
-def test_bad_flags_are_refused(flags, reason):
+def test_bad_flags_are_refused(flags, reason, tiny_model):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     with pytest.raises(ValueError, match=reason):
-        AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "m", *flags]))
+        AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", str(tiny_model), *flags]))
 
 
 ALLOWED_IMPORTS = {

@@ -129,6 +129,10 @@ def double_key_over_value(key, value, kv_cache, layout):
     kv_cache.view(-1)[layout.values[2, 2]] = key[3, 0, 5]
 
 
+def add_key_to_value(key, value, kv_cache, layout):
+    kv_cache.view(-1)[layout.values[2, 2]] += key[3, 0, 5]
+
+
 def double_key_over_key(key, value, kv_cache, layout):
     kv_cache.view(-1)[layout.keys[2, 2]] = key[3, 0, 5]
 
@@ -137,9 +141,18 @@ def double_value_over_value(key, value, kv_cache, layout):
     kv_cache.view(-1)[layout.values[2, 2]] = value[3, 0, 5]
 
 
-@pytest.mark.parametrize(
-    "damage", [drop_key, drop_value, drop_last_token, double_key_over_value, double_key_over_key, double_value_over_value]
-)
+DAMAGES = [
+    drop_key,
+    drop_value,
+    drop_last_token,
+    double_key_over_value,
+    add_key_to_value,
+    double_key_over_key,
+    double_value_over_value,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_writer_that_drops_or_doubles_elements_is_refused(damage):
     layout = random_layout(16, 8)
     write_cache = writer_of(layout)

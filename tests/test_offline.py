@@ -66,18 +66,19 @@ def test_every_line_is_answered_in_order(lines, output, capsys):
     engine = Echo()
     assert offline.run(lines, output, engine.start, batch_size=3) == (7, 0, 2)
     written = [json.loads(line) for line in output.read_text().removesuffix("\n").split("\n")]
+    counts = {"finish_reason": "stop", "completion_tokens": 3}
     assert written == [
-        {"line": 1, "id": "a", "text": "ONE", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 3},
-        {"line": 2, "id": 2, "text": "TWO", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 3},
+        {"line": 1, "id": "a", "text": "ONE", "prompt_tokens": 3, **counts},
+        {"line": 2, "id": 2, "text": "TWO", "prompt_tokens": 3, **counts},
         {"line": 3, "id": None, "error": "no such prompt"},
-        {"line": 4, "id": None, "text": "VIER \u2028 GRÖSSER", "finish_reason": "stop", "prompt_tokens": 13, "completion_tokens": 3},
-        {"line": 5, "id": None, "error": written[4]["error"]},
-        {"line": 6, "id": True, "text": "SIX", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 3},
-        {"line": 7, "id": None, "text": "SEVEN", "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": 3},
+        {"line": 4, "id": None, "text": "VIER \u2028 GRÖSSER", "prompt_tokens": 13, **counts},
+        {"line": 5, "id": None, "error": "invalid JSON at column 2: Expecting property name enclosed in double quotes"},
+        {"line": 6, "id": True, "text": "SIX", "prompt_tokens": 3, **counts},
+        {"line": 7, "id": None, "text": "SEVEN", "prompt_tokens": 5, **counts},
     ]
     assert engine.starts == 1 and engine.batches == [[1, 2, 3], [4, 6], [7]]
     reported = capsys.readouterr().err
-    assert "input line 3: no such prompt" in reported and "input line 5: invalid JSON" in reported
+    assert "input line 3: no such prompt" in reported and "input line 5: invalid JSON at column 2" in reported
 
 
 def test_options_of_a_line_reach_the_engine(lines):
@@ -100,7 +101,8 @@ def test_an_empty_input_gives_an_empty_output(tmp_path, output):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"prompt": "a"', "invalid JSON: Expecting ',' delimiter at column 15"),
+        ('{"prompt": "a"', "invalid JSON at column 15: Expecting ',' delimiter"),
+        ('{"prompt": "a', "invalid JSON at column 12: Unterminated string"),
         ("[1]", "not a JSON object"),
         ("7", "not a JSON object"),
         ("[" * 100_000, "invalid JSON"),

@@ -69,7 +69,7 @@ def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):
             enforce_eager=True,
             kv_cache_memory_bytes=1 << 26,
             max_model_len=512,
-            **kv_compression("qfilters", budget=256, filters=str(path)),
+            **kv_compression("qfilters", budget=512, filters=str(path)),
         )
 
 

@@ -83,7 +83,10 @@ def calibrate(args: argparse.Namespace) -> int:
     block_size = engine_args.block_size or _DEFAULT_BLOCK_SIZE
     # Nothing is generated: the smallest budget, so that any cache will do.
     smallest = {"budget": 2 * block_size, "interval": block_size, "chunk": block_size, "window": 0, "sinks": 0}
-    apply_kv_compression(engine_args, "random", smallest)
+    try:
+        apply_kv_compression(engine_args, "random", smallest)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     with _engine(engine_args) as llm:
         sequences, description = _calibration_sequences(llm, args, texts)
         output = "" if args.output is None else str(args.output.absolute())
@@ -346,13 +349,14 @@ def _add_calibrate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="filters file to write (safetensors); without it they go where --kv-compression qfilters looks for them",
     )
-    parser.add_argument("--sequences", type=_at_least(1), default=4, metavar="N", help="sequences to run, at most; default %(default)s")
-    parser.add_argument("--tokens", type=_at_least(1), default=2048, metavar="N", help="tokens per sequence, at most; default %(default)s")
+    at_most = {"type": _at_least(1), "metavar": "N"}
+    parser.add_argument("--sequences", default=4, help="sequences to run, at most; default %(default)s", **at_most)
+    parser.add_argument("--tokens", default=2048, help="tokens per sequence, at most; default %(default)s", **at_most)
 
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=pathlib.Path, required=True, metavar="FILE", help="JSONL, one request per line")
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSONL; continued where it stops")
+    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSONL, one result per line")
     parser.add_argument(
         "--max-tokens",
         type=_at_least(1),

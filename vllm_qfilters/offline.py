@@ -93,7 +93,7 @@ def read_input(path: pathlib.Path) -> list[Request | BadLine]:
 
 
 def parse_line(number: int, line: bytes) -> Request | BadLine:
-    """Reads ``{"prompt": "..."}`` or ``{"messages": [...]}`` with its options. Null counts as absent, other keys are ignored."""
+    """Reads ``{"prompt": "..."}`` or ``{"messages": [...]}`` with options. Null counts as absent, other keys are ignored."""
     identifier = None
     try:
         values = {name: value for name, value in _json_object(line).items() if value is not None}
@@ -206,7 +206,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
         values = json.loads(line.decode("utf-8"))
         json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")  # refuses NaN, infinity, lone surrogates
     except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"invalid JSON at column {error.colno}: {error.msg.removesuffix(' starting at')}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON: {error}") from error
     if not isinstance(values, dict):
