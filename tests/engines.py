@@ -19,15 +19,17 @@ class Engines:
         self._model, self._filters = model, filters
         self._engines: dict[tuple, Engine] = {}
 
-    def get(self, num_blocks: int = 512, max_model_len: int = 4096, max_batched: int = 512, **options) -> "Engine":
-        key = (num_blocks, max_model_len, max_batched, tuple(sorted(options.items())))
+    def get(
+        self, num_blocks: int = 512, max_model_len: int = 4096, max_batched: int = 512, method: str = "qfilters", **options
+    ) -> "Engine":
+        key = (num_blocks, max_model_len, max_batched, method, tuple(sorted(options.items())))
         if key not in self._engines:
             self._engines[key] = Engine(
                 self._model,
                 num_blocks,
                 max_model_len,
                 max_batched,
-                kv_compression("qfilters", filters=str(self._filters), **options),
+                kv_compression(method, filters=str(self._filters), **options),
             )
         return self._engines[key]
 

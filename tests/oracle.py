@@ -15,6 +15,7 @@ class Rule:
     chunk: int | None  # None: the prompt is attended whole
     shared_by_heads: bool
     keep_prompt: bool = False
+    method: str = "qfilters"
 
 
 def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters: torch.Tensor, rule: Rule) -> tuple[list[float], list[int]]:
@@ -39,7 +40,8 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                 surplus = resident + 1 - budget
                 evicted = max(rule.interval, -(-surplus // rule.block) * rule.block) if surplus > 0 else 0
             if evicted:
-                evict(cache, filters, evicted, sinks, rule.window, rule.shared_by_heads)
+                window = resident - evicted - sinks if rule.method == "streaming" else rule.window
+                evict(cache, filters, evicted, sinks, window, rule.shared_by_heads)
                 resident -= evicted
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
@@ -70,5 +72,5 @@ def evict(cache, filters: torch.Tensor, evicted: int, sinks: int, window: int, s
         for row in scores:
             best = row.argsort(descending=True)[: resident - evicted - sinks - window] + sinks
             kept.append(torch.cat((torch.arange(sinks), best.sort().values, torch.arange(resident - window, resident))))
-        index = torch.stack(kept)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
-        layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        kept_index = torch.stack(kept)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
+        layer.keys, layer.values = layer.keys.gather(2, kept_index), layer.values.gather(2, kept_index)

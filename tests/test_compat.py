@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
         # patched in compat.py
         ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"]),
         ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"]),
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config", ["self", "usage_context", "headless"]),
         (
             "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
             ["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request", "tokenization_kwargs"]

@@ -573,26 +573,28 @@ def test_made_filters_keep_the_moments_of_the_queries(one_rank):
         torch.testing.assert_close(square, second, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["one-kv-head-each", "a-shared-kv-head"])
-def test_two_ranks_make_the_filters_of_one(monkeypatch, num_kv_heads):
+@pytest.mark.parametrize(
+    ("num_ranks", "num_kv_heads"),
+    [(2, 2), (2, 1), (4, 2)],
+    ids=["a-kv-head-each", "two-ranks-share-one-kv-head", "four-ranks-share-two-kv-heads"],
+)
+def test_all_ranks_together_make_the_filters_of_one(monkeypatch, num_ranks, num_kv_heads):
+    def use(all_gather):
+        monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=all_gather))
+
     layers = Layers(num_kv_heads=num_kv_heads)
-    of_second = slice(num_kv_heads - 1, num_kv_heads)
-    ranks = [layers.statistics(slice(0, 2), slice(0, 1)), layers.statistics(slice(2, 4), of_second)]
-    gathered = []
+    num_heads = layers.queries.shape[2] // num_ranks
+    given = [[] for _ in range(num_ranks)]  # by rank, its tensor of every all_gather
+    for rank in range(num_ranks):
+        kv_head = rank * num_kv_heads // num_ranks
+        of_rank = layers.statistics(slice(rank * num_heads, (rank + 1) * num_heads), slice(kv_head, kv_head + 1))
+        use(lambda tensor, dim: given[rank].append(tensor) or tensor)
+        make_filters(of_rank, 1, "")
+    rounds = iter(zip(*given, strict=True))
+    use(lambda tensor, dim: torch.cat(next(rounds), dim))
+    found = make_filters(of_rank, num_kv_heads, "")
 
-    def record(tensor, dim):
-        gathered.append(tensor)
-        return torch.cat((tensor, tensor), dim)
-
-    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=record))
-    make_filters(ranks[1], num_kv_heads, "")
-    of_second_rank = iter(gathered.copy())
-    joined = SimpleNamespace(all_gather=lambda tensor, dim: torch.cat((tensor, next(of_second_rank)), dim))
-    monkeypatch.setattr(calibrate, "get_tp_group", lambda: joined)
-    found = make_filters(ranks[0], num_kv_heads, "")
-
-    alone = SimpleNamespace(all_gather=lambda tensor, dim: tensor)
-    monkeypatch.setattr(calibrate, "get_tp_group", lambda: alone)
+    use(lambda tensor, dim: tensor)
     expected = make_filters(layers.statistics(), num_kv_heads, "")
     for name in TENSORS:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)

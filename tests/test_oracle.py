@@ -17,6 +17,7 @@ CASES = {
     "prompt-ends-at-a-cut": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 768, 100),
     "full": (dict(budget=256, window=64, sinks=4, interval=64, prefill="full"), 900, 200),
     "scope-decode": (dict(budget=128, window=32, sinks=4, interval=32, scope="decode", granularity="head"), 300, 400),
+    "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
 }
 
 
@@ -46,6 +47,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
         chunk=None if whole else options["chunk"],
         shared_by_heads=options.get("granularity", "layer") == "layer",
         keep_prompt=options.get("scope") == "decode",
+        method=options.get("method", "qfilters"),
     )
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)

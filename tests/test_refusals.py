@@ -41,12 +41,10 @@ def test_a_bad_kv_budget_is_refused(kv_budget, reason, engines):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model, tiny_filters):
+def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model):
     from vllm import LLM
 
-    compression = kv_compression(
-        "qfilters", budget=128, window=32, sinks=4, interval=32, chunk=128, filters=str(tiny_filters[0])
-    )
+    compression = kv_compression("random", budget=128, window=32, sinks=4, interval=32, chunk=128)
     arguments = dict(block_size=32, skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_model_len=512)
     with pytest.raises(Exception, match=reason):
         LLM(str(tiny_model), **{**arguments, **llm}, **compression)

@@ -6,6 +6,8 @@ target (vLLM 0.32)              what and why no seam                            
 EngineArgs.add_cli_args,        adds ``--kv-compression`` and ``--kv-compression-config``;  vLLM lets a plugin add arguments
 EngineArgs.from_cli_args        plugins are loaded before the parser is built, but cannot
                                 add arguments to it
+EngineArgs.create_engine_config refuses what cannot work before any process is started;     platforms or plugins are asked about
+                                a worker's error is buried under those of its parents       a finished VllmConfig
 InputProcessor.process_inputs   refuses a bad ``kv_budget`` with a 400 at the door;         ``LogitsProcessor.validate_params``
                                 ``LogitsProcessor.validate_params`` sees neither the        sees the VllmConfig, or platforms let
                                 configuration nor the prompt, and is off in speculative     plugins validate requests
@@ -31,7 +33,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm_qfilters.config import METHODS, KVCompressionConfig
 from vllm_qfilters.engine_args import apply_kv_compression
 from vllm_qfilters.metrics import KVCompressionStatLogger
-from vllm_qfilters.support import check_request
+from vllm_qfilters.support import check_request, check_supported
 
 _MARK = "_kv_compression_patched"
 
@@ -42,6 +44,7 @@ def apply_patches() -> None:
         return
     EngineArgs.add_cli_args = staticmethod(_with_cli_args(EngineArgs.add_cli_args))
     EngineArgs.from_cli_args = classmethod(_with_kv_compression(EngineArgs.from_cli_args.__func__))
+    EngineArgs.create_engine_config = _with_config_check(EngineArgs.create_engine_config)
     InputProcessor.process_inputs = _with_request_check(InputProcessor.process_inputs)
     StatLoggerManager.__init__ = _with_stat_logger(StatLoggerManager.__init__)
     setattr(EngineArgs, _MARK, True)
@@ -64,7 +67,7 @@ def _with_cli_args(add_cli_args):
         )
         group.add_argument(
             "--kv-compression-config",
-            type=json.loads,
+            type=_json_object,
             default=None,
             help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: "
             f"{json.dumps({k: v for k, v in KVCompressionConfig().to_dict().items() if k != 'method'})}. "
@@ -85,6 +88,28 @@ def _with_kv_compression(from_cli_args):
         elif options is not None:
             raise ValueError("--kv-compression-config does nothing without --kv-compression METHOD: add it, e.g. --kv-compression qfilters")
         return engine_args
+
+    return wrapper
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"budget": 1024}}')
+    return value
+
+
+def _with_config_check(create_engine_config):
+    @functools.wraps(create_engine_config)
+    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any):
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        config = KVCompressionConfig.from_vllm_config(vllm_config)
+        if config is not None:
+            check_supported(config, vllm_config)
+        return vllm_config
 
     return wrapper
 

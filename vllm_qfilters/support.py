@@ -9,15 +9,17 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quanti
 
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.filters.format import ModelIdentity
+from vllm_qfilters.filters.load import AUTO, find_filters
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 
 def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
-    """Refuses engine configurations before the model is loaded.
+    """Refuses engine configurations in the front end, before any process is started.
 
     Raises:
-        ValueError: names the feature and what to change.
+        ValueError: names the feature and what to change; also for filters that are given and do not fit.
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     refused = {
@@ -43,6 +45,8 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         if is_refused:
             raise ValueError(f"KV compression does not support {what}")
     config.check_block_size(cache.block_size)
+    if config.method == "qfilters" and config.filters != AUTO:
+        find_filters(config.filters, ModelIdentity.from_model_config(model))
     if isinstance(config.budget, int) and config.budget >= model.max_model_len:
         logger.warning(
             "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests that set a "
@@ -62,8 +66,8 @@ def check_specs(specs: dict[str, KVCacheSpec]) -> None:
     for name, spec in specs.items():
         if type(spec) is not FullAttentionSpec:
             raise ValueError(f"KV compression supports full attention in every layer, but {name} has a {type(spec).__name__}")
-        if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-            raise ValueError(f"KV compression does not support sliding-window or chunked attention, which {name} has")
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
+            raise ValueError(f"KV compression does not support sliding-window, chunked or non-causal attention, which {name} has")
         if spec.head_size_v != spec.head_size or spec.num_head_slots is not None or spec.page_size_padded is not None:
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
         if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):

@@ -56,6 +56,8 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         (tensor,) = kv_cache_config.kv_cache_tensors
         self.layers = [self.compilation_config.static_forward_context[name] for name in tensor.layers]
         first = self.layers[0]
+        if first.impl.alibi_slopes is not None:
+            raise ValueError("KV compression does not support ALiBi, which takes a token's place in the cache for its position")
 
         def write_cache(key, value, kv_cache, slot_mapping):
             first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)

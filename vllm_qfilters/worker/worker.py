@@ -7,16 +7,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_qfilters.attention import cpu
-from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.filters.format import ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path
-from vllm_qfilters.support import check_supported
 from vllm_qfilters.worker.model_runner import QFiltersCPUModelRunner
 
 
 class QFiltersCPUWorker(CPUWorker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        check_supported(KVCompressionConfig.from_vllm_config(vllm_config), vllm_config)
         cpu.register()
         super().__init__(vllm_config, *args, **kwargs)
 
