@@ -61,7 +61,8 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
             found += (read - 1).clamp(min=0) * scale
             scale *= _BASE
         offsets = torch.full((num_elements,), -1, dtype=torch.int64)
-        offsets[found[is_written]] = is_written.nonzero().flatten()
+        is_known = is_written & (found < num_elements)
+        offsets[found[is_known]] = is_known.nonzero().flatten()
         if int(is_written.sum()) != num_elements or bool((offsets < 0).any()):
             raise RuntimeError(
                 f"the attention backend's cache writer does not place each of the {num_elements} elements of a page once "

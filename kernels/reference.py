@@ -55,7 +55,9 @@ def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared
     return is_kept
 
 
-def compact(cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, window: int) -> None:
+def compact(
+    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+) -> None:
     """Takes whole pages out of a sequence; the survivors in them fill the holes before the window.
 
     The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order, and
@@ -67,6 +69,7 @@ def compact(cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor,
         new_pages: its pages afterwards, shape ``[num_new_pages]``, int64.
         is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``; the same count everywhere, a whole number of pages less
             than there are.
+        sinks: first tokens, all kept.
         window: last tokens, all kept.
     """
     bs, resident = cache.block_size, is_kept.shape[-1]
@@ -83,9 +86,12 @@ def compact(cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor,
     page_table[after_out:] = new_pages[first_out:]
     is_out = torch.zeros(resident, dtype=torch.bool)
     is_out[first_out * bs : after_out * bs] = True
-    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one.
-    layer, head, source = (is_kept & is_out).nonzero(as_tuple=True)
-    _, _, hole = (~is_kept & ~is_out).nonzero(as_tuple=True)
+    # Where the page that ends the sinks is itself taken out, the page that takes its place makes room for them at its head.
+    is_displaced = torch.zeros_like(is_out)
+    is_displaced[after_out * bs : max(sinks, first_out * bs) + evicted] = True
+    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
+    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
+    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
     from_page, from_slot = page_table[source // bs], source % bs
     to_page, to_slot = page_table[hole // bs], hole % bs
     cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))

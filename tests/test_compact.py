@@ -180,7 +180,7 @@ class Sequence:
         self.eviction = eviction
         self.page_bytes_before = self.page_bytes()
         self.before = triples(self.cache, self.old_pages, eviction.resident)
-        compact(self.cache, torch.tensor(self.old_pages), torch.tensor(self.new_pages), self.is_kept, eviction.window)
+        compact(self.cache, torch.tensor(self.old_pages), torch.tensor(self.new_pages), self.is_kept, eviction.sinks, eviction.window)
         self.after = triples(self.cache, self.new_pages, eviction.kept)
 
     def page_bytes(self) -> torch.Tensor:

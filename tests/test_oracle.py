@@ -17,6 +17,8 @@ CASES = {
     "prompt-ends-at-a-cut": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 768, 100),
     "full": (dict(budget=256, window=64, sinks=4, interval=64, prefill="full"), 900, 200),
     "scope-decode": (dict(budget=128, window=32, sinks=4, interval=32, scope="decode", granularity="head"), 300, 400),
+    "few-tokens-between-sinks-and-window": (dict(budget=128, window=70, sinks=4, interval=32, chunk=128), 400, 200),
+    "scope-decode-ends-a-prompt-inside-a-page": (dict(budget=128, window=90, sinks=4, interval=32, scope="decode"), 300, 250),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
 }
 

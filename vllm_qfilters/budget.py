@@ -15,9 +15,10 @@ def cdiv(a: int, b: int) -> int:
 def min_budget(window: int | float, sinks: int, interval: int) -> int:
     """Fewest tokens a budget may have so that ``budget - interval`` still holds sinks and window."""
     if isinstance(window, float):
-        budget = math.ceil((sinks + interval) / (1 - window))
-        while budget - interval < math.floor(window * budget) + sinks:  # rounding of the float division
-            budget += 1
+        budget = sinks + interval
+        while budget - interval < math.floor(window * budget) + sinks:
+            # What is missing, at least 1: a larger budget has a larger window, so this never steps over the smallest.
+            budget = interval + math.floor(window * budget) + sinks
         return budget
     return window + sinks + interval
 

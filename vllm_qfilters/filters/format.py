@@ -151,9 +151,9 @@ def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path}: {name} must hold finite floating-point numbers, it has dtype {tensor.dtype}")
         tensors[name] = tensor.to(torch.float32)
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers, it has dtype {tensor.dtype}")
     return Filters(filters=-tensors.pop(_PUBLISHED_NAME), **tensors, calibration=metadata.get("calibration", ""))
 
 
@@ -175,9 +175,10 @@ def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdent
     if metadata.get("format") != FORMAT:
         return  # a published file names no model: its shape must do
     try:
-        version, made_for = int(metadata["version"]), dict(json.loads(metadata["model"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a damaged header ({error!r}): calibrate it again") from error
+        version = int(metadata["version"])
+        made_for = dict(json.loads(metadata["model"])) if version <= VERSION else {}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged header ({type(error).__name__}): calibrate it again") from error
     if version > VERSION:
         raise ValueError(f"{path} has version {version}, this package reads up to {VERSION}: update vllm-qfilters")
     for name, value in dataclasses.asdict(model).items():

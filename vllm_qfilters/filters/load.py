@@ -37,7 +37,7 @@ def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | Non
             path = path / _WEIGHTS_NAME
         if path.exists():
             return load(path, model), str(path)
-        if wanted.count("/") != 1 or path.suffix:
+        if wanted.count("/") != 1 or path.suffix == ".safetensors":
             raise ValueError(f"filters={wanted!r}: no such file; give an existing one, a repository, or 'auto'")
         try:
             return load(_download(wanted), model), f"hub {wanted}"

@@ -27,7 +27,7 @@ class Compactor:
         scores = self.resident_scores(old_pages, row.resident_tokens)
         kept = row.resident_tokens - row.evicted_tokens
         is_kept = select_kept(scores, kept, row.sinks, row.window, self.shared_by_heads)
-        compact(self.cache, old_pages, new_pages, is_kept, row.window)
+        compact(self.cache, old_pages, new_pages, is_kept, row.sinks, row.window)
 
     def resident_scores(self, pages: torch.Tensor, resident_tokens: int) -> torch.Tensor:
         """Scores of a sequence's tokens, shape ``[num_layers, num_kv_heads, resident_tokens]``."""

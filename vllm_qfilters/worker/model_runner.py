@@ -169,11 +169,15 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
 
 
 def _rotary_emb(modules: dict[str, torch.nn.Module], layer_name: str) -> torch.nn.Module | None:
-    """The rotary embedding beside an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``."""
-    parent = layer_name.rpartition(".")[0]
-    found = [
-        module
-        for name, module in modules.items()
-        if name.rpartition(".")[0] == parent and isinstance(module, RotaryEmbeddingBase)
-    ]
-    return found[0] if found else None
+    """The rotary embedding beside an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``.
+
+    Raises:
+        ValueError: there is one of a kind whose rotation cannot be taken off queries again.
+    """
+    rotary_emb = modules.get(layer_name.rpartition(".")[0] + ".rotary_emb")
+    if rotary_emb is not None and not isinstance(rotary_emb, RotaryEmbeddingBase):
+        raise ValueError(
+            f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}: give existing ones as "
+            "--kv-compression-config.filters"
+        )
+    return rotary_emb

@@ -1,0 +1,31 @@
+// The operators of torch.ops.vllm_qfilters on a CPU. kernels/reference.py states what each computes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace vllm_qfilters {
+
+void score_and_store(
+    const at::Tensor& key,            // [num_tokens, num_kv_heads, head_size] bfloat16, float16 or float32
+    const at::Tensor& filters,        // [num_kv_heads, head_size] float32
+    at::Tensor& score_plane,          // [num_blocks, num_kv_heads, block_size] float32
+    const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
+
+at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tokens] bool
+    const at::Tensor& scores,         // [num_layers, num_kv_heads, resident_tokens] float32
+    int64_t kept,
+    int64_t sinks,
+    int64_t window,
+    bool shared_by_heads);
+
+void fill_holes(
+    at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    at::Tensor& scores,               // [num_layers, num_blocks, num_kv_heads, block_size] float32
+    const at::Tensor& key_offsets,    // [block_size, head_size] int64
+    const at::Tensor& value_offsets,  // [block_size, head_size] int64
+    const at::Tensor& page_table,     // [num_pages] int64
+    const at::Tensor& is_kept,        // [num_layers, num_kv_heads, resident_tokens] bool
+    int64_t first_out,                // tokens from here on are taken out ...
+    int64_t after_out);               // ... up to here
+
+}  // namespace vllm_qfilters

@@ -1,0 +1,107 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "operators.h"
+
+// One library serves every x86 CPU: the loader picks the widest of these. The sanitizers cannot run before it does.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define CLONE_FOR_WIDER_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONE_FOR_WIDER_VECTORS
+#endif
+
+namespace vllm_qfilters {
+namespace {
+
+// Below this many multiplications per thread, waking one costs more than it saves. A decode step stays on its own thread.
+constexpr int64_t kMultiplicationsPerThread = 1 << 16;
+
+struct Sizes {
+  int64_t num_kv_heads;
+  int64_t head_size;
+  int64_t key_head_stride;
+  int64_t score_head_stride;
+};
+
+// One token. Inlined into the functions below, so that it is compiled for each kind of CPU.
+template <typename Element>
+__attribute__((always_inline)) inline void project(const Element* key, const float* filters, float* scores, const Sizes& sizes) {
+  for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {
+    const Element* element = key + head * sizes.key_head_stride;
+    const float* filter = filters + head * sizes.head_size;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t dim = 0; dim < sizes.head_size; ++dim) {
+      sum += static_cast<float>(element[dim]) * filter[dim];
+    }
+    scores[head * sizes.score_head_stride] = sum;
+  }
+}
+
+CLONE_FOR_WIDER_VECTORS
+void project_token(const float* key, const float* filters, float* scores, const Sizes& sizes) {
+  project(key, filters, scores, sizes);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void project_token(const c10::BFloat16* key, const float* filters, float* scores, const Sizes& sizes) {
+  project(key, filters, scores, sizes);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void project_token(const c10::Half* key, const float* filters, float* scores, const Sizes& sizes) {
+  project(key, filters, scores, sizes);
+}
+
+template <typename Element>
+void score_tokens(const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
+  const Sizes sizes{key.size(1), key.size(2), key.stride(1), score_plane.stride(1)};
+  const int64_t num_blocks = score_plane.size(0), block_size = score_plane.size(2);
+  const int64_t key_stride = key.stride(0), block_stride = score_plane.stride(0), slot_stride = score_plane.stride(2);
+  const Element* keys = key.const_data_ptr<Element>();
+  const float* filter = filters.const_data_ptr<float>();
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  float* plane = score_plane.mutable_data_ptr<float>();
+  const int64_t grain = kMultiplicationsPerThread / std::max<int64_t>(1, sizes.num_kv_heads * sizes.head_size) + 1;
+  at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      if (slots[token] < 0) {
+        continue;
+      }
+      const int64_t block = slots[token] / block_size, slot = slots[token] % block_size;
+      TORCH_CHECK_INDEX(block < num_blocks, "slot ", slots[token], " lies beyond the ", num_blocks, " blocks of ", block_size);
+      project_token(keys + token * key_stride, filter, plane + block * block_stride + slot * slot_stride, sizes);
+    }
+  });
+}
+
+}  // namespace
+
+void score_and_store(
+    const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
+  TORCH_CHECK(key.dim() == 3 && score_plane.dim() == 3 && slot_mapping.dim() == 1, "keys and scores have 3 dimensions, slots 1");
+  TORCH_CHECK(
+      filters.sizes() == key.sizes().slice(1) && filters.is_contiguous() && filters.scalar_type() == at::kFloat,
+      "filters must be contiguous, float32 and of shape ", key.sizes().slice(1), ", found ", filters.scalar_type(), filters.sizes());
+  TORCH_CHECK(
+      score_plane.size(1) == key.size(1) && score_plane.scalar_type() == at::kFloat,
+      "scores must be float32 for ", key.size(1), " heads, found ", score_plane.scalar_type(), score_plane.sizes());
+  TORCH_CHECK(
+      slot_mapping.size(0) <= key.size(0) && slot_mapping.is_contiguous() && slot_mapping.scalar_type() == at::kLong,
+      "slots must be contiguous, int64 and at most ", key.size(0), ", found ", slot_mapping.scalar_type(), slot_mapping.sizes());
+  TORCH_CHECK(key.stride(2) == 1 || key.size(2) <= 1, "the elements of a key must lie side by side, found stride ", key.stride(2));
+  switch (key.scalar_type()) {
+    case at::kFloat:
+      return score_tokens<float>(key, filters, score_plane, slot_mapping);
+    case at::kBFloat16:
+      return score_tokens<c10::BFloat16>(key, filters, score_plane, slot_mapping);
+    case at::kHalf:
+      return score_tokens<c10::Half>(key, filters, score_plane, slot_mapping);
+    default:
+      TORCH_CHECK(false, "keys must be float32, bfloat16 or float16, found ", key.scalar_type());
+  }
+}
+
+}  // namespace vllm_qfilters
