@@ -27,11 +27,12 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/installed: $(PINNED) requirements/overrides.txt setup.py
+$(VENV)/installed: $(PINNED) requirements/overrides.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) $(TORCH) $(OVERRIDES) -r $(PINNED)
-	$(UV) --no-deps $(METADATA) -e .
+	$(UV) --no-deps --no-build-isolation --reinstall-package vllm-qfilters $(METADATA) -e .
+	@$(BIN)/python -c "from vllm_qfilters.kernels import IMPLEMENTATION; print('installed, kernels', IMPLEMENTATION)"
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/installed

@@ -7,7 +7,7 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("select_kept(Tensor scores, int kept, int sinks, int window, bool shared_by_heads) -> Tensor");
   library.def(
       "fill_holes(Tensor(a!) pages, Tensor(b!) scores, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
-      "Tensor is_kept, int first_out, int after_out) -> ()");
+      "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {

@@ -11,6 +11,12 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 14;
 
+struct Bounds {
+  int64_t first_out;
+  int64_t after_out;
+  int64_t after_displaced;
+};
+
 struct Place {
   int64_t page;
   int64_t slot;
@@ -21,27 +27,32 @@ struct Move {
   Place to;
 };
 
-// Survivors inside the pages taken out, paired in order with the holes outside them.
+// Pairs the tokens that must move with the places that are free for them, both in order.
 void find_moves(
-    const bool* is_kept, int64_t resident, int64_t first_out, int64_t after_out, const int64_t* page_table, int64_t block_size,
+    const bool* is_kept, int64_t resident, const Bounds& bounds, const int64_t* page_table, int64_t block_size,
     std::vector<Move>& moves) {
   const auto place_of = [&](int64_t token) { return Place{page_table[token / block_size], token % block_size}; };
-  moves.clear();
-  int64_t hole = -1;
-  const auto next_hole = [&] {
-    do {
-      hole = hole + 1 == first_out ? after_out : hole + 1;
-    } while (hole < resident && is_kept[hole]);
+  const auto is_hole = [&](int64_t token) {
+    return token < bounds.first_out || token >= bounds.after_displaced ? !is_kept[token] : token >= bounds.after_out;
   };
-  for (int64_t token = first_out; token < after_out; ++token) {
+  int64_t hole = 0;
+  const auto find_hole = [&] {
+    while (hole < resident && !is_hole(hole)) {
+      ++hole;
+    }
+    return hole < resident;
+  };
+  moves.clear();
+  for (int64_t token = bounds.first_out; token < bounds.after_displaced; ++token) {
     if (is_kept[token]) {
-      next_hole();
-      TORCH_CHECK(hole < resident, "more tokens survive in the pages taken out than there are holes outside them");
+      TORCH_CHECK(find_hole(), "more tokens survive in the pages taken out than there are holes outside them");
       moves.push_back({place_of(token), place_of(hole)});
+      ++hole;
     }
   }
-  next_hole();
-  TORCH_CHECK(hole >= resident, "fewer tokens survive in the pages taken out than there are holes outside them");
+  TORCH_CHECK(!find_hole(), "fewer tokens survive in the pages taken out than there are holes outside them");
+  // Tokens that make room for sinks move later in this order than those that take their places: last first, none is lost.
+  std::reverse(moves.begin(), moves.end());
 }
 
 // Elements are only copied, so that their bytes are all that matters of their type.
@@ -63,24 +74,27 @@ void move_elements(Element* head_pages, int64_t page_stride, const at::Tensor& o
 template <typename Element>
 void fill_holes_of(
     at::Tensor& pages, at::Tensor& scores, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
-    const at::Tensor& page_table, const at::Tensor& is_kept, int64_t first_out, int64_t after_out) {
-  const int64_t num_layers = pages.size(0), num_kv_heads = pages.size(2), block_size = scores.size(3), resident = is_kept.size(2);
+    const at::Tensor& page_table, const at::Tensor& is_kept, const Bounds& bounds) {
+  const int64_t num_layers = pages.size(0), num_kv_heads = pages.size(2);
+  const int64_t block_size = scores.size(3), resident = is_kept.size(2);
   Element* first_page = static_cast<Element*>(pages.mutable_data_ptr());
   float* first_score = scores.mutable_data_ptr<float>();
   const bool* mask = is_kept.const_data_ptr<bool>();
   const int64_t* table = page_table.const_data_ptr<int64_t>();
-  const int64_t grain = kElementsPerThread / std::max<int64_t>(1, (after_out - first_out) * key_offsets.size(1)) + 1;
+  const int64_t num_elements = (bounds.after_displaced - bounds.first_out) * key_offsets.size(1);
+  const int64_t grain = kElementsPerThread / std::max<int64_t>(1, num_elements) + 1;
   at::parallel_for(0, num_layers * num_kv_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<Move> moves;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t layer = index / num_kv_heads, head = index % num_kv_heads;
-      find_moves(mask + index * resident, resident, first_out, after_out, table, block_size, moves);
+      find_moves(mask + index * resident, resident, bounds, table, block_size, moves);
       Element* head_pages = first_page + layer * pages.stride(0) + head * pages.stride(2);
       move_elements(head_pages, pages.stride(1), key_offsets, moves);
       move_elements(head_pages, pages.stride(1), value_offsets, moves);
       float* head_scores = first_score + layer * scores.stride(0) + head * scores.stride(2);
       for (const Move& move : moves) {
-        head_scores[move.to.page * scores.stride(1) + move.to.slot] = head_scores[move.from.page * scores.stride(1) + move.from.slot];
+        const float score = head_scores[move.from.page * scores.stride(1) + move.from.slot];
+        head_scores[move.to.page * scores.stride(1) + move.to.slot] = score;
       }
     }
   });
@@ -98,7 +112,8 @@ void check_offsets(const at::Tensor& offsets, const at::Tensor& pages, int64_t b
 
 void fill_holes(
     at::Tensor& pages, at::Tensor& scores, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
-    const at::Tensor& page_table, const at::Tensor& is_kept, int64_t first_out, int64_t after_out) {
+    const at::Tensor& page_table, const at::Tensor& is_kept, int64_t first_out, int64_t after_out,
+    int64_t after_displaced) {
   TORCH_CHECK(pages.dim() == 4 && scores.dim() == 4 && is_kept.dim() == 3, "pages and scores have 4 dimensions, flags 3");
   TORCH_CHECK(pages.stride(3) == 1 && scores.stride(3) == 1, "the elements of a page and its scores must lie side by side");
   TORCH_CHECK(
@@ -114,19 +129,23 @@ void fill_holes(
   TORCH_CHECK(
       page_table.dim() == 1 && page_table.is_contiguous() && page_table.scalar_type() == at::kLong &&
           page_table.size(0) * block_size >= resident,
-      "the page table must be contiguous int64 for ", resident, " tokens, found ", page_table.scalar_type(), page_table.sizes());
-  TORCH_CHECK(0 <= first_out && first_out <= after_out && after_out <= resident, "tokens taken out must be resident");
+      "the page table must be contiguous int64 for ", resident, " tokens, found ", page_table.scalar_type(),
+      page_table.sizes());
+  TORCH_CHECK(
+      0 <= first_out && first_out <= after_out && after_out <= after_displaced && after_displaced <= resident,
+      "tokens taken out and displaced must be resident");
+  const Bounds bounds{first_out, after_out, after_displaced};
   const int64_t* table = page_table.const_data_ptr<int64_t>();
   TORCH_CHECK_INDEX(
       std::all_of(table, table + page_table.size(0), [&](int64_t page) { return 0 <= page && page < num_blocks; }),
       "the page table names a page beyond the ", num_blocks, " there are");
   switch (pages.element_size()) {
     case 1:
-      return fill_holes_of<uint8_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, first_out, after_out);
+      return fill_holes_of<uint8_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
     case 2:
-      return fill_holes_of<uint16_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, first_out, after_out);
+      return fill_holes_of<uint16_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
     case 4:
-      return fill_holes_of<uint32_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, first_out, after_out);
+      return fill_holes_of<uint32_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
     default:
       TORCH_CHECK(false, "elements must have 1, 2 or 4 bytes, found ", pages.scalar_type());
   }

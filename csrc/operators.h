@@ -26,6 +26,7 @@ void fill_holes(
     const at::Tensor& page_table,     // [num_pages] int64
     const at::Tensor& is_kept,        // [num_layers, num_kv_heads, resident_tokens] bool
     int64_t first_out,                // tokens from here on are taken out ...
-    int64_t after_out);               // ... up to here
+    int64_t after_out,                // ... up to here; tokens from here on make room for sinks taken out ...
+    int64_t after_displaced);         // ... up to here
 
 }  // namespace vllm_qfilters

@@ -3,20 +3,69 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "operators.h"
 
-// One library serves every x86 CPU: the loader picks the widest of these. The sanitizers cannot run before it does.
+// One library serves every x86 CPU: the loader picks the widest of these. Sanitizers are not ready yet when it does.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define CLONE_FOR_WIDER_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONE_FOR_WIDER_VECTORS
 #endif
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
 
 namespace vllm_qfilters {
 namespace {
 
 // Below this many multiplications per thread, waking one costs more than it saves. A decode step stays on its own thread.
 constexpr int64_t kMultiplicationsPerThread = 1 << 16;
+
+// The compiler maps these to whatever registers the CPU has.
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfWords __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+ALWAYS_INLINE void load_words(const void* from, Words& words) {
+  HalfWords half_words;
+  std::memcpy(&half_words, from, sizeof(half_words));
+  words = __builtin_convertvector(half_words, Words);
+}
+
+ALWAYS_INLINE void load(const float* from, Floats& floats) {
+  std::memcpy(&floats, from, sizeof(floats));
+}
+
+ALWAYS_INLINE void load(const c10::BFloat16* from, Floats& floats) {
+  Words words;
+  load_words(from, words);
+  floats = reinterpret_cast<Floats>(words << 16);
+}
+
+ALWAYS_INLINE void load(const c10::Half* from, Floats& floats) {
+  Words words;
+  load_words(from, words);
+  const Words magnitude = (words & 0x7fff) << 13;
+  floats = reinterpret_cast<Floats>(magnitude) * 0x1p112f;  // moves the exponent from float16's bias to float32's
+  const Words infinity_or_nan = reinterpret_cast<Words>(magnitude >= 0x7c00u << 13) & 0x7f800000u;
+  floats = reinterpret_cast<Floats>(reinterpret_cast<Words>(floats) | (words & 0x8000) << 16 | infinity_or_nan);
+}
+
+// As a tree, whose additions do not wait for each other.
+template <int64_t count>
+ALWAYS_INLINE float sum_of(const float* floats) {
+  if constexpr (count == 1) {
+    return floats[0];
+  } else {
+    float pairs[count / 2];
+    for (int64_t index = 0; index < count / 2; ++index) {
+      pairs[index] = floats[index] + floats[index + count / 2];
+    }
+    return sum_of<count / 2>(pairs);
+  }
+}
 
 struct Sizes {
   int64_t num_kv_heads;
@@ -25,18 +74,23 @@ struct Sizes {
   int64_t score_head_stride;
 };
 
-// One token. Inlined into the functions below, so that it is compiled for each kind of CPU.
 template <typename Element>
-__attribute__((always_inline)) inline void project(const Element* key, const float* filters, float* scores, const Sizes& sizes) {
+ALWAYS_INLINE void project(const Element* key, const float* filters, float* scores, const Sizes& sizes) {
   for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {
-    const Element* element = key + head * sizes.key_head_stride;
+    const Element* elements = key + head * sizes.key_head_stride;
     const float* filter = filters + head * sizes.head_size;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t dim = 0; dim < sizes.head_size; ++dim) {
-      sum += static_cast<float>(element[dim]) * filter[dim];
+    Floats sums = {}, element_lanes, filter_lanes;
+    int64_t dim = 0;
+    for (; dim + kLanes <= sizes.head_size; dim += kLanes) {
+      load(elements + dim, element_lanes);
+      load(filter + dim, filter_lanes);
+      sums += element_lanes * filter_lanes;
     }
-    scores[head * sizes.score_head_stride] = sum;
+    float score = sum_of<kLanes>(reinterpret_cast<const float*>(&sums));
+    for (; dim < sizes.head_size; ++dim) {
+      score += static_cast<float>(elements[dim]) * filter[dim];
+    }
+    scores[head * sizes.score_head_stride] = score;
   }
 }
 
@@ -81,17 +135,21 @@ void score_tokens(const at::Tensor& key, const at::Tensor& filters, at::Tensor& 
 
 void score_and_store(
     const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
-  TORCH_CHECK(key.dim() == 3 && score_plane.dim() == 3 && slot_mapping.dim() == 1, "keys and scores have 3 dimensions, slots 1");
+  TORCH_CHECK(
+      key.dim() == 3 && score_plane.dim() == 3 && slot_mapping.dim() == 1,
+      "keys and scores have 3 dimensions, slots 1, found ", key.dim(), ", ", score_plane.dim(), ", ", slot_mapping.dim());
   TORCH_CHECK(
       filters.sizes() == key.sizes().slice(1) && filters.is_contiguous() && filters.scalar_type() == at::kFloat,
-      "filters must be contiguous, float32 and of shape ", key.sizes().slice(1), ", found ", filters.scalar_type(), filters.sizes());
+      "filters must be contiguous, float32 and of shape ", key.sizes().slice(1),
+      ", found ", filters.scalar_type(), filters.sizes());
   TORCH_CHECK(
       score_plane.size(1) == key.size(1) && score_plane.scalar_type() == at::kFloat,
       "scores must be float32 for ", key.size(1), " heads, found ", score_plane.scalar_type(), score_plane.sizes());
   TORCH_CHECK(
       slot_mapping.size(0) <= key.size(0) && slot_mapping.is_contiguous() && slot_mapping.scalar_type() == at::kLong,
-      "slots must be contiguous, int64 and at most ", key.size(0), ", found ", slot_mapping.scalar_type(), slot_mapping.sizes());
-  TORCH_CHECK(key.stride(2) == 1 || key.size(2) <= 1, "the elements of a key must lie side by side, found stride ", key.stride(2));
+      "slots must be contiguous, int64 and at most ", key.size(0),
+      ", found ", slot_mapping.scalar_type(), slot_mapping.sizes());
+  TORCH_CHECK(key.stride(2) == 1, "the elements of a key must lie side by side, found stride ", key.stride(2));
   switch (key.scalar_type()) {
     case at::kFloat:
       return score_tokens<float>(key, filters, score_plane, slot_mapping);

@@ -1,9 +1,20 @@
 """Kernels on the paged KV cache. Installed as ``vllm_qfilters.kernels``; needs torch alone.
 
-``reference`` is the truth in plain PyTorch and what runs on a CPU; ``layout`` alone knows where bytes lie.
+``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
+alone knows where bytes lie.
 """
 
+from vllm_qfilters.kernels import cpu
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import compact, select_kept, write_scores
+from vllm_qfilters.kernels.reference import write_scores
 
-__all__ = ["PagedCache", "compact", "probe_page_layout", "select_kept", "write_scores"]
+if cpu.load():
+    from vllm_qfilters.kernels.cpu import compact, score_and_store, select_kept
+
+    IMPLEMENTATION = "C++"
+else:
+    from vllm_qfilters.kernels.reference import compact, score_and_store, select_kept
+
+    IMPLEMENTATION = "PyTorch"
+
+__all__ = ["IMPLEMENTATION", "PagedCache", "compact", "probe_page_layout", "score_and_store", "select_kept", "write_scores"]

@@ -9,6 +9,18 @@ import torch
 from vllm_qfilters.kernels.layout import PagedCache
 
 
+def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Stores the projections of a step's keys on the filters of their heads beside the keys.
+
+    Args:
+        key: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+        filters: shape ``[num_kv_heads, head_size]``, float32.
+        score_plane: as for :func:`write_scores`; written in place.
+        slot_mapping: as for :func:`write_scores`.
+    """
+    write_scores((key.to(torch.float32) * filters).sum(-1), score_plane, slot_mapping)
+
+
 def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Stores the scores of the tokens of a step beside their keys.
 
@@ -73,6 +85,33 @@ def compact(
         window: last tokens, all kept.
     """
     bs, resident = cache.block_size, is_kept.shape[-1]
+    page_table, first_out, after_out, after_displaced = take_out_pages(cache, old_pages, new_pages, resident, sinks, window)
+    is_out = torch.zeros(resident, dtype=torch.bool)
+    is_out[first_out:after_out] = True
+    is_displaced = torch.zeros_like(is_out)
+    is_displaced[after_out:after_displaced] = True
+    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
+    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
+    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
+    from_page, from_slot = page_table[source // bs], source % bs
+    to_page, to_slot = page_table[hole // bs], hole % bs
+    cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))
+    cache.scores[layer, to_page, head, to_slot] = cache.scores[layer, from_page, head, from_slot]
+
+
+def take_out_pages(
+    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
+) -> tuple[torch.Tensor, int, int, int]:
+    """Decides which pages :func:`compact` takes out, and makes the private copies.
+
+    Returns:
+        page_table: where the tokens lie once the copies are made, those taken out included, shape ``[num_old_pages]``.
+        first_out: the first token of the pages taken out.
+        after_out: the first token behind them.
+        after_displaced: where the page that ends the sinks is itself taken out, the tokens from ``after_out`` up to here make
+            room for them; else ``after_out``.
+    """
+    bs = cache.block_size
     evicted = bs * (old_pages.shape[0] - new_pages.shape[0])
     first_out = (resident - evicted - window) // bs
     after_out = first_out + evicted // bs
@@ -84,15 +123,4 @@ def compact(
     page_table = old_pages.clone()
     page_table[:first_out] = new_pages[:first_out]
     page_table[after_out:] = new_pages[first_out:]
-    is_out = torch.zeros(resident, dtype=torch.bool)
-    is_out[first_out * bs : after_out * bs] = True
-    # Where the page that ends the sinks is itself taken out, the page that takes its place makes room for them at its head.
-    is_displaced = torch.zeros_like(is_out)
-    is_displaced[after_out * bs : max(sinks, first_out * bs) + evicted] = True
-    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
-    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
-    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
-    from_page, from_slot = page_table[source // bs], source % bs
-    to_page, to_slot = page_table[hole // bs], hole % bs
-    cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))
-    cache.scores[layer, to_page, head, to_slot] = cache.scores[layer, from_page, head, from_slot]
+    return page_table, first_out * bs, after_out * bs, max(sinks, first_out * bs) + evicted

@@ -1,5 +1,8 @@
 """Step tables: tokens and pages a sequence holds after every step, on both sides of the process boundary."""
 
+from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
+
 from tests.engines import BLOCK
 from tests.models import random_prompt
 
@@ -93,3 +96,19 @@ def test_abort_returns_every_page(engines):
     engine.llm.llm_engine.abort_request([request.request_id for request in engine.scheduler.running], internal=True)
     engine.run()
     engine.assert_idle()
+
+
+def test_a_seed_survives_a_prompt_read_in_chunks(engines):
+    """Plain vLLM 0.32 dies of it on a CPU: it rewinds generators that cannot be rewound."""
+    engine = engines.get(**OPTIONS)
+    prompt = random_prompt(500, seed=8)
+
+    def sample(seed):
+        assert engine.llm.reset_prefix_cache()
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=40, ignore_eos=True, detokenize=False)
+        (output,) = engine.llm.generate([TokensPrompt(prompt_token_ids=prompt)], params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    first = sample(7)
+    assert sample(7) == first
+    assert sample(8) != first

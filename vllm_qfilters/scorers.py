@@ -3,12 +3,22 @@
 What needs no score at the write (``streaming``) has no scorer here.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-Scorer = Callable[[torch.Tensor], torch.Tensor]
-"""Maps keys after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``, to scores ``[num_tokens, num_kv_heads]`` float32."""
+from vllm_qfilters.kernels import score_and_store, write_scores
+
+
+class Scorer(Protocol):
+    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Scores the keys of a step and stores the scores beside them.
+
+        Args:
+            key: keys after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+            score_plane: shape ``[num_blocks, num_kv_heads, block_size]``, float32; written in place.
+            slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
+        """
 
 
 class FilterScorer:
@@ -19,17 +29,17 @@ class FilterScorer:
     """
 
     def __init__(self, filters: torch.Tensor) -> None:
-        self.filters = filters.to(torch.float32)
+        self.filters = filters.to(torch.float32).contiguous()
 
-    def __call__(self, key: torch.Tensor) -> torch.Tensor:
-        return (key.to(torch.float32) * self.filters).sum(-1)
+    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        score_and_store(key, self.filters, score_plane, slot_mapping)
 
 
 class KeyNormScorer:
     """K-norm (arXiv 2406.11430): keys of small norm are attended to."""
 
-    def __call__(self, key: torch.Tensor) -> torch.Tensor:
-        return -key.to(torch.float32).norm(dim=-1)
+    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        write_scores(-key.to(torch.float32).norm(dim=-1), score_plane, slot_mapping)
 
 
 class RandomScorer:
@@ -38,5 +48,5 @@ class RandomScorer:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, key: torch.Tensor) -> torch.Tensor:
-        return torch.rand(key.shape[:2], generator=self._generator)
+    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        write_scores(torch.rand(key.shape[:2], generator=self._generator), score_plane, slot_mapping)

@@ -7,7 +7,6 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_qfilters.filters.statistics import LayerStatistics
-from vllm_qfilters.kernels import write_scores
 from vllm_qfilters.scorers import Scorer
 
 
@@ -35,7 +34,7 @@ class QFiltersCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self.scorer is not None:
-            write_scores(self.scorer(key), self.score_plane, slot_mapping)
+            self.scorer.store(key, self.score_plane, slot_mapping)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
-from vllm_qfilters.kernels import PagedCache, probe_page_layout
+from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, probe_page_layout
 from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.scorers import FilterScorer, KeyNormScorer, RandomScorer, Scorer
 from vllm_qfilters.support import check_specs
@@ -108,6 +108,17 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             return FilterScorer(filters.of_heads(first, count)[layer_index])
         return {"knorm": KeyNormScorer(), "random": RandomScorer(seed=layer_index), "streaming": None}[method]
 
+    def sample_tokens(self, grammar_output: Any):
+        # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with
+        # a seed, which CPU generators cannot do: the worker dies. Rows to be discarded need no generator.
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        held = {row: generators.pop(row) for row in discarded if row in generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(held)
+
     def _update_states(self, scheduler_output: SchedulerOutput):
         # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
         self.evicted.forget(scheduler_output.finished_req_ids)
@@ -165,6 +176,7 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
         if config.evicts_prompts_in_chunks:
             pages += f", {cdiv(config.budget + config.chunk, block_size)} while its prompt is read"
         parts.append(pages)
+    parts.append(f"kernels {IMPLEMENTATION}")
     return ", ".join(parts)
 
 

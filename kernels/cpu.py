@@ -1,0 +1,50 @@
+"""The operators of csrc/ behind the signatures of ``reference``. ``kernels`` offers these where the library is built."""
+
+import importlib.resources
+import warnings
+
+import torch
+
+from vllm_qfilters.kernels.layout import PagedCache
+from vllm_qfilters.kernels.reference import take_out_pages
+
+LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
+OPERATORS = torch.ops.vllm_qfilters
+
+
+def load() -> bool:
+    """Loads the operators. False: the library is not built, or not for this PyTorch (then it warns)."""
+    if not LIBRARY.is_file():
+        return False
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        reason = f"the C++ ones do not load, reinstall to rebuild them: {error.__cause__}"
+        warnings.warn(f"PyTorch kernels are used; {reason}", stacklevel=2)
+        return False
+    torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
+    torch.library.register_fake("vllm_qfilters::fill_holes", lambda *arguments: None)
+    torch.library.register_fake(
+        "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
+    )
+    return True
+
+
+def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.score_and_store`."""
+    OPERATORS.score_and_store.default(key, filters, score_plane, slot_mapping)
+
+
+def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.select_kept`."""
+    return OPERATORS.select_kept.default(scores, kept, sinks, window, shared_by_heads)
+
+
+def compact(
+    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.compact`."""
+    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, is_kept.shape[-1], sinks, window)
+    OPERATORS.fill_holes.default(
+        cache.pages, cache.scores, cache.layout.keys, cache.layout.values, page_table, is_kept, *bounds
+    )

@@ -1,0 +1,278 @@
+"""The C++ operators against ``kernels.reference``, and the package without them."""
+
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vllm_qfilters
+from tests.test_compact import SEQUENCES, Eviction, make_scores, random_eviction
+from tests.test_layout import DTYPES, Geometry, make_cache
+from vllm_qfilters import kernels
+from vllm_qfilters.kernels import cpu, reference
+from vllm_qfilters.scorers import FilterScorer
+
+PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
+
+needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpu.LIBRARY} is not built")
+
+
+def make_filters(num_heads: int, head_size: int) -> torch.Tensor:
+    return torch.randn(num_heads, head_size, generator=torch.Generator().manual_seed(1))
+
+
+def make_step(num_tokens: int, num_heads: int, head_size: int, block_size: int, dtype: torch.dtype, is_strided: bool):
+    """(key, score_plane, slot_mapping) of one step: keys in a qkv tensor, scores in a padded cache full of NaN."""
+    generator = torch.Generator().manual_seed(num_tokens * head_size + num_heads)
+    columns = num_heads * head_size
+    qkv = torch.randn(num_tokens, 5 * columns, generator=generator).to(dtype)
+    key = qkv[:, 3 * columns : 4 * columns].view(num_tokens, num_heads, head_size)
+    num_blocks = num_tokens // block_size + 2
+    padded = torch.full((num_blocks, num_heads * block_size + 24), float("nan"))
+    score_plane = padded[:, 24:].view(num_blocks, num_heads, block_size)
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    slots[::7] = -1
+    return key if is_strided else key.contiguous(), score_plane, slots
+
+
+@needs_library
+@pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "qkv"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 32, 128], ids="bs{}".format)
+@pytest.mark.parametrize("head_size", [32, 64, 80, 100, 128], ids="D{}".format)
+@pytest.mark.parametrize("num_heads", [1, 3, 8], ids="H{}".format)
+@pytest.mark.parametrize("num_tokens", [1, 63, 100, 1000], ids="T{}".format)
+def test_score_and_store_matches_reference(num_tokens, num_heads, head_size, block_size, dtype, is_strided):
+    key, score_plane, slots = make_step(num_tokens, num_heads, head_size, block_size, DTYPES[dtype], is_strided)
+    filters = make_filters(num_heads, head_size)
+    untouched = score_plane._base.clone()
+    cpu.score_and_store(key, filters, score_plane, slots)
+    found = score_plane.clone()
+    score_plane._base.copy_(untouched)
+    reference.score_and_store(key, filters, score_plane, slots)
+    torch.testing.assert_close(found, score_plane, atol=1e-4, rtol=1e-5, equal_nan=True)
+    assert int(found.isnan().sum()) == found.numel() - num_heads * int((slots >= 0).sum())
+    assert bool(score_plane._base[:, :24].isnan().all())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_float_is_read_as_what_it_is(dtype):
+    """All 65536 patterns of 16 bits, denormal, infinite and NaN included."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    key = bits.view(DTYPES[dtype]) if dtype != "fp32" else bits.view(torch.bfloat16).float()
+    key = key.view(-1, 1, 1).expand(-1, 1, 16).contiguous()
+    filters = torch.zeros(1, 16)
+    filters[0, 5] = 1.0
+    key[..., :5], key[..., 6:] = 0, 0
+    score_plane = torch.zeros(512, 1, 128)
+    cpu.score_and_store(key, filters, score_plane, torch.arange(2**16))
+    torch.testing.assert_close(score_plane.flatten(), key[:, 0, 5].float(), atol=0, rtol=0, equal_nan=True)
+
+
+@needs_library
+def test_tokens_beyond_the_slots_are_not_read():
+    key, score_plane, slots = make_step(10, 3, 64, 16, torch.float32, is_strided=True)
+    key[7:] = float("nan")
+    filters = make_filters(3, 64)
+    cpu.score_and_store(key, filters, score_plane, slots[:7])
+    expected = torch.full_like(score_plane, float("nan"))
+    reference.score_and_store(key, filters, expected, slots[:7])
+    torch.testing.assert_close(score_plane, expected, equal_nan=True)
+
+
+@needs_library
+def test_the_scorer_of_q_filters_stores_with_the_operator(monkeypatch):
+    calls = []
+    monkeypatch.setattr("vllm_qfilters.scorers.score_and_store", lambda *arguments: calls.append(arguments))
+    key, score_plane, slots = make_step(3, 2, 32, 16, torch.bfloat16, is_strided=True)
+    FilterScorer(make_filters(2, 32).to(torch.float64)).store(key, score_plane, slots)
+    ((_, filters, _, _),) = calls
+    assert filters.dtype == torch.float32 and kernels.score_and_store is cpu.score_and_store
+
+
+BAD_STEPS = {
+    "filters of other heads": (dict(filters=torch.zeros(2, 64)), "filters must be"),
+    "filters of other type": (dict(filters=torch.zeros(3, 64, dtype=torch.float64)), "filters must be"),
+    "scores of other heads": (dict(score_plane=torch.zeros(4, 2, 16)), "scores must be float32 for 3 heads"),
+    "more slots than keys": (dict(slot_mapping=torch.zeros(11, dtype=torch.int64)), "at most 10"),
+    "slots of other type": (dict(slot_mapping=torch.zeros(10, dtype=torch.int32)), "slots must be"),
+    "slot beyond the blocks": (dict(slot_mapping=torch.full((10,), 64)), "slot 64 lies beyond the 4 blocks of 16"),
+    "scattered keys": (dict(key=torch.zeros(10, 3, 128)[..., ::2]), "side by side"),
+    "keys of other type": (dict(key=torch.zeros(10, 3, 64, dtype=torch.int8)), "keys must be"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_score_and_store_refuses(case):
+    changes, message = BAD_STEPS[case]
+    step = dict(
+        key=torch.zeros(10, 3, 64),
+        filters=torch.zeros(3, 64),
+        score_plane=torch.zeros(4, 3, 16),
+        slot_mapping=torch.zeros(10, dtype=torch.int64),
+    )
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.score_and_store(**(step | changes))
+
+
+@needs_library
+@pytest.mark.parametrize("shared_by_heads", [False, True], ids=["head", "layer"])
+@pytest.mark.parametrize("num_heads", [1, 3, 8], ids="H{}".format)
+@pytest.mark.parametrize("seed", range(40))
+def test_select_kept_matches_reference(seed, num_heads, shared_by_heads):
+    numbers = random.Random(seed)
+    resident = numbers.choice((1, 63, 100, 1000, 2049))
+    sinks = numbers.randint(0, resident // 4)
+    window = numbers.randint(0, resident // 2)
+    kept = numbers.randint(sinks + window, resident)
+    scores = make_scores((3, num_heads, resident + 5), seed, is_tied=False)[..., :resident]
+    before = scores.clone()
+    found = cpu.select_kept(scores, kept, sinks, window, shared_by_heads)
+    assert torch.equal(scores, before)
+    assert torch.equal(found, reference.select_kept(scores, kept, sinks, window, shared_by_heads))
+
+
+@needs_library
+@pytest.mark.parametrize("shared_by_heads", [False, True], ids=["head", "layer"])
+@pytest.mark.parametrize("seed", range(20))
+def test_among_ties_as_many_of_each_score_are_kept_as_by_the_reference(seed, shared_by_heads):
+    numbers = random.Random(seed)
+    scores = make_scores((2, 3, 300), seed, is_tied=True)
+    if shared_by_heads:
+        scores = scores[:, :1].expand(-1, 3, -1)  # equal heads: their mean has the same ties
+    kept = numbers.randint(50, 299)
+    found = cpu.select_kept(scores, kept, 4, 32, shared_by_heads)
+    expected = reference.select_kept(scores, kept, 4, 32, shared_by_heads)
+    for layer in range(2):
+        for head in range(3):
+            found_scores, expected_scores = (scores[layer, head][mask[layer, head]] for mask in (found, expected))
+            assert torch.equal(found_scores.sort().values, expected_scores.sort().values)
+
+
+@needs_library
+def test_special_scores_are_ordered_as_topk_does():
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([-inf, 1.0, nan, -1.0, inf, 0.5, -nan, -2.0, -0.25]).expand(1, 1, -1)
+    for kept in range(10):
+        found = cpu.select_kept(scores, kept, 0, 0, False)
+        best = reference.select_kept(scores, kept, 0, 0, False)
+        assert int(found.sum()) == kept
+        if kept != 1:  # either NaN
+            assert torch.equal(found, best)
+
+
+@needs_library
+@pytest.mark.parametrize("arguments", [(11, 0, 0), (5, -1, 0), (5, 0, -1), (8, 6, 6)])
+def test_select_kept_refuses_counts_that_cannot_be(arguments):
+    with pytest.raises(RuntimeError, match="cannot keep"):
+        cpu.select_kept(torch.zeros(1, 1, 10), *arguments, False)
+
+
+def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pages: int) -> torch.Tensor:
+    """Every byte of a cache after an eviction from a sequence in it, some of whose pages are replaced by copies."""
+    numbers = random.Random(seed)
+    buffer, cache = make_cache(geometry, seed)
+    buffer.copy_(torch.randint(-128, 128, buffer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8))
+    pages = numbers.sample(range(geometry.num_blocks), geometry.num_blocks)
+    old_pages, free = pages[:num_pages], pages[num_pages:]
+    new_pages = [
+        free.pop() if i in eviction.pages_written and numbers.random() < 0.5 else page
+        for i, page in enumerate(old_pages)
+        if i not in eviction.pages_taken_out
+    ]
+    scores = make_scores((geometry.num_layers, geometry.num_kv_heads, eviction.resident), seed, is_tied=seed % 2 == 0)
+    is_kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, False)
+    compact(cache, torch.tensor(old_pages), torch.tensor(new_pages), is_kept, eviction.sinks, eviction.window)
+    return buffer
+
+
+CACHE_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
+WIDE_EVICTIONS = {
+    "bs128": (Eviction(128, resident=1024, evicted=128, sinks=4, window=128), 0),
+    "bs128-three-pages": (Eviction(128, resident=1000, evicted=384, sinks=4, window=300), 1),
+    "bs128-sinks-above-a-page": (Eviction(128, resident=900, evicted=256, sinks=200, window=100), 2),
+    "bs16-sinks-behind-the-pages-taken-out": (Eviction(16, resident=160, evicted=32, sinks=100, window=20), 3),
+    "bs16-nothing-evicted": (Eviction(16, resident=100, evicted=0, sinks=4, window=20), 4),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("case", SEQUENCES | WIDE_EVICTIONS)
+def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
+    """Every byte: also those of other sequences, which may be any bit pattern, NaN included."""
+    eviction, seed = (SEQUENCES | WIDE_EVICTIONS)[case]
+    num_pages = -(-eviction.resident // eviction.block_size) + seed % 2
+    geometry = Geometry(
+        num_layers=2,
+        num_blocks=2 * num_pages + 3,
+        num_kv_heads=(1, 3, 8)[seed % 3],
+        block_size=eviction.block_size,
+        head_size=(16, 32, 40)[seed % 3],
+        dtype=CACHE_DTYPES[dtype],
+    )
+    found, expected = (compacted(compact, eviction, seed, geometry, num_pages) for compact in (cpu.compact, reference.compact))
+    assert torch.equal(found, expected)
+
+
+def hole_arguments(cache) -> list:
+    is_kept = torch.ones(cache.num_layers, cache.num_kv_heads, 48, dtype=torch.bool)
+    is_kept[..., 3:19] = False
+    pages, scores = cache.pages.clone(), cache.scores.clone()
+    return [pages, scores, cache.layout.keys, cache.layout.values, torch.tensor([4, 1, 2]), is_kept, 16, 32, 32]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        pytest.param(4, torch.tensor([4, 1, 6]), "beyond the 6 there are", id="page-beyond"),
+        pytest.param(4, torch.tensor([4, -1, 2]), "beyond the 6 there are", id="page-before"),
+        pytest.param(4, torch.tensor([4, 1]), "for 48 tokens", id="too-few-pages"),
+        pytest.param(7, 64, "must be resident", id="takes-out-what-is-not-there"),
+        pytest.param(5, torch.ones(3, 2, 48, dtype=torch.bool), "more tokens survive", id="too-many-kept"),
+        pytest.param(5, torch.zeros(3, 2, 48, dtype=torch.bool), "fewer tokens survive", id="too-few-kept"),
+        pytest.param(5, torch.ones(2, 2, 48, dtype=torch.bool), "for the layers and heads", id="flags-of-other-layers"),
+        pytest.param(2, torch.zeros(8, 8, dtype=torch.int64), "for 16 slots", id="other-layout"),
+        pytest.param(0, torch.zeros(3, 6, 2, 256, dtype=torch.float64), "1, 2 or 4 bytes", id="eight-bytes"),
+    ],
+)
+def test_fill_holes_refuses(position, value, message):
+    arguments = hole_arguments(make_cache(Geometry())[1])
+    arguments[position] = value
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.OPERATORS.fill_holes(*arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("operator", ["score_and_store", "select_kept", "fill_holes"])
+def test_schemas_say_what_operators_do(operator):
+    key, score_plane, slots = make_step(10, 3, 64, 16, torch.bfloat16, is_strided=True)
+    arguments = {
+        "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
+        "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
+        "fill_holes": hole_arguments(make_cache(Geometry())[1]),
+    }
+    torch.library.opcheck(getattr(cpu.OPERATORS, operator).default, tuple(arguments[operator]))
+
+
+def test_the_package_works_without_the_library(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "vllm_qfilters", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    kernels_folder = pathlib.Path(kernels.__file__).parent
+    shutil.copytree(kernels_folder, tmp_path / "vllm_qfilters" / "kernels", dirs_exist_ok=True)
+    tests = pathlib.Path(__file__).parent
+    shutil.copytree(tests, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    check = (
+        "from vllm_qfilters import kernels; "
+        f"assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__; "
+        "assert kernels.IMPLEMENTATION == 'PyTorch'; "
+        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_compact.py']))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
