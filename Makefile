@@ -15,6 +15,7 @@ TORCH     := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backe
 METADATA  := ./scripts/vllm-metadata
 else
 PINNED    := requirements/cuda.in
+OVERRIDES := --overrides requirements/overrides.txt
 endif
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 

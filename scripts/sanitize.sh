@@ -29,7 +29,8 @@ cmake -S . -B "$BUILD/cmake" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPI
   -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 cmake --build "$BUILD/cmake" --parallel
 
-# The interpreter and PyTorch keep memory to their end, which are no leaks of the operators.
+# The interpreter and PyTorch keep memory to their end, which are no leaks of the operators. -s: pytest would keep the
+# report of a sanitizer, which ends the process, to itself.
 cd "$BUILD"
 LD_PRELOAD="$LIBASAN $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_csrc.py -k "not without_the_library" "$@"
+  "$PYTHON" -m pytest -q -s -p no:cacheprovider tests/test_csrc.py -k "not without_the_library" "$@"

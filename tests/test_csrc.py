@@ -34,7 +34,7 @@ def make_step(num_tokens: int, num_heads: int, head_size: int, block_size: int, 
     num_blocks = num_tokens // block_size + 2
     padded = torch.full((num_blocks, num_heads * block_size + 24), float("nan"))
     score_plane = padded[:, 24:].view(num_blocks, num_heads, block_size)
-    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens].clone()
     slots[::7] = -1
     return key if is_strided else key.contiguous(), score_plane, slots
 
