@@ -9,13 +9,13 @@ MODEL  := models/SmolLM2-135M-Instruct
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(GPU),0)
 PINNED    := requirements/cpu.lock
-OVERRIDES := --overrides requirements/overrides.txt
+OVERRIDES := --overrides requirements/overrides-cpu.txt --overrides requirements/overrides-demo.txt
 # The CPU build of PyTorch: from a local folder of wheels where pip has one, else from PyTorch's own index.
 TORCH     := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 METADATA  := ./scripts/vllm-metadata
 else
 PINNED    := requirements/cuda.in
-OVERRIDES := --overrides requirements/overrides.txt
+OVERRIDES := --overrides requirements/overrides-demo.txt
 endif
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
@@ -28,7 +28,7 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/installed: $(PINNED) requirements/overrides.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/installed: $(PINNED) $(wildcard requirements/overrides-*.txt) setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) $(TORCH) $(OVERRIDES) -r $(PINNED)
