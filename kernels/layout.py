@@ -90,7 +90,8 @@ class PagedCache:
         num_blocks, num_kv_heads, block_size, content = first.shape
         page_elements = block_size * content
         if first.stride()[1:] != (page_elements, content, 1):
-            raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {tuple(first.shape)}")
+            shape = tuple(first.shape)
+            raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {shape}")
         layer_stride = kv_caches[1].storage_offset() - first.storage_offset() if len(kv_caches) > 1 else 0
         for index, cache in enumerate(kv_caches):
             expected = (first.shape, first.stride(), first.storage_offset() + index * layer_stride, first.data_ptr())
