@@ -33,8 +33,8 @@ REFUSED = {
         ("budget=99:", "at least 100", "window 64", "sinks 4", "interval 32"),
     ),
     "budget-below-fractional-window": (
-        dict(budget=39, window=0.5, sinks=4, interval=16),
-        ("budget=39:", "window 0.5", "sinks 4", "interval 16"),
+        dict(budget=38, window=0.5, sinks=4, interval=16),
+        ("budget=38:", "window 0.5", "sinks 4", "interval 16"),
     ),
     "budget-below-interval": (dict(budget=64, window=0), ("budget=64:", "at least 132", "interval 128")),
     "window-negative": (dict(window=-1), ("window=-1:", "an integer >= 0")),
