@@ -6,7 +6,7 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("score_and_store(Tensor key, Tensor filters, Tensor(a!) score_plane, Tensor slot_mapping) -> ()");
   library.def("select_kept(Tensor scores, int kept, int sinks, int window, bool shared_by_heads) -> Tensor");
   library.def(
-      "fill_holes(Tensor(a!) pages, Tensor(b!) scores, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
+      "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
       "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");
 }
 

@@ -73,12 +73,12 @@ void move_elements(Element* head_pages, int64_t page_stride, const at::Tensor& o
 
 template <typename Element>
 void fill_holes_of(
-    at::Tensor& pages, at::Tensor& scores, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
+    at::Tensor& pages, at::Tensor& planes, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
     const at::Tensor& page_table, const at::Tensor& is_kept, const Bounds& bounds) {
-  const int64_t num_layers = pages.size(0), num_kv_heads = pages.size(2);
-  const int64_t block_size = scores.size(3), resident = is_kept.size(2);
+  const int64_t num_layers = pages.size(0), num_kv_heads = pages.size(2), num_planes = planes.size(2);
+  const int64_t block_size = planes.size(4), resident = is_kept.size(2);
   Element* first_page = static_cast<Element*>(pages.mutable_data_ptr());
-  float* first_score = scores.mutable_data_ptr<float>();
+  float* first_plane = planes.mutable_data_ptr<float>();
   const bool* mask = is_kept.const_data_ptr<bool>();
   const int64_t* table = page_table.const_data_ptr<int64_t>();
   const int64_t num_elements = (bounds.after_displaced - bounds.first_out) * key_offsets.size(1);
@@ -91,10 +91,11 @@ void fill_holes_of(
       Element* head_pages = first_page + layer * pages.stride(0) + head * pages.stride(2);
       move_elements(head_pages, pages.stride(1), key_offsets, moves);
       move_elements(head_pages, pages.stride(1), value_offsets, moves);
-      float* head_scores = first_score + layer * scores.stride(0) + head * scores.stride(2);
-      for (const Move& move : moves) {
-        const float score = head_scores[move.from.page * scores.stride(1) + move.from.slot];
-        head_scores[move.to.page * scores.stride(1) + move.to.slot] = score;
+      for (int64_t plane = 0; plane < num_planes; ++plane) {
+        float* numbers = first_plane + layer * planes.stride(0) + plane * planes.stride(2) + head * planes.stride(3);
+        for (const Move& move : moves) {
+          numbers[move.to.page * planes.stride(1) + move.to.slot] = numbers[move.from.page * planes.stride(1) + move.from.slot];
+        }
       }
     }
   });
@@ -111,15 +112,18 @@ void check_offsets(const at::Tensor& offsets, const at::Tensor& pages, int64_t b
 }  // namespace
 
 void fill_holes(
-    at::Tensor& pages, at::Tensor& scores, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
+    at::Tensor& pages, at::Tensor& planes, const at::Tensor& key_offsets, const at::Tensor& value_offsets,
     const at::Tensor& page_table, const at::Tensor& is_kept, int64_t first_out, int64_t after_out,
     int64_t after_displaced) {
-  TORCH_CHECK(pages.dim() == 4 && scores.dim() == 4 && is_kept.dim() == 3, "pages and scores have 4 dimensions, flags 3");
-  TORCH_CHECK(pages.stride(3) == 1 && scores.stride(3) == 1, "the elements of a page and its scores must lie side by side");
   TORCH_CHECK(
-      scores.scalar_type() == at::kFloat && scores.sizes().slice(0, 3) == pages.sizes().slice(0, 3),
-      "scores must be float32 for the pages ", pages.sizes(), ", found ", scores.scalar_type(), scores.sizes());
-  const int64_t num_blocks = pages.size(1), block_size = scores.size(3), resident = is_kept.size(2);
+      pages.dim() == 4 && planes.dim() == 5 && is_kept.dim() == 3, "pages have 4 dimensions, planes 5, flags 3, found ",
+      pages.dim(), ", ", planes.dim(), ", ", is_kept.dim());
+  TORCH_CHECK(pages.stride(3) == 1 && planes.stride(4) == 1, "the elements of a page and of a plane must lie side by side");
+  TORCH_CHECK(
+      planes.scalar_type() == at::kFloat && planes.sizes().slice(0, 2) == pages.sizes().slice(0, 2) &&
+          planes.size(3) == pages.size(2),
+      "planes must be float32 for the pages ", pages.sizes(), ", found ", planes.scalar_type(), planes.sizes());
+  const int64_t num_blocks = pages.size(1), block_size = planes.size(4), resident = is_kept.size(2);
   check_offsets(key_offsets, pages, block_size);
   check_offsets(value_offsets, pages, block_size);
   TORCH_CHECK(
@@ -141,11 +145,11 @@ void fill_holes(
       "the page table names a page beyond the ", num_blocks, " there are");
   switch (pages.element_size()) {
     case 1:
-      return fill_holes_of<uint8_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
+      return fill_holes_of<uint8_t>(pages, planes, key_offsets, value_offsets, page_table, is_kept, bounds);
     case 2:
-      return fill_holes_of<uint16_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
+      return fill_holes_of<uint16_t>(pages, planes, key_offsets, value_offsets, page_table, is_kept, bounds);
     case 4:
-      return fill_holes_of<uint32_t>(pages, scores, key_offsets, value_offsets, page_table, is_kept, bounds);
+      return fill_holes_of<uint32_t>(pages, planes, key_offsets, value_offsets, page_table, is_kept, bounds);
     default:
       TORCH_CHECK(false, "elements must have 1, 2 or 4 bytes, found ", pages.scalar_type());
   }

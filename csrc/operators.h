@@ -20,7 +20,7 @@ at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tok
 
 void fill_holes(
     at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
-    at::Tensor& scores,               // [num_layers, num_blocks, num_kv_heads, block_size] float32
+    at::Tensor& planes,               // [num_layers, num_blocks, num_planes, num_kv_heads, block_size] float32
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
     const at::Tensor& value_offsets,  // [block_size, head_size] int64
     const at::Tensor& page_table,     // [num_pages] int64

@@ -46,5 +46,5 @@ def compact(
     """See :func:`vllm_qfilters.kernels.reference.compact`."""
     page_table, *bounds = take_out_pages(cache, old_pages, new_pages, is_kept.shape[-1], sinks, window)
     OPERATORS.fill_holes.default(
-        cache.pages, cache.scores, cache.layout.keys, cache.layout.values, page_table, is_kept, *bounds
+        cache.pages, cache.planes, cache.layout.keys, cache.layout.values, page_table, is_kept, *bounds
     )

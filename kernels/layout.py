@@ -3,7 +3,8 @@
 vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. What lies inside a
 page of one KV head is the business of the attention backend: the CPU kernels store keys transposed ("vec"), packed for matrix
 tiles ("amx"), and so on. It is found by writing known values with the backend's own writer (:func:`probe_page_layout`). Behind
-the keys and values of all heads, each page carries one float32 score per KV head and slot.
+the keys and values of all heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the first
+holds scores or what they are made of.
 """
 
 import dataclasses
@@ -78,14 +79,20 @@ class PagedCache:
 
     Args:
         kv_caches: per layer, in order, the view vLLM allocated, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
-            all of one allocation at a constant distance, each page followed by room for its scores.
+            all of one allocation at a constant distance, each page followed by room for its planes.
         layout: of a page.
+        num_planes: float32 numbers per token and KV head.
+
+    Attributes:
+        pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]``.
+        planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
+        scores: the first plane.
 
     Raises:
         ValueError: the views are not laid out like that.
     """
 
-    def __init__(self, kv_caches: Sequence[torch.Tensor], layout: PageLayout) -> None:
+    def __init__(self, kv_caches: Sequence[torch.Tensor], layout: PageLayout, num_planes: int = 1) -> None:
         first = kv_caches[0]
         num_blocks, num_kv_heads, block_size, content = first.shape
         page_elements = block_size * content
@@ -95,30 +102,31 @@ class PagedCache:
         layer_stride = kv_caches[1].storage_offset() - first.storage_offset() if len(kv_caches) > 1 else 0
         for index, cache in enumerate(kv_caches):
             expected = (first.shape, first.stride(), first.storage_offset() + index * layer_stride, first.data_ptr())
-            found = (cache.shape, cache.stride(), cache.storage_offset(), cache.data_ptr() - index * layer_stride * cache.element_size())
+            first_byte = cache.data_ptr() - index * layer_stride * cache.element_size()
+            found = (cache.shape, cache.stride(), cache.storage_offset(), first_byte)
             if found != expected:
-                raise ValueError(f"layer {index} is not stored like the first one at a constant distance: {found} != {expected}")
+                raise ValueError(f"layer {index} does not lie a constant distance after the one before: {found} != {expected}")
         self.layout = layout
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
         self.pages = first.as_strided(
             (self.num_layers, num_blocks, num_kv_heads, page_elements),
             (layer_stride, first.stride(0), page_elements, 1),
-        )  # [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+        )
 
         content_bytes = num_kv_heads * page_elements * first.element_size()
-        score_bytes = num_kv_heads * block_size * 4
+        plane_bytes = num_planes * num_kv_heads * block_size * 4
         stride_bytes = first.stride(0) * first.element_size()
-        if content_bytes + score_bytes > stride_bytes:
-            raise ValueError(f"pages have {stride_bytes - content_bytes} bytes left for scores, {score_bytes} are needed")
-        raw = first.untyped_storage()
+        if content_bytes + plane_bytes > stride_bytes:
+            raise ValueError(f"pages have {stride_bytes - content_bytes} bytes left for scores, {plane_bytes} are needed")
         start = first.storage_offset() * first.element_size() + content_bytes
-        self.scores = torch.empty(0, dtype=torch.float32, device=first.device).set_(
-            raw,
+        self.planes = torch.empty(0, dtype=torch.float32, device=first.device).set_(
+            first.untyped_storage(),
             start // 4,
-            (self.num_layers, num_blocks, num_kv_heads, block_size),
-            (layer_stride * first.element_size() // 4, stride_bytes // 4, block_size, 1),
-        )  # [num_layers, num_blocks, num_kv_heads, block_size] float32
+            (self.num_layers, num_blocks, num_planes, num_kv_heads, block_size),
+            (layer_stride * first.element_size() // 4, stride_bytes // 4, num_kv_heads * block_size, block_size, 1),
+        )
+        self.scores = self.planes[:, :, 0]
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
         """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
@@ -132,6 +140,24 @@ class PagedCache:
         self.pages[*at, self.layout.values[slot]] = values
 
     def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copies whole pages, scores included, in every layer. source, destination: page ids, shape ``[n]``."""
+        """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
         self.pages[:, destination] = self.pages[:, source]
-        self.scores[:, destination] = self.scores[:, source]
+        self.planes[:, destination] = self.planes[:, source]
+
+    def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
+        offsets = self.layout.keys.flatten().expand(self.num_kv_heads, pages.shape[0], -1)
+        keys = self.pages[layer, pages].transpose(0, 1).gather(2, offsets)  # [num_kv_heads, num_pages, block_size * head_size]
+        return keys.view(self.num_kv_heads, -1, self.layout.keys.shape[1])[:, :num_tokens].to(torch.float32)
+
+    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
+        found = self.planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
+        return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
+
+    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
+        num_tokens = numbers.shape[-1]
+        page = pages.repeat_interleave(self.block_size)[:num_tokens]
+        slot = torch.arange(self.block_size).repeat(pages.shape[0])[:num_tokens]
+        self.planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)

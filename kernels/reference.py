@@ -5,6 +5,7 @@ queries like.
 """
 
 import torch
+from torch.nn.functional import avg_pool1d
 
 from vllm_qfilters.kernels.layout import PagedCache
 
@@ -35,6 +36,69 @@ def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: 
     if not bool(is_token.all()):
         slot_mapping, scores = slot_mapping[is_token], scores[is_token]
     score_plane[slot_mapping // block_size, :, slot_mapping % block_size] = scores.to(torch.float32)
+
+
+def expected_attention(
+    cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """How much attention coming queries are expected to pay to each token of a sequence.
+
+    For a normally distributed query of mean m and covariance ``sum_r b_r b_r^T`` the expectation of ``exp(<k, q>)`` is
+    ``exp(<k, m> + sum_r <k, b_r>^2 / 2)``; it is normalised over the tokens, and averaged over the query heads of a KV head
+    (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+
+    Args:
+        cache: whose keys are read.
+        pages: of the sequence, shape ``[num_pages]``, int64.
+        num_tokens: it holds.
+        means: m times the scale of the logits, shape ``[num_layers, num_heads, head_size]``, float32.
+        factors: b_r times that scale, shape ``[num_layers, num_heads, rank, head_size]``, float32; the rank may be 0.
+
+    Returns:
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]``, each row of sum 1.
+    """
+    num_layers, num_heads, rank, head_size = factors.shape
+    group = num_heads // cache.num_kv_heads
+    attention = torch.empty(num_layers, cache.num_kv_heads, num_tokens)
+    for layer in range(num_layers):
+        keys = cache.resident_keys(layer, pages, num_tokens)
+        logits = means[layer].view(-1, group, head_size) @ keys.mT  # [num_kv_heads, group, num_tokens]
+        projections = factors[layer].view(-1, group * rank, head_size) @ keys.mT
+        logits += projections.square().view(*logits.shape[:2], rank, num_tokens).sum(2) / 2
+        attention[layer] = logits.softmax(-1).mean(1)
+    return attention
+
+
+def observed_attention(
+    cache: PagedCache, pages: torch.Tensor, num_tokens: int, queries: torch.Tensor, num_newer: int, pool: int
+) -> torch.Tensor:
+    """How much attention the last queries of a prompt pay to each token of a sequence, smoothed over neighbours (as SnapKV,
+    arXiv 2404.14469).
+
+    Args:
+        cache: whose keys are read.
+        pages: of the sequence, shape ``[num_pages]``, int64.
+        num_tokens: it holds.
+        queries: after RoPE, times the scale of the logits, shape ``[num_layers, num_heads, num_queries, head_size]``, float32.
+        num_newer: of its last tokens came after the last query.
+        pool: tokens averaged over, odd.
+
+    Returns:
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]``, the mean over queries and the query heads of a KV head; 0 for
+        newer tokens.
+    """
+    num_layers, num_heads, num_queries, head_size = queries.shape
+    group = num_heads // cache.num_kv_heads
+    num_seen = num_tokens - num_newer
+    attention = torch.zeros(num_layers, cache.num_kv_heads, num_tokens)
+    is_future = torch.ones(num_queries, num_seen, dtype=torch.bool).triu(num_seen - num_queries + 1)
+    for layer in range(num_layers):
+        keys = cache.resident_keys(layer, pages, num_seen)
+        logits = queries[layer].view(-1, group * num_queries, head_size) @ keys.mT
+        logits = logits.view(-1, group, num_queries, num_seen).masked_fill(is_future, float("-inf"))
+        mean = logits.softmax(-1).mean((1, 2))
+        attention[layer, :, :num_seen] = avg_pool1d(mean, pool, stride=1, padding=pool // 2)
+    return attention
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
@@ -76,7 +140,7 @@ def compact(
     sinks stay first. Pages of ``new_pages`` that are not the corresponding old ones are private copies, made here.
 
     Args:
-        cache: the cache of this rank; keys, values and scores move together.
+        cache: the cache of this rank; keys, values and planes move together.
         old_pages: the sequence's pages, shape ``[num_old_pages]``, int64.
         new_pages: its pages afterwards, shape ``[num_new_pages]``, int64.
         is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``; the same count everywhere, a whole number of pages less
@@ -96,7 +160,7 @@ def compact(
     from_page, from_slot = page_table[source // bs], source % bs
     to_page, to_slot = page_table[hole // bs], hole % bs
     cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))
-    cache.scores[layer, to_page, head, to_slot] = cache.scores[layer, from_page, head, from_slot]
+    cache.planes[layer, to_page, :, head, to_slot] = cache.planes[layer, from_page, :, head, from_slot]
 
 
 def take_out_pages(

@@ -20,7 +20,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_filters(tmp_path_factory):
-    """(path, tensor) of random filters for ``tiny_model``."""
+    """(path, Filters) made at random for ``tiny_model``."""
     path = tmp_path_factory.mktemp("filters") / "tiny.safetensors"
     return path, models.make_tiny_filters(path)
 

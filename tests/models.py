@@ -37,11 +37,16 @@ def tiny_identity(name: str = "tiny") -> ModelIdentity:
     return ModelIdentity(name, "LlamaForCausalLM", NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, ROPE)
 
 
-def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> torch.Tensor:
-    """Random filters, saved at ``path``; returned as ``[layers, kv_heads, head_size]``, higher projection = keep."""
-    filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(seed))
-    save(path, Filters(filters), tiny_identity())
-    return filters
+def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> Filters:
+    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep."""
+    generator = torch.Generator().manual_seed(seed)
+    filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
+    mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
+    spread = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
+    second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    made = Filters(filters, query_mean_before_rope=mean, query_second_before_rope=second)
+    save(path, made, tiny_identity())
+    return made
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

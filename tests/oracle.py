@@ -16,10 +16,16 @@ class Rule:
     shared_by_heads: bool
     keep_prompt: bool = False
     method: str = "qfilters"
+    filter: str = "static"
+    rank: int = 0
+    observed: int = 0
 
 
-def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters: torch.Tensor, rule: Rule) -> tuple[list[float], list[int]]:
-    """Log-probabilities of ``forced`` after ``prompt``, and the resident tokens at each of these steps."""
+def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters, rule: Rule) -> tuple[list[float], list[int]]:
+    """Log-probabilities of ``forced`` after ``prompt``, and the resident tokens at each of these steps.
+
+    filters: filters and statistics of the queries, as the product's Filters holds them.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -28,7 +34,9 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
     tokens = prompt + forced
     logprobs, residents = [], []
     position = 0
-    with torch.no_grad():
+    seen = _Queries(model, rule.observed)
+    observed, is_observed_after_prompt = None, False
+    with torch.no_grad(), seen:
         while position < len(tokens) - 1:
             resident = cache.get_seq_length()
             if position < len(prompt):
@@ -41,11 +49,16 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                 evicted = max(rule.interval, -(-surplus // rule.block) * rule.block) if surplus > 0 else 0
             if evicted:
                 window = resident - evicted - sinks if rule.method == "streaming" else rule.window
-                evict(cache, filters, evicted, sinks, window, rule.shared_by_heads)
+                if rule.observed and not is_observed_after_prompt:
+                    observed = seen.attention(cache, newer=max(0, position - len(prompt)))
+                    is_observed_after_prompt = position > len(prompt)
+                scores = score(model, cache, filters, rule, position, observed)
+                observed = evict(cache, scores, evicted, sinks, window, rule, observed)
                 resident -= evicted
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
             mask[..., resident:] = torch.triu(torch.full((n, n), float("-inf")), 1)
+            seen.is_prompt = position < len(prompt)
             out = model(
                 input_ids=torch.tensor([tokens[position:end]]),
                 position_ids=torch.arange(position, end)[None],
@@ -53,6 +66,10 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                 attention_mask=mask.to(model.dtype),
                 use_cache=True,
             )
+            if position < len(prompt):
+                seen.end = end
+            if observed is not None:
+                observed = [torch.nn.functional.pad(rows, (0, n)) for rows in observed]
             if end >= len(prompt):
                 logprobs.append(float(out.logits[0, -1].float().log_softmax(-1)[tokens[end]]))
                 residents.append(resident + n)
@@ -60,17 +77,121 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
     return logprobs, residents
 
 
-def evict(cache, filters: torch.Tensor, evicted: int, sinks: int, window: int, shared_by_heads: bool) -> None:
-    for layer, head_filters in zip(cache.layers, filters, strict=True):
-        keys = layer.keys[0].float()  # [kv_heads, resident, head_size]
+def rotate(model, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """vectors: ``[..., len(positions), head_size]``."""
+    cos, sin = model.model.rotary_emb(vectors, positions[None])
+    first, second = vectors.chunk(2, -1)
+    return vectors * cos[0] + torch.cat((-second, first), -1) * sin[0]
+
+
+class _Queries:
+    """The last queries of the prompt, per layer ``[heads, n, head_size]`` before RoPE, while the model runs."""
+
+    def __init__(self, model, count: int) -> None:
+        self.model, self.count, self.is_prompt, self.end = model, count, True, 0
+        size = model.config.head_dim
+        self.rows = [torch.zeros(model.config.num_attention_heads, 0, size) for _ in model.model.layers]
+
+    def __enter__(self):
+        self.hooks = [
+            layer.self_attn.q_proj.register_forward_hook(lambda _, __, out, i=i: self._see(i, out))
+            for i, layer in enumerate(self.model.model.layers)
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _see(self, layer: int, out: torch.Tensor) -> None:
+        if self.is_prompt and self.count:
+            new = out[0].unflatten(-1, (-1, self.rows[layer].shape[-1])).transpose(0, 1)
+            self.rows[layer] = torch.cat((self.rows[layer], new), 1)[:, -self.count :]
+
+    def attention(self, cache, newer: int) -> list[torch.Tensor]:
+        """Per layer ``[kv_heads, resident]``: what the last queries pay, averaged over 7 neighbours; 0 to newer tokens."""
+        found = []
+        for layer, rows in zip(cache.layers, self.rows, strict=True):
+            keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
+            num_kv_heads, seen, size = keys.shape
+            n = rows.shape[1]
+            queries = rotate(self.model, rows, torch.arange(self.end - n, self.end)).unflatten(0, (num_kv_heads, -1))
+            logits = queries @ keys[:, None].mT / size**0.5  # [kv_heads, group, n, seen]
+            for i in range(n):
+                logits[:, :, i, seen - n + i + 1 :] = float("-inf")
+            paid = logits.softmax(-1).mean((1, 2))
+            padded = torch.nn.functional.pad(paid, (3, 3))
+            pooled = sum(padded[:, shift : shift + seen] for shift in range(7)) / 7
+            found.append(torch.nn.functional.pad(pooled, (0, newer)))
+        return found
+
+
+def score(model, cache, filters, rule: Rule, position: int, observed) -> list[torch.Tensor]:
+    """Per layer ``[kv_heads, resident]``."""
+    scores = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = layer.keys[0].float(), layer.values[0].float()  # [kv_heads, resident, head_size]
+        if rule.filter == "static":
+            scores.append(torch.einsum("hrd,hd->hr", keys, filters.filters[index]))
+            continue
+        size = keys.shape[-1]
+        group = len(filters.query_mean_before_rope[index]) // len(keys)
+        rows = []
+        for head, (mean, second) in enumerate(
+            zip(filters.query_mean_before_rope[index], filters.query_second_before_rope[index], strict=True)
+        ):
+            coming = torch.arange(position, position + 128)
+            turn = rotate(model, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
+            means = torch.einsum("d,dpe->pe", mean, turn)
+            future_mean = means.mean(0)
+            future_second = torch.einsum("dpe,df,fpg->eg", turn, second, turn) / 128
+            covariance = future_second - torch.outer(future_mean, future_mean)
+            k = keys[head // group]
+            if rule.filter == "rotary":
+                rows.append(k @ future_mean)
+                continue
+            logits = k @ future_mean / size**0.5
+            if rule.rank:
+                assert rule.rank == size, "the oracle knows the whole covariance or none"
+                logits = logits + torch.einsum("rd,de,re->r", k, covariance, k) / (2 * size)
+            rows.append(logits.softmax(-1))
+        rows = torch.stack(rows).unflatten(0, (-1, group)).mean(1)
+        if rule.filter == "expected":
+            if observed is not None:
+                rows = 0.75 * rows + 0.25 * observed[index]
+            rows = rows * values.norm(dim=-1)
+        scores.append(rows)
+    return scores
+
+
+def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed):
+    """Keeps the best of each head, in the places the product gives them; returns ``observed`` of those kept."""
+    kept_observed = []
+    for index, layer in enumerate(cache.layers):
+        keys = layer.keys[0]
         resident = keys.shape[1]
-        scores = torch.einsum("hrd,hd->hr", keys, head_filters)[:, sinks : resident - window]
-        if shared_by_heads:
-            z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, unbiased=False)
-            scores = z.mean(0, keepdim=True).repeat(scores.shape[0], 1)
+        rows = scores[index][:, sinks : resident - window]
+        if rule.shared_by_heads:
+            z = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True, unbiased=False)
+            rows = z.mean(0, keepdim=True).repeat(rows.shape[0], 1)
+        first_out = (resident - evicted - window) // rule.block * rule.block
         kept = []
-        for row in scores:
+        for row in rows:
             best = row.argsort(descending=True)[: resident - evicted - sinks - window] + sinks
-            kept.append(torch.cat((torch.arange(sinks), best.sort().values, torch.arange(resident - window, resident))))
-        kept_index = torch.stack(kept)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
+            is_kept = torch.ones(resident, dtype=torch.bool)
+            is_kept[sinks : resident - window] = False
+            is_kept[best] = True
+            order = torch.arange(resident)
+            is_out = (order >= first_out) & (order < first_out + evicted)
+            places = order.clone()
+            if first_out >= sinks:  # survivors of the pages taken out fill the holes outside, in order
+                places[~is_kept & ~is_out] = order[is_kept & is_out]
+                kept.append(places[~is_out])
+            else:  # order then matters to nobody here
+                kept.append(order[is_kept])
+        kept_rows = torch.stack(kept)
+        kept_index = kept_rows[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
         layer.keys, layer.values = layer.keys.gather(2, kept_index), layer.values.gather(2, kept_index)
+        if observed is not None:
+            kept_observed.append(observed[index].gather(1, kept_rows))
+    return kept_observed or None

@@ -19,6 +19,12 @@ CASES = {
     "scope-decode": (dict(budget=128, window=32, sinks=4, interval=32, scope="decode", granularity="head"), 300, 400),
     "few-tokens-between-sinks-and-window": (dict(budget=128, window=70, sinks=4, interval=32, chunk=128), 400, 200),
     "scope-decode-ends-a-prompt-inside-a-page": (dict(budget=128, window=90, sinks=4, interval=32, scope="decode"), 300, 250),
+    "expected-head": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", observed=0, rank=0), 900, 200),
+    "expected-covariance": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", observed=0, rank=32), 900, 200),
+    "expected-observed": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", rank=0), 900, 200),
+    "expected-observed-layer-full": (dict(budget=250, window=45, sinks=7, interval=32, prefill="full", rank=32), 700, 200),
+    "expected-observed-below-budget": (dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0), 100, 400),
+    "rotary": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"), 700, 200),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
 }
 
@@ -33,6 +39,8 @@ def hf_model(tiny_model):
 @pytest.mark.parametrize("case", CASES)
 def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
     options, prompt_tokens, new_tokens = CASES[case]
+    if not case.startswith(("expected", "rotary")):
+        options = {**options, "filter": "static"}
     engine = engines.get(**options)
     prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
     before = engine.scheduler.compression_stats.compactions
@@ -50,6 +58,9 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
         shared_by_heads=options.get("granularity", "layer") == "layer",
         keep_prompt=options.get("scope") == "decode",
         method=options.get("method", "qfilters"),
+        filter=options.get("filter", "expected"),
+        rank=options.get("rank", 0),
+        observed=options.get("observed", 32) if "filter" not in options else 0,
     )
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)
@@ -61,6 +72,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
 def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
     """The comparison above is not vacuous: the same tokens have other log-probabilities without eviction."""
     options, prompt_tokens, _ = CASES["chunked-layer"]
+    options = {**options, "filter": "static"}
     prompt = random_prompt(prompt_tokens, seed=1)
     ids, logprobs = tokens_and_logprobs(engines.get(**options).generate([prompt], max_tokens=50)[0])
     rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, shared_by_heads=True)

@@ -1,11 +1,13 @@
-"""Taking RoPE off queries again, against vLLM's own rotary embeddings."""
+"""RoPE as a linear map, against vLLM's own rotary embeddings."""
 
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_qfilters.filters.rotary import unrotate
+from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics
 
 HEAD_SIZE, NUM_HEADS, NUM_TOKENS, MAX_POSITION = 64, 3, 200, 4096
@@ -64,14 +66,14 @@ def test_unrotate_inverts_vllms_rotary_embedding(case, before, positions):
     rope = make_rope(case)
     after = rotate(rope, positions, before)
     assert (after - before).abs().max() > 1
-    torch.testing.assert_close(unrotate(after, positions, rope), before, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(Rotation(rope, HEAD_SIZE).unrotate(after, positions), before, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("case", ["neox-partial", "interleaved-partial"])
 def test_elements_beyond_a_partial_rotation_stay_as_they_are(case, before, positions):
     rope = make_rope(case)
     assert rope.rotary_dim < HEAD_SIZE
-    assert torch.equal(unrotate(before, positions, rope)[..., rope.rotary_dim :], before[..., rope.rotary_dim :])
+    assert torch.equal(Rotation(rope, HEAD_SIZE).unrotate(before, positions)[..., rope.rotary_dim :], before[..., rope.rotary_dim :])
 
 
 @pytest.mark.parametrize(("case", "is_scaled"), [("neox", False), ("yarn", True), ("neox-bf16-table", True)])
@@ -82,23 +84,23 @@ def test_the_tables_of_these_cases_scale_queries_or_not(case, is_scaled):
 
 
 def test_position_zero_is_not_rotated(before):
-    unrotated = unrotate(before, torch.zeros(NUM_TOKENS, dtype=torch.int64), make_rope("neox"))
+    unrotated = Rotation(make_rope("neox"), HEAD_SIZE).unrotate(before, torch.zeros(NUM_TOKENS, dtype=torch.int64))
     assert torch.equal(unrotated, before)
 
 
 def test_a_bf16_query_is_unrotated_in_float32(before, positions):
     rope = make_rope("neox")
     after = rotate(rope, positions, before).to(torch.bfloat16)
-    found = unrotate(after, positions, rope)
+    found = Rotation(rope, HEAD_SIZE).unrotate(after, positions)
     assert found.dtype == torch.float32
-    assert torch.equal(found, unrotate(after.to(torch.float32), positions, rope))
+    assert torch.equal(found, Rotation(rope, HEAD_SIZE).unrotate(after.to(torch.float32), positions))
 
 
 def test_statistics_see_queries_before_and_after_rope_and_the_positions_of_their_step(before, positions):
     rope = make_rope("neox")
     after = rotate(rope, positions, before)
     buffer = torch.full((2 * NUM_TOKENS,), -1)
-    statistics = LayerStatistics(NUM_HEADS, 1, HEAD_SIZE, rope, buffer)
+    statistics = LayerStatistics(NUM_HEADS, 1, HEAD_SIZE, Rotation(rope, HEAD_SIZE), buffer)
     key = torch.randn(NUM_TOKENS, 1, HEAD_SIZE, generator=torch.Generator().manual_seed(2))
     for start, end in ((0, 150), (150, 151), (151, NUM_TOKENS)):
         buffer[: end - start] = positions[start:end]
@@ -108,3 +110,62 @@ def test_statistics_see_queries_before_and_after_rope_and_the_positions_of_their
     torch.testing.assert_close(statistics.key_after_rope.mean, key.mean(0), atol=1e-5, rtol=1e-5)
     second = torch.einsum("nhi,nhj->hij", before, before) / NUM_TOKENS
     torch.testing.assert_close(statistics.query_before_rope.second, second, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ROPES)
+@pytest.mark.parametrize("position", [0, 1, 777])
+def test_what_is_turned_to_a_position_are_the_moments_of_the_queries_from_there_on(case, position, before):
+    """Mean and covariance over the coming positions, from queries rotated to each of them by vLLM."""
+    rope, count = make_rope(case), 16
+    rotation = Rotation(rope, HEAD_SIZE)
+    second = torch.einsum("nhi,nhj->hij", before, before) / NUM_TOKENS
+    mean, covariance = rotation.average(before.mean(0), second, count)
+    after = torch.stack([rotate(rope, torch.full((NUM_TOKENS,), position + step), before) for step in range(count)]).flatten(0, 1)
+    tolerance = 0.05 if "bf16" in case else 1e-4  # a rounded table does not quite compose
+    torch.testing.assert_close(rotation.rotate(mean, position), after.mean(0), atol=tolerance, rtol=0)
+    centred = after - after.mean(0)
+    expected = torch.einsum("nhi,nhj->hij", centred, centred) / centred.shape[0]
+    turned = rotation.rotate(rotation.rotate(covariance, position).mT, position)
+    torch.testing.assert_close(turned, expected, atol=tolerance, rtol=0)
+
+
+def test_without_rope_nothing_turns(before):
+    rotation = Rotation(None, HEAD_SIZE)
+    assert torch.equal(rotation.rotate(before, 5), before)
+    assert torch.equal(rotation.unrotate(before, torch.arange(NUM_TOKENS)), before)
+
+
+def statistics_of(queries: torch.Tensor) -> Filters:
+    """queries: shape ``[num_tokens, num_layers, num_heads, head_size]``."""
+    second = torch.einsum("nlhi,nlhj->lhij", queries, queries) / queries.shape[0]
+    filters = torch.zeros(queries.shape[1], 1, HEAD_SIZE)
+    return Filters(filters, query_mean_before_rope=queries.mean(0), query_second_before_rope=second)
+
+
+def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
+    queries = torch.stack((before, 2 * before + 1), 1)
+    rotation = Rotation(make_rope("neox"), HEAD_SIZE)
+    filters = statistics_of(queries)
+    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], slice(1, 3), HEAD_SIZE, scale=0.125)
+    means, factors = bank.at(100)
+    mean, covariance = rotation.average(filters.query_mean_before_rope[0], filters.query_second_before_rope[0], HORIZON)
+    torch.testing.assert_close(means[0], 0.125 * rotation.rotate(mean, 100)[1:3], atol=1e-5, rtol=1e-5)
+    turned = rotation.rotate(rotation.rotate(covariance, 100).mT, 100)[1:3] / 64
+    torch.testing.assert_close(factors[0].mT @ factors[0], turned, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(means[1], 0.125 * filters.query_mean_before_rope[1, 1:3])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, before):
+    filters = statistics_of(before.unsqueeze(1))
+    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), HEAD_SIZE, scale=1.0)
+    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), rank, scale=1.0)
+    assert bank.factors.shape == (1, NUM_HEADS, rank, HEAD_SIZE)
+    lengths = whole.factors.norm(dim=-1)
+    assert torch.equal(bank.factors, whole.factors[:, :, HEAD_SIZE - rank :])
+    assert bool((lengths.diff() >= -1e-4).all())
+
+
+def test_a_bank_without_statistics_is_refused_saying_what_to_do():
+    with pytest.raises(ValueError, match="vllm-qfilters calibrate"):
+        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], slice(None), 0, 1.0)

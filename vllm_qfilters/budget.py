@@ -33,6 +33,7 @@ class RequestLimits:
         sinks: first tokens, never evicted.
         interval: tokens evicted in one go; a multiple of the block size.
         chunk: positions at which a prompt is cut are the multiples of this; None: a prompt is cut when decoding begins.
+        private_window: the workers write beside tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
     """
 
@@ -41,6 +42,7 @@ class RequestLimits:
     sinks: int
     interval: int
     chunk: int | None
+    private_window: bool = False
     recent_only: bool = False
 
     @property

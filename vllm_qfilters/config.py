@@ -15,11 +15,13 @@ ADDITIONAL_CONFIG_KEY = "kv_compression"
 REQUEST_BUDGET_KEY = "kv_budget"
 
 METHODS = {
-    "qfilters": "projection of each key on its head's Q-Filter (arXiv 2503.02812)",
+    "qfilters": "what the model's queries, known from calibration, will attend to (Q-Filters, arXiv 2503.02812)",
     "streaming": "the first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
     "knorm": "keys of small norm first (arXiv 2406.11430)",
+    "keydiff": "keys unlike the mean of the sequence's keys first (arXiv 2504.15364)",
     "random": "random tokens, the floor every method must beat",
 }
+FILTERS = ("expected", "rotary", "static")
 GRANULARITIES = ("head", "layer")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
@@ -44,6 +46,11 @@ class KVCompressionConfig:
         scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is for
             generated tokens alone.
         chunk: prompt tokens between two cuts of ``chunked`` prefill; a multiple of the block size.
+        filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and covariance of the
+            queries before RoPE, turned to the coming positions, times the norm of its value; ``rotary``: its projection on the
+            mean query, turned likewise; ``static``: its projection on one vector per KV head (the paper).
+        rank: of the covariance ``expected`` goes by; 0: the mean query alone, from the head size on: exact.
+        observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none.
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this model,
             else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
 
@@ -60,22 +67,27 @@ class KVCompressionConfig:
     prefill: str = "chunked"
     scope: str = "all"
     chunk: int = 2048
+    filter: str = "expected"
+    rank: int = 8
+    observed: int = 32
     filters: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, tuple(METHODS))
+        _check_choice("filter", self.filter, FILTERS)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("prefill", self.prefill, PREFILLS)
         _check_choice("scope", self.scope, SCOPES)
         _check_budget("budget", self.budget)
         if not _is_int(self.window) and not (isinstance(self.window, float) and 0 <= self.window < 1):
             raise ValueError(f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)")
-        for name, least in (("window", 0), ("sinks", 0), ("interval", 1), ("chunk", 1)):
+        for name, least in (("window", 0), ("sinks", 0), ("interval", 1), ("chunk", 1), ("rank", 0), ("observed", 0)):
             value = getattr(self, name)
             if isinstance(value, float) and name == "window":
                 continue
             if not _is_int(value) or value < least:
-                raise ValueError(f"{name}={value!r}: give an integer >= {least} (tokens)")
+                unit = "" if name == "rank" else " (tokens)"
+                raise ValueError(f"{name}={value!r}: give an integer >= {least}{unit}")
         if not isinstance(self.filters, str) or not self.filters:
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
         if _is_int(self.budget):
@@ -104,6 +116,16 @@ class KVCompressionConfig:
     def min_budget(self) -> int:
         """Fewest tokens a budget may have: after an eviction sinks and window must still fit."""
         return min_budget(window=self.window, sinks=self.sinks, interval=self.interval)
+
+    @property
+    def observed_queries(self) -> int:
+        """Last queries of a prompt to keep; 0 where the scores do not go by them."""
+        return self.observed if self.method == "qfilters" and self.filter == "expected" else 0
+
+    @property
+    def num_planes(self) -> int:
+        """float32 numbers kept beside every token, per KV head."""
+        return 2 if self.observed_queries else 1
 
     @property
     def evicts_prompts_in_chunks(self) -> bool:
@@ -150,6 +172,7 @@ class KVCompressionConfig:
             sinks=sinks,
             interval=self.interval,
             chunk=self.chunk if self.evicts_prompts_in_chunks else None,
+            private_window=bool(self.observed_queries),
             recent_only=self.method == "streaming",
         )
 

@@ -13,6 +13,7 @@ class RequestCompaction:
 
     Attributes:
         req_id: the request.
+        position: of its next token.
         resident_tokens: tokens it holds now.
         evicted_tokens: tokens it loses, a multiple of the block size.
         sinks: first tokens that must stay where they are.
@@ -22,6 +23,7 @@ class RequestCompaction:
     """
 
     req_id: str
+    position: int
     resident_tokens: int
     evicted_tokens: int
     sinks: int

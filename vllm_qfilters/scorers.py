@@ -1,52 +1,177 @@
-"""Scorers that run at the KV write: one score per key and KV head, higher = keep.
+"""What a token is worth to the queries to come: higher = keep.
 
-What needs no score at the write (``streaming``) has no scorer here.
+A scorer looks twice. :meth:`Scorer.write` sees every key and value as it is stored, and leaves numbers beside it in the planes of
+the cache; :meth:`Scorer.resident_scores` makes scores of them, and of the cached keys where it needs those, when a sequence is
+about to be compacted.
 """
 
-from typing import Protocol
+import dataclasses
 
 import torch
 
-from vllm_qfilters.kernels import score_and_store, write_scores
+from vllm_qfilters.filters.bank import FilterBank
+from vllm_qfilters.kernels import PagedCache, expected_attention, observed_attention, score_and_store, write_scores
 
 
-class Scorer(Protocol):
-    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Scores the keys of a step and stores the scores beside them.
+@dataclasses.dataclass(frozen=True)
+class RecentQueries:
+    """The last queries of a prompt.
+
+    Attributes:
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        end: the position after the last one.
+    """
+
+    queries: torch.Tensor
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentTokens:
+    """A sequence about to be compacted.
+
+    Attributes:
+        pages: it holds, shape ``[num_pages]``, int64.
+        num_tokens: it holds.
+        position: of its next token.
+        recent_queries: of its prompt; None once they have been used after its end.
+    """
+
+    pages: torch.Tensor
+    num_tokens: int
+    position: int
+    recent_queries: RecentQueries | None = None
+
+
+class Scorer:
+    """Goes by the scores in the first plane, which subclasses write."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self.cache = cache
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Leaves numbers beside the keys and values of a step.
 
         Args:
-            key: keys after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
-            score_plane: shape ``[num_blocks, num_kv_heads, block_size]``, float32; written in place.
+            layer: index of the attention layer.
+            key: after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+            value: of the same shape.
             slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
         """
 
+    def resident_scores(self, tokens: ResidentTokens) -> torch.Tensor:
+        """float32, shape ``[num_layers, num_kv_heads, num_tokens]``."""
+        return self.cache.resident_plane(0, tokens.pages, tokens.num_tokens)
 
-class FilterScorer:
+
+class StaticFilterScorer(Scorer):
     """Q-Filters (arXiv 2503.02812, eq. 4): the projection of each key on the filter of its head.
 
     Args:
-        filters: shape ``[num_kv_heads, head_size]``, pointing along the mean query.
+        filters: shape ``[num_layers, num_kv_heads, head_size]``, pointing along the mean query.
     """
 
-    def __init__(self, filters: torch.Tensor) -> None:
+    def __init__(self, cache: PagedCache, filters: torch.Tensor) -> None:
+        super().__init__(cache)
         self.filters = filters.to(torch.float32).contiguous()
 
-    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        score_and_store(key, self.filters, score_plane, slot_mapping)
+    def write(self, layer, key, value, slot_mapping):
+        score_and_store(key, self.filters[layer], self.cache.scores[layer], slot_mapping)
 
 
-class KeyNormScorer:
+class KeyNormScorer(Scorer):
     """K-norm (arXiv 2406.11430): keys of small norm are attended to."""
 
-    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        write_scores(-key.to(torch.float32).norm(dim=-1), score_plane, slot_mapping)
+    def write(self, layer, key, value, slot_mapping):
+        write_scores(-key.to(torch.float32).norm(dim=-1), self.cache.scores[layer], slot_mapping)
 
 
-class RandomScorer:
-    """Uniform random scores, the same in every run with the same seed."""
+class RandomScorer(Scorer):
+    """Uniform random scores, the same in every run."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, cache: PagedCache) -> None:
+        super().__init__(cache)
+        self._generators = [torch.Generator().manual_seed(layer) for layer in range(cache.num_layers)]
 
-    def store(self, key: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        write_scores(torch.rand(key.shape[:2], generator=self._generator), score_plane, slot_mapping)
+    def write(self, layer, key, value, slot_mapping):
+        scores = torch.rand(key.shape[:2], generator=self._generators[layer])
+        write_scores(scores, self.cache.scores[layer], slot_mapping)
+
+
+class KeyDiffScorer(Scorer):
+    """KeyDiff (arXiv 2504.15364): keys unlike the mean direction of the sequence's keys stay."""
+
+    def resident_scores(self, tokens):
+        scores = []
+        for layer in range(self.cache.num_layers):
+            direction = torch.nn.functional.normalize(self.cache.resident_keys(layer, tokens.pages, tokens.num_tokens), dim=-1)
+            anchor = torch.nn.functional.normalize(direction.mean(1, keepdim=True), dim=-1)
+            scores.append(-(direction * anchor).sum(-1))
+        return torch.stack(scores)
+
+
+class RotaryFilterScorer(Scorer):
+    """The projection of each key on the mean query of its head before RoPE, turned to the coming positions.
+
+    Args:
+        bank: of this rank, of rank 0.
+    """
+
+    def __init__(self, cache: PagedCache, bank: FilterBank) -> None:
+        super().__init__(cache)
+        self.bank = bank
+
+    def resident_scores(self, tokens):
+        means, _ = self.bank.at(tokens.position)
+        filters = means.unflatten(1, (self.cache.num_kv_heads, -1)).mean(2)  # [num_layers, num_kv_heads, head_size]
+        return torch.stack([
+            (self.cache.resident_keys(layer, tokens.pages, tokens.num_tokens) @ head_filters.unsqueeze(-1)).squeeze(-1)
+            for layer, head_filters in enumerate(filters)
+        ])
+
+
+class ExpectedAttentionScorer(Scorer):
+    """What a token is expected to add to the attention output of the coming queries: attention times the norm of its value.
+
+    The attention is expected from the queries' statistics before RoPE, turned to the coming positions (Q-Filters' fixed statistics
+    in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is mixed with the attention the prompt's
+    last queries pay, which stays beside them from the first eviction after the prompt on.
+
+    Args:
+        cache: with a second plane if the last queries of prompts are kept.
+        bank: of this rank.
+        scale: of the attention's logits.
+    """
+
+    VALUE_NORMS, OBSERVED = 0, 1  # planes
+    OBSERVED_SHARE = 0.25
+    POOL = 7  # neighbours observed attention is averaged over
+
+    def __init__(self, cache: PagedCache, bank: FilterBank, scale: float) -> None:
+        super().__init__(cache)
+        self.bank = bank
+        self.scale = scale
+        self.observes = cache.planes.shape[2] > 1
+
+    def write(self, layer, key, value, slot_mapping):
+        planes = self.cache.planes[layer]
+        write_scores(value.to(torch.float32).norm(dim=-1), planes[:, self.VALUE_NORMS], slot_mapping)
+        if self.observes:
+            write_scores(torch.zeros(key.shape[:2]), planes[:, self.OBSERVED], slot_mapping)
+
+    def resident_scores(self, tokens):
+        attention = expected_attention(self.cache, tokens.pages, tokens.num_tokens, *self.bank.at(tokens.position))
+        if self.observes:
+            attention.lerp_(self._observed(tokens), self.OBSERVED_SHARE)
+        return attention * self.cache.resident_plane(self.VALUE_NORMS, tokens.pages, tokens.num_tokens)
+
+    def _observed(self, tokens: ResidentTokens) -> torch.Tensor:
+        plane = self.cache.resident_plane(self.OBSERVED, tokens.pages, tokens.num_tokens)
+        recent = tokens.recent_queries
+        if recent is None:
+            return plane
+        queries = self.scale * recent.queries.to(torch.float32)
+        num_newer = tokens.position - recent.end
+        observed = observed_attention(self.cache, tokens.pages, tokens.num_tokens, queries, num_newer, self.POOL)
+        self.cache.set_resident_plane(self.OBSERVED, tokens.pages, observed)
+        return observed

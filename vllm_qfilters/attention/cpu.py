@@ -1,4 +1,4 @@
-"""vLLM's CPU attention with a score stored beside every key it writes."""
+"""vLLM's CPU attention, with numbers for the scores left beside every key it writes."""
 
 from typing import Any
 
@@ -8,20 +8,23 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_qfilters.filters.statistics import LayerStatistics
 from vllm_qfilters.scorers import Scorer
+from vllm_qfilters.attention.recent_queries import QueryRecorder
 
 
 class QFiltersCPUAttentionImpl(CPUAttentionBackendImpl):
     """Attributes, set by the model runner once the cache exists:
 
-    scorer: scores keys as they are written; None: keys are not scored.
-    score_plane: where their scores go, shape ``[num_blocks, num_kv_heads, block_size]``.
+    index: of the layer.
+    scorer: sees keys and values as they are written; None: before compression starts.
+    recorder: keeps the last queries of prompts; None: nobody asks for them.
     statistics: while filters are calibrated, sees every query and key.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.index = 0
         self.scorer: Scorer | None = None
-        self.score_plane: torch.Tensor | None = None
+        self.recorder: QueryRecorder | None = None
         self.statistics: LayerStatistics | None = None
 
     def do_kv_cache_update(
@@ -34,7 +37,7 @@ class QFiltersCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self.scorer is not None:
-            self.scorer.store(key, self.score_plane, slot_mapping)
+            self.scorer.write(self.index, key, value, slot_mapping)
 
     def forward(
         self,
@@ -51,6 +54,8 @@ class QFiltersCPUAttentionImpl(CPUAttentionBackendImpl):
         if self.statistics is not None and attn_metadata is not None:
             num_tokens = attn_metadata.num_actual_tokens
             self.statistics.observe(query[:num_tokens], key[:num_tokens])
+        if self.recorder is not None:
+            self.recorder.record(self.index, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
 
 

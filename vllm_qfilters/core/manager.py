@@ -87,7 +87,9 @@ class QFiltersManager(FullAttentionManager):
         first_out = (kept - window) // bs
         after_out = first_out + evicted_tokens // bs
         written = list(range(limits.sinks // bs, first_out))
-        if (kept - window) % bs:
+        if limits.private_window:
+            written.extend(range(after_out, len(blocks)))
+        elif (kept - window) % bs:
             written.append(after_out)  # its head belongs to the evictable region, its tail to the window
 
         replaced = [i for i in written if not self.block_pool.is_block_writable(blocks[i])]
@@ -107,6 +109,7 @@ class QFiltersManager(FullAttentionManager):
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         return RequestCompaction(
             req_id=request_id,
+            position=request.num_computed_tokens,
             resident_tokens=resident,
             evicted_tokens=evicted_tokens,
             sinks=limits.sinks,

@@ -110,12 +110,23 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        limits = self.pages.limits.get(request.request_id)
-        if limits is not None and limits.first_prefill_cut is not None and num_tokens >= limits.first_prefill_cut:
-            # A longer hit would hold more than the budget and a chunk, and skip the cut a cold prompt gets there.
-            num_tokens = limits.first_prefill_cut - self.block_size
+        longest = self._longest_prefix_cache_hit(request)
+        if longest is not None and num_tokens > longest:
+            num_tokens = longest
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
+
+    def _longest_prefix_cache_hit(self, request: Request) -> int | None:
+        """Tokens, whole pages; None: no limit. Within it a hit changes nothing of what is evicted."""
+        limits = self.pages.limits.get(request.request_id)
+        if limits is None or request.num_prompt_tokens + request.max_tokens <= limits.budget:
+            return None
+        # The queries that will be observed must be computed. A hit up to a cut would hold more than the budget and a chunk, and skip
+        # the cut that a cold prompt gets there.
+        ends = [request.num_prompt_tokens]
+        if limits.first_prefill_cut is not None:
+            ends.append(limits.first_prefill_cut)
+        return max(0, min(ends) - max(1, self.compression.observed_queries)) // self.block_size * self.block_size
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # vLLM asks here, for running and waiting requests alike, where a chunk may end. Ours end at cuts.

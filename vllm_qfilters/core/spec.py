@@ -7,15 +7,15 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-SCORE_BYTES = 4  # one float32 per token and KV head
+PLANE_BYTES = 4  # one float32 per token and KV head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFiltersSpec(FullAttentionSpec):
     """Full attention whose sequences hold a bounded number of tokens.
 
-    Each page carries the scores of its tokens behind its keys and values (``page_size_padded``): they are counted in the size
-    of the cache, and allocated, shared and freed with the page.
+    Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is counted
+    in the size of the cache, and allocated, shared and freed with the page.
 
     Attributes:
         max_resident_tokens: most tokens one sequence holds at any time.
@@ -24,10 +24,11 @@ class QFiltersSpec(FullAttentionSpec):
     max_resident_tokens: int
 
     @classmethod
-    def from_full_attention(cls, spec: FullAttentionSpec, max_resident_tokens: int) -> "QFiltersSpec":
+    def from_full_attention(cls, spec: FullAttentionSpec, max_resident_tokens: int, num_planes: int) -> "QFiltersSpec":
+        """num_planes: float32 numbers per token and KV head."""
         values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(FullAttentionSpec)}
-        score_bytes = spec.num_kv_heads * spec.block_size * SCORE_BYTES
-        values["page_size_padded"] = spec.unpadded_page_size_bytes + score_bytes
+        plane_bytes = spec.num_kv_heads * spec.block_size * PLANE_BYTES
+        values["page_size_padded"] = spec.unpadded_page_size_bytes + num_planes * plane_bytes
         return cls(**values, max_resident_tokens=max_resident_tokens)
 
     @classmethod

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics
 
 NUM_SEQUENCES = 4
@@ -31,7 +32,7 @@ def random_sequences(vocab_size: int, num_sequences: int, num_tokens: int, seed:
 def calibrate(
     runner: GPUModelRunner,
     layers: Sequence[torch.nn.Module],
-    rotary_embs: Sequence[torch.nn.Module | None],
+    rotations: Sequence[Rotation],
     sequences: Sequence[Sequence[int]],
     description: str,
 ) -> Filters:
@@ -40,16 +41,16 @@ def calibrate(
     Args:
         runner: an idle model runner whose cache exists.
         layers: its attention layers, in order.
-        rotary_embs: the rotary embedding of each, or None.
+        rotations: of each.
         sequences: token ids; each is run from position 0.
         description: goes into the file as ``calibration``.
 
     Returns:
         The filters of the whole model, also on a tensor-parallel rank.
     """
-    for layer, rotary_emb in zip(layers, rotary_embs, strict=True):
+    for layer, rotation in zip(layers, rotations, strict=True):
         layer.impl.statistics = LayerStatistics(
-            layer.num_heads, layer.num_kv_heads, layer.head_size, rotary_emb, runner.positions
+            layer.num_heads, layer.num_kv_heads, layer.head_size, rotation, runner.positions
         )
     try:
         is_first_rank = get_tensor_model_parallel_rank() == 0

@@ -19,11 +19,12 @@ _WEIGHTS_NAME = "model.safetensors"
 _PUBLISHER = "nthngdy"
 
 
-def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | None:
+def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = False) -> tuple[Filters, str] | None:
     """Filters for ``model``, and a word on where they came from.
 
     Args:
         wanted: the configuration's ``filters``: ``auto``, a file or folder, or a repository.
+        needs_statistics: of the queries before RoPE, which published filters lack: ``auto`` then does not look for those.
 
     Returns:
         None if ``wanted`` is ``auto`` and there are none yet: they must be calibrated.
@@ -47,7 +48,7 @@ def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | Non
     if cached.exists():
         return load(cached, model), f"cache {cached}"
     repository = published_repository(model)
-    if repository is None:
+    if repository is None or needs_statistics:
         return None
     try:
         return load(_download(repository), model), f"hub {repository}"

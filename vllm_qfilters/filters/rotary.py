@@ -1,30 +1,85 @@
-"""Takes a model's own rotary position embedding off its queries again."""
+"""A model's own rotary position embedding as a linear map: on queries, off them again, and averaged over positions to come."""
 
 import torch
 
 
-def unrotate(query: torch.Tensor, positions: torch.Tensor, rotary_emb: torch.nn.Module) -> torch.Tensor:
-    """The queries before RoPE, from those after it.
+class Rotation:
+    """``R_t x = cos_t * x + sin_t * x[partner]``, with the table of vLLM's RotaryEmbedding.
+
+    Covers whatever that table holds (linear, llama3, YaRN and other scalings of frequencies), partial rotary, neox and
+    interleaved style. A scale on cosines and sines (YaRN) is part of ``R_t``.
 
     Args:
-        query: after RoPE, shape ``[num_tokens, num_heads, head_size]``.
-        positions: shape ``[num_tokens]``, int64.
-        rotary_emb: vLLM's RotaryEmbedding (any frequency scaling: its table of cosines and sines is used; partial rotary;
-            neox and interleaved style). A scale on cosines and sines (YaRN) is taken off too.
-
-    Returns:
-        float32, the shape of ``query``.
+        rotary_emb: vLLM's RotaryEmbedding, or None for a model without one (``R_t`` is then the identity).
+        head_size: elements per head.
     """
-    table = rotary_emb.cos_sin_cache[positions].to(torch.float32)  # [num_tokens, rotary_dim]
-    cos, sin = table.unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, rotary_dim / 2]
-    scale = cos.square() + sin.square()
-    cos, sin = cos / scale, sin / scale
-    query = query.to(torch.float32)
-    rotated, rest = query[..., : rotary_emb.rotary_dim], query[..., rotary_emb.rotary_dim :]
-    if rotary_emb.is_neox_style:
-        first, second = rotated.chunk(2, dim=-1)
-    else:
-        first, second = rotated[..., ::2], rotated[..., 1::2]
-    before = (first * cos + second * sin, second * cos - first * sin)
-    joined = torch.cat(before, dim=-1) if rotary_emb.is_neox_style else torch.stack(before, dim=-1).flatten(-2)
-    return torch.cat((joined, rest), dim=-1)
+
+    def __init__(self, rotary_emb: torch.nn.Module | None, head_size: int) -> None:
+        self.head_size = head_size
+        self._rotary_emb = rotary_emb
+        partner = torch.arange(head_size)
+        self._sign = torch.zeros(head_size)  # of the sine; 0 where nothing is rotated
+        if rotary_emb is not None:
+            rotated = partner[: rotary_emb.rotary_dim]
+            if rotary_emb.is_neox_style:
+                first, second = rotated.chunk(2)
+            else:
+                first, second = rotated[::2], rotated[1::2]
+            partner = partner.clone()
+            partner[first], partner[second] = second, first
+            self._sign[first], self._sign[second] = -1.0, 1.0
+        self.partner = partner
+
+    def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cos_t`` and ``sin_t``, signs included, each float32 of shape ``[len(positions), head_size]``."""
+        cos = torch.ones(positions.shape[0], self.head_size)
+        sin = torch.zeros(positions.shape[0], self.head_size)
+        if self._rotary_emb is not None:
+            halves = self._rotary_emb.cos_sin_cache[positions].to("cpu", torch.float32).chunk(2, dim=-1)
+            for sign in (-1.0, 1.0):
+                cos[:, self._sign == sign], sin[:, self._sign == sign] = halves[0], sign * halves[1]
+        return cos, sin
+
+    def rotate(self, vectors: torch.Tensor, position: int) -> torch.Tensor:
+        """``R_t / |R_t|`` of ``vectors``, shape ``[..., head_size]``, float32: a turn that keeps every length.
+
+        ``R_t R_n / |R_n|`` is ``R_(t + n)``: it takes what was averaged over the positions from 0 on to those from n on.
+        """
+        cos, sin = self.table(torch.tensor([position]))
+        length = (cos.square() + sin.square()).sqrt()
+        return cos / length * vectors + sin / length * vectors[..., self.partner]
+
+    def unrotate(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The queries before RoPE, from those after it.
+
+        Args:
+            query: after RoPE, shape ``[num_tokens, num_heads, head_size]``.
+            positions: shape ``[num_tokens]``, int64.
+
+        Returns:
+            float32, the shape of ``query``.
+        """
+        cos, sin = self.table(positions)
+        square = cos.square() + sin.square()
+        cos, sin = (cos / square).unsqueeze(1).to(query.device), (sin / square).unsqueeze(1).to(query.device)
+        query = query.to(torch.float32)
+        return cos * query - sin * query[..., self.partner]
+
+    def average(self, mean: torch.Tensor, second: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of queries over the positions 0 to ``num_positions - 1``.
+
+        Args:
+            mean: of the queries before RoPE, shape ``[..., head_size]``, float32.
+            second: their uncentred second moment, shape ``[..., head_size, head_size]``, float32.
+
+        Returns:
+            mean and covariance of ``R_t q``, in the same shapes.
+        """
+        cos, sin = self.table(torch.arange(num_positions))
+        partner = self.partner
+        turned_mean = cos.mean(0) * mean + sin.mean(0) * mean[..., partner]
+        # R_t S R_t^T, term by term of the two sums, each averaged over t.
+        turned_second = (cos.T @ cos) * second + (sin.T @ sin) * second[..., partner, :][..., partner]
+        turned_second += (cos.T @ sin) * second[..., partner] + (sin.T @ cos) * second[..., partner, :]
+        turned_second /= num_positions
+        return turned_mean, turned_second - turned_mean.unsqueeze(-1) * turned_mean.unsqueeze(-2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_qfilters.filters.rotary import unrotate
+from vllm_qfilters.filters.rotary import Rotation
 
 
 class Moments:
@@ -43,7 +43,7 @@ class LayerStatistics:
         num_heads: query heads on this rank.
         num_kv_heads: KV heads on this rank.
         head_size: elements per head.
-        rotary_emb: the layer's rotary embedding, or None for models without one.
+        rotation: of the layer.
         positions: the model runner's buffer of positions; at a forward pass it starts with those of the step's tokens.
     """
 
@@ -52,21 +52,18 @@ class LayerStatistics:
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
-        rotary_emb: torch.nn.Module | None,
+        rotation: Rotation,
         positions: torch.Tensor,
     ) -> None:
         self.query_before_rope = Moments(num_heads, head_size)
         self.query_after_rope = Moments(num_heads, head_size)
         self.key_after_rope = Moments(num_kv_heads, head_size)
-        self._rotary_emb = rotary_emb
+        self._rotation = rotation
         self._positions = positions
 
     def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """query, key: after RoPE, shape ``[num_tokens, heads, head_size]``."""
         query = query.to(torch.float32)
-        before = query
-        if self._rotary_emb is not None:
-            before = unrotate(query, self._positions[: query.shape[0]], self._rotary_emb)
-        self.query_before_rope.add(before)
+        self.query_before_rope.add(self._rotation.unrotate(query, self._positions[: query.shape[0]]))
         self.query_after_rope.add(query)
         self.key_after_rope.add(key.to(torch.float32))

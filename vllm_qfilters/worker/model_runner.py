@@ -18,14 +18,26 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
+from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, probe_page_layout
-from vllm_qfilters.plan import QFiltersSchedulerOutput
-from vllm_qfilters.scorers import FilterScorer, KeyNormScorer, RandomScorer, Scorer
+from vllm_qfilters.plan import QFiltersSchedulerOutput, RequestCompaction
+from vllm_qfilters.scorers import (
+    ExpectedAttentionScorer,
+    KeyDiffScorer,
+    KeyNormScorer,
+    RandomScorer,
+    RecentQueries,
+    RotaryFilterScorer,
+    Scorer,
+    StaticFilterScorer,
+)
 from vllm_qfilters.support import check_specs
 from vllm_qfilters.worker.compactor import Compactor
+from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.worker.request_state import EvictedTokens
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -38,8 +50,10 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         super().__init__(vllm_config, device)
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
-        self.compactor: Compactor | None = None  # once the cache exists
-        self.layers: list[torch.nn.Module] = []  # attention layers in order
+        self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
+        self.cache: PagedCache | None = None
+        self.compactor: Compactor | None = None  # once compression started
+        self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
@@ -47,7 +61,8 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         if self.shared_kv_cache_layers:
             raise ValueError("KV compression does not support models whose layers share one KV cache")
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
-        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens) for name, spec in specs.items()}
+        num_planes = self.compression.num_planes
+        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
@@ -63,33 +78,40 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)
 
         layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, first.kv_cache.dtype)
-        cache = PagedCache([layer.kv_cache for layer in self.layers], layout)
-        self.compactor = Compactor(cache, shared_by_heads=self.compression.granularity == "layer")
+        self.cache = PagedCache([layer.kv_cache for layer in self.layers], layout, self.compression.num_planes)
 
     def start_compression(self) -> None:
         """Finds or calibrates what scores need, and says in one line what is active. Call before serving."""
         origin = ""
         filters = None
         if self.compression.method == "qfilters":
-            model = ModelIdentity.from_model_config(self.model_config)
-            found = find_filters(self.compression.filters, model)
-            if found is None:
-                filters, origin = self._calibrate_and_cache(model)
-            else:
-                filters, origin = found
+            filters, origin = self._find_or_calibrate_filters()
+        scorer = self._scorer(filters)
+        self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+        if self.compression.observed_queries:
+            self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
         for index, layer in enumerate(self.layers):
-            layer.impl.scorer = self._scorer(filters, index)
-            layer.impl.score_plane = self.compactor.cache.scores[index]
+            layer.impl.index, layer.impl.scorer, layer.impl.recorder = index, scorer, self.recorder
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin))
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
+        return calibrate(self, self.layers, self._rotations(), sequences, description)
+
+    def _rotations(self) -> list[Rotation]:
+        """Of each layer; layers that share a rotary embedding share its rotation."""
         modules = dict(self.model.named_modules())
         rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
-        return calibrate(self, self.layers, rotary_embs, sequences, description)
+        rotations = {id(rotary_emb): Rotation(rotary_emb, self.layers[0].head_size) for rotary_emb in rotary_embs}
+        return [rotations[id(rotary_emb)] for rotary_emb in rotary_embs]
 
-    def _calibrate_and_cache(self, model: ModelIdentity) -> tuple[Filters, str]:
+    def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
+        model = ModelIdentity.from_model_config(self.model_config)
+        needs_statistics = self.compression.filter != "static"
+        found = find_filters(self.compression.filters, model, needs_statistics)
+        if found is not None:
+            return found
         room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
         num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
         description = f"{NUM_SEQUENCES} sequences of {num_tokens} random token ids"
@@ -100,13 +122,21 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             save(path, filters, model)
         return filters, f"calibrated now ({description}), kept in {path}"
 
-    def _scorer(self, filters: Filters | None, layer_index: int) -> Scorer | None:
-        method = self.compression.method
-        if method == "qfilters":
-            count, total = self.layers[0].num_kv_heads, self.model_config.get_total_num_kv_heads()
-            first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
-            return FilterScorer(filters.of_heads(first, count)[layer_index])
-        return {"knorm": KeyNormScorer(), "random": RandomScorer(seed=layer_index), "streaming": None}[method]
+    def _scorer(self, filters: Filters | None) -> Scorer:
+        config, cache = self.compression, self.cache
+        if config.method != "qfilters":
+            return {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}[config.method](cache)
+        tp_rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        first = self.layers[0]
+        if config.filter == "static":
+            total = self.model_config.get_total_num_kv_heads()
+            return StaticFilterScorer(cache, filters.of_heads(tp_rank * total // tp_size, first.num_kv_heads))
+        heads = slice(tp_rank * first.num_heads, (tp_rank + 1) * first.num_heads)
+        rank = config.rank if config.filter == "expected" else 0
+        bank = FilterBank(filters, self._rotations(), heads, rank, first.impl.scale)
+        if config.filter == "rotary":
+            return RotaryFilterScorer(cache, bank)
+        return ExpectedAttentionScorer(cache, bank, first.impl.scale)
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with
@@ -123,10 +153,13 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
         self.evicted.forget(scheduler_output.finished_req_ids)
         self.evicted.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        if self.recorder is not None:
+            self.recorder.forget(scheduler_output.finished_req_ids)
+            self.recorder.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         if isinstance(scheduler_output, QFiltersSchedulerOutput):
             for row in scheduler_output.compaction.rows:
                 (block_ids,) = self.requests[row.req_id].block_ids
-                self.compactor.compact(block_ids, row)
+                self.compactor.compact(block_ids, row, self._recent_queries(row))
                 block_ids[:] = row.block_ids
                 batch_row = self.input_batch.req_id_to_index.get(row.req_id)
                 if batch_row is not None:
@@ -135,9 +168,23 @@ class QFiltersCPUModelRunner(CPUModelRunner):
                 self.evicted.add(row.req_id, row.evicted_tokens)
         return super()._update_states(scheduler_output)
 
+    def _recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
+        """What is left of the prompt's queries; handed out for the last time when the first generated tokens are there."""
+        recent = self.recorder.get(row.req_id) if self.recorder is not None else None
+        if recent is not None and recent.end < row.position:
+            self.recorder.forget([row.req_id])
+        return recent
+
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         num_reqs = self.input_batch.num_reqs
+        if self.recorder is not None:
+            self.recorder.start_step(
+                self.input_batch.req_ids,
+                num_scheduled_tokens.tolist(),
+                self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
+                self.input_batch.num_prompt_tokens[:num_reqs].tolist(),
+            )
         evicted = self.evicted.rows(self.input_batch.req_ids)
         if evicted is not None:
             by_request = torch.from_numpy(evicted)
@@ -166,7 +213,8 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
         f"prefill {config.prefill}" + (f" (chunks of {config.chunk})" if config.evicts_prompts_in_chunks else ""),
         f"scope {config.scope}",
     ]
-    if origin:
+    if config.method == "qfilters":
+        parts.insert(1, f"filter {config.filter}" + (f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""))
         parts.append(f"filters {origin}")
     if isinstance(config.budget, int):
         decoding = cdiv(config.budget, block_size)
