@@ -58,12 +58,12 @@ def expected_attention(
         float32, shape ``[num_layers, num_kv_heads, num_tokens]``, each row of sum 1.
     """
     num_layers, num_heads, rank, head_size = factors.shape
-    group = num_heads // cache.num_kv_heads
-    attention = torch.empty(num_layers, cache.num_kv_heads, num_tokens)
+    num_kv_heads = cache.num_kv_heads
+    attention = torch.empty(num_layers, num_kv_heads, num_tokens)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_tokens)
-        logits = means[layer].view(-1, group, head_size) @ keys.mT  # [num_kv_heads, group, num_tokens]
-        projections = factors[layer].view(-1, group * rank, head_size) @ keys.mT
+        logits = means[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT  # [num_kv_heads, group, num_tokens]
+        projections = factors[layer].reshape(num_kv_heads, num_heads // num_kv_heads * rank, head_size) @ keys.mT
         logits += projections.square().view(*logits.shape[:2], rank, num_tokens).sum(2) / 2
         attention[layer] = logits.softmax(-1).mean(1)
     return attention
@@ -88,14 +88,14 @@ def observed_attention(
         newer tokens.
     """
     num_layers, num_heads, num_queries, head_size = queries.shape
-    group = num_heads // cache.num_kv_heads
+    num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
-    attention = torch.zeros(num_layers, cache.num_kv_heads, num_tokens)
+    attention = torch.zeros(num_layers, num_kv_heads, num_tokens)
     is_future = torch.ones(num_queries, num_seen, dtype=torch.bool).triu(num_seen - num_queries + 1)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
-        logits = queries[layer].view(-1, group * num_queries, head_size) @ keys.mT
-        logits = logits.view(-1, group, num_queries, num_seen).masked_fill(is_future, float("-inf"))
+        logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
+        logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
         mean = logits.softmax(-1).mean((1, 2))
         attention[layer, :, :num_seen] = avg_pool1d(mean, pool, stride=1, padding=pool // 2)
     return attention

@@ -5,7 +5,7 @@ import torch
 
 from tests.engines import BLOCK, tokens_and_logprobs
 from tests.models import random_prompt
-from tests.oracle import Rule, teacher_forced_logprobs
+from tests.oracle import Rule, rotate, teacher_forced_logprobs
 
 CASES = {
     # id: (configuration, prompt length, generated tokens)
@@ -78,3 +78,26 @@ def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
     rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, shared_by_heads=True)
     uncompressed, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
     assert (torch.tensor(logprobs) - torch.tensor(uncompressed)).abs().max() > 0.05
+
+
+def test_calibration_sees_the_queries_of_every_layer_before_and_after_rope(engines, hf_model):
+    """The statistics of the engine's own forward passes, against Hugging Face's on the same tokens."""
+    sequences = [random_prompt(300, seed=3), random_prompt(200, seed=4)]
+    found = engines.get(**CASES["rotary"][0]).runner.calibrate_filters(sequences, "test")
+    before = [[] for _ in hf_model.model.layers]
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _, __, out, i=i: before[i].append(out[0].unflatten(-1, (4, 32))))
+        for i, layer in enumerate(hf_model.model.layers)
+    ]
+    with torch.no_grad():
+        for sequence in sequences:
+            hf_model(torch.tensor([sequence]))
+    for hook in hooks:
+        hook.remove()
+    for index, queries in enumerate(before):
+        after = torch.cat([rotate(hf_model, q.transpose(0, 1), torch.arange(len(q))).transpose(0, 1) for q in queries])
+        whole = torch.cat(queries)
+        second = torch.einsum("nhd,nhe->hde", whole, whole) / len(whole)
+        torch.testing.assert_close(found.query_mean_before_rope[index], whole.mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.query_second_before_rope[index], second, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.query_mean_after_rope[index], after.mean(0), atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 FORMAT = "vllm-qfilters"
-VERSION = 1
+VERSION = 2
 MAX_FILE_BYTES = 8 << 30
 
 _PUBLISHED_NAME = "q_filters"

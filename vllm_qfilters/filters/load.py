@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_qfilters.filters.format import Filters, ModelIdentity, load
+from vllm_qfilters.filters.format import VERSION, Filters, ModelIdentity, load
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -61,7 +61,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
 
 def cache_path(model: ModelIdentity) -> pathlib.Path:
     """Where calibrated filters of ``model`` are kept. Changes with the model's configuration and weight files."""
-    key = json.dumps([dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
+    key = json.dumps([VERSION, dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
     name = pathlib.PurePath(model.name).name
     return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 

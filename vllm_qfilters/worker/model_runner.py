@@ -101,7 +101,7 @@ class QFiltersCPUModelRunner(CPUModelRunner):
 
     def _rotations(self) -> list[Rotation]:
         """Of each layer; layers that share a rotary embedding share its rotation."""
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
         rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
         rotations = {id(rotary_emb): Rotation(rotary_emb, self.layers[0].head_size) for rotary_emb in rotary_embs}
         return [rotations[id(rotary_emb)] for rotary_emb in rotary_embs]
