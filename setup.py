@@ -74,7 +74,7 @@ setup(
         Extension(
             "vllm_qfilters._C",
             sources=[str(path) for path in sorted(pathlib.Path("csrc").glob("*.cpp"))],
-            depends=["CMakeLists.txt", "csrc/operators.h"],
+            depends=["CMakeLists.txt", "csrc/lanes.h", "csrc/operators.h"],
             optional=not IS_REQUIRED,
         )
     ],

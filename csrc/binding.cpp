@@ -6,6 +6,9 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("score_and_store(Tensor key, Tensor filters, Tensor(a!) score_plane, Tensor slot_mapping) -> ()");
   library.def("select_kept(Tensor scores, int kept, int sinks, int window, bool shared_by_heads) -> Tensor");
   library.def(
+      "expected_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor means, Tensor factors) "
+      "-> Tensor");
+  library.def(
       "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
       "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");
 }
@@ -13,5 +16,6 @@ TORCH_LIBRARY(vllm_qfilters, library) {
 TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {
   library.impl("score_and_store", &vllm_qfilters::score_and_store);
   library.impl("select_kept", &vllm_qfilters::select_kept);
+  library.impl("expected_attention", &vllm_qfilters::expected_attention);
   library.impl("fill_holes", &vllm_qfilters::fill_holes);
 }

@@ -18,6 +18,14 @@ at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tok
     int64_t window,
     bool shared_by_heads);
 
+at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] float32
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& key_offsets,    // [block_size, head_size] int64
+    const at::Tensor& page_table,     // [num_pages] int64
+    int64_t num_tokens,
+    const at::Tensor& means,          // [num_layers, num_heads, head_size] float32
+    const at::Tensor& factors);       // [num_layers, num_heads, rank, head_size] float32
+
 void fill_holes(
     at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
     at::Tensor& planes,               // [num_layers, num_blocks, num_planes, num_kv_heads, block_size] float32

@@ -6,14 +6,14 @@ alone knows where bytes lie.
 
 from vllm_qfilters.kernels import cpu
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import expected_attention, observed_attention, write_scores
+from vllm_qfilters.kernels.reference import observed_attention, write_scores
 
 if cpu.load():
-    from vllm_qfilters.kernels.cpu import compact, score_and_store, select_kept
+    from vllm_qfilters.kernels.cpu import compact, expected_attention, score_and_store, select_kept
 
     IMPLEMENTATION = "C++"
 else:
-    from vllm_qfilters.kernels.reference import compact, score_and_store, select_kept
+    from vllm_qfilters.kernels.reference import compact, expected_attention, score_and_store, select_kept
 
     IMPLEMENTATION = "PyTorch"
 

@@ -27,12 +27,26 @@ def load() -> bool:
     torch.library.register_fake(
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
     )
+    torch.library.register_fake(
+        "vllm_qfilters::expected_attention",
+        lambda pages, key_offsets, page_table, num_tokens, means, factors: means.new_empty(
+            pages.shape[0], pages.shape[2], num_tokens
+        ),
+    )
     return True
 
 
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """See :func:`vllm_qfilters.kernels.reference.score_and_store`."""
     OPERATORS.score_and_store.default(key, filters, score_plane, slot_mapping)
+
+
+def expected_attention(
+    cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.expected_attention`."""
+    statistics = means.contiguous(), factors.contiguous()
+    return OPERATORS.expected_attention.default(cache.pages, cache.layout.keys, pages, num_tokens, *statistics)
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:

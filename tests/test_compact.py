@@ -10,6 +10,7 @@ import torch
 from tests.test_layout import Geometry, make_cache
 from vllm_qfilters.kernels import PagedCache, compact, select_kept, write_scores
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.scorers import ResidentTokens, Scorer
 from vllm_qfilters.worker.compactor import Compactor
 
 SEEDS = range(3)
@@ -194,7 +195,7 @@ Triples = dict[tuple[int, int], list[tuple[bytes, bytes, bytes]]]
 
 
 def triples(cache: PagedCache, pages: list[int], num_tokens: int) -> Triples:
-    """The bytes of (key, value, score) of each token of a sequence, by (layer, head)."""
+    """The bytes of (key, value, planes) of each token of a sequence, by (layer, head)."""
     page = torch.tensor(pages).repeat_interleave(cache.block_size)[:num_tokens]
     slot = torch.arange(cache.block_size).repeat(len(pages))[:num_tokens]
     found = {}
@@ -202,8 +203,8 @@ def triples(cache: PagedCache, pages: list[int], num_tokens: int) -> Triples:
         for head in range(cache.num_kv_heads):
             elements = cache.pages[layer, page, head]
             keys, values = elements.gather(1, cache.layout.keys[slot]), elements.gather(1, cache.layout.values[slot])
-            scores = cache.scores[layer, page, head, slot]
-            rows = zip(keys.numpy(), values.numpy(), scores.numpy(), strict=True)
+            numbers = cache.planes[layer, page, :, head, slot]
+            rows = zip(keys.numpy(), values.numpy(), numbers.numpy(), strict=True)
             found[layer, head] = [tuple(part.tobytes() for part in row) for row in rows]
     return found
 
@@ -256,15 +257,16 @@ def test_all_other_pages_stay_as_they_were(sequence):
 def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(shared_by_heads):
     _, cache = make_cache(Geometry(num_layers=2, num_blocks=12, num_kv_heads=3, block_size=16))
     old_pages, new_block_ids, resident, kept, sinks, window = [7, 2, 9, 4, 11, 0], (7, 5, 11, 0), 90, 58, 4, 21
-    compactor = Compactor(cache, shared_by_heads)
+    scorer = Scorer(cache)
     before = triples(cache, old_pages, resident)
     scores = torch.tensor([
         [[cache.scores[layer, old_pages[token // 16], head, token % 16] for token in range(resident)] for head in range(3)]
         for layer in range(2)
     ])
-    assert torch.equal(compactor.resident_scores(torch.tensor(old_pages), resident), scores)
+    assert torch.equal(scorer.resident_scores(ResidentTokens(torch.tensor(old_pages), resident, resident)), scores)
     is_kept = select_kept(scores, kept, sinks, window, shared_by_heads)
-    compactor.compact(old_pages, RequestCompaction("a", resident, resident - kept, sinks, window, new_block_ids))
+    row = RequestCompaction("a", resident, resident, resident - kept, sinks, window, new_block_ids)
+    Compactor(scorer, shared_by_heads).compact(old_pages, row)
     for (layer, head), rows in triples(cache, list(new_block_ids), kept).items():
         survivors = [row for token, row in enumerate(before[layer, head]) if is_kept[layer, head, token]]
         assert sorted(rows) == sorted(survivors)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_qfilters.budget import RequestLimits
-from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, GRANULARITIES, METHODS, PREFILLS, SCOPES, KVCompressionConfig
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, FILTERS, GRANULARITIES, METHODS, PREFILLS, SCOPES, KVCompressionConfig
 
 BUDGET_RANGE = ("an integer > 0", "<= 1.0")
 WINDOW_RANGE = ("an integer >= 0", "0 <= window < 1")
-SMALL = dict(budget=512, window=64, sinks=4, interval=32, chunk=256)
+SMALL = dict(budget=512, window=64, sinks=4, interval=32, chunk=256, filter="static")
 
 REFUSED = {
     # id: (options, what the message must name)
@@ -56,6 +56,11 @@ REFUSED = {
     "granularity-unknown": (dict(granularity="token"), ("granularity='token':", *GRANULARITIES)),
     "prefill-unknown": (dict(prefill="none"), ("prefill='none':", *PREFILLS)),
     "scope-unknown": (dict(scope="prompt"), ("scope='prompt':", *SCOPES)),
+    "filter-unknown": (dict(filter="svd"), ("filter='svd':", *FILTERS)),
+    "rank-negative": (dict(rank=-1), ("rank=-1:", "an integer >= 0")),
+    "rank-float": (dict(rank=8.0), ("rank=8.0:", "an integer >= 0")),
+    "observed-negative": (dict(observed=-1), ("observed=-1:", "an integer >= 0")),
+    "observed-true": (dict(observed=True), ("observed=True:", "an integer >= 0")),
     "filters-empty": (dict(filters=""), ("filters='':", "'auto'", "a file")),
     "filters-none": (dict(filters=None), ("filters=None:", "'auto'", "a file")),
 }
@@ -80,6 +85,8 @@ def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
         pytest.param(dict(window=0, sinks=0), id="nothing-protected"),
         pytest.param(dict(window=0.0), id="window-fraction-zero"),
         *(pytest.param(dict(method=method), id=f"method-{method}") for method in METHODS),
+        *(pytest.param(dict(filter=filter), id=f"filter-{filter}") for filter in FILTERS),
+        pytest.param(dict(rank=0, observed=0), id="mean-alone"),
         *(pytest.param(dict(granularity=granularity), id=f"granularity-{granularity}") for granularity in GRANULARITIES),
         *(pytest.param(dict(prefill=prefill), id=f"prefill-{prefill}") for prefill in PREFILLS),
         *(pytest.param(dict(scope=scope), id=f"scope-{scope}") for scope in SCOPES),
@@ -228,6 +235,23 @@ def test_streaming_alone_keeps_recent_tokens_only(method):
     limits = KVCompressionConfig(**SMALL, method=method).request_limits(None, prompt_tokens=1000)
     assert limits.recent_only == (method == "streaming")
     assert limits.protected_window(kept=480) == (476 if method == "streaming" else 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "queries", "planes"),
+    [
+        pytest.param({}, 32, 2, id="defaults"),
+        pytest.param(dict(observed=8), 8, 2, id="fewer"),
+        pytest.param(dict(observed=0), 0, 1, id="none"),
+        pytest.param(dict(filter="rotary"), 0, 1, id="rotary"),
+        pytest.param(dict(filter="static"), 0, 1, id="static"),
+        pytest.param(dict(method="knorm"), 0, 1, id="other-method"),
+    ],
+)
+def test_observed_queries_take_a_plane_and_make_windows_private(options, queries, planes):
+    config = KVCompressionConfig(**options)
+    assert (config.observed_queries, config.num_planes) == (queries, planes)
+    assert config.request_limits(None, prompt_tokens=1000).private_window == (queries > 0)
 
 
 @pytest.mark.parametrize(

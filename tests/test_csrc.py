@@ -14,7 +14,7 @@ from tests.test_compact import SEQUENCES, Eviction, make_scores, random_eviction
 from tests.test_layout import DTYPES, Geometry, make_cache
 from vllm_qfilters import kernels
 from vllm_qfilters.kernels import cpu, reference
-from vllm_qfilters.scorers import FilterScorer
+from vllm_qfilters.scorers import StaticFilterScorer
 
 PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
 
@@ -86,13 +86,16 @@ def test_tokens_beyond_the_slots_are_not_read():
 
 
 @needs_library
-def test_the_scorer_of_q_filters_stores_with_the_operator(monkeypatch):
+def test_the_static_filter_is_scored_with_the_operator(monkeypatch):
     calls = []
     monkeypatch.setattr("vllm_qfilters.scorers.score_and_store", lambda *arguments: calls.append(arguments))
-    key, score_plane, slots = make_step(3, 2, 32, 16, torch.bfloat16, is_strided=True)
-    FilterScorer(make_filters(2, 32).to(torch.float64)).store(key, score_plane, slots)
-    ((_, filters, _, _),) = calls
+    _, cache = make_cache(Geometry())
+    key, slots = torch.randn(3, 2, 8), torch.arange(3)
+    scorer = StaticFilterScorer(cache, torch.stack([make_filters(2, 8).to(torch.float64)] * 3))
+    scorer.write(1, key, key, slots)
+    ((_, filters, score_plane, _),) = calls
     assert filters.dtype == torch.float32 and kernels.score_and_store is cpu.score_and_store
+    assert score_plane.data_ptr() == cache.scores[1].data_ptr()
 
 
 BAD_STEPS = {
@@ -224,8 +227,7 @@ def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
 def hole_arguments(cache) -> list:
     is_kept = torch.ones(cache.num_layers, cache.num_kv_heads, 48, dtype=torch.bool)
     is_kept[..., 3:19] = False
-    pages, scores = cache.pages.clone(), cache.scores.clone()
-    return [pages, scores, cache.layout.keys, cache.layout.values, torch.tensor([4, 1, 2]), is_kept, 16, 32, 32]
+    return [cache.pages.clone(), cache.planes.clone(), cache.layout.keys, cache.layout.values, torch.tensor([4, 1, 2]), is_kept, 16, 32, 32]
 
 
 @needs_library
@@ -250,13 +252,62 @@ def test_fill_holes_refuses(position, value, message):
         cpu.OPERATORS.fill_holes(*arguments)
 
 
+def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and factors of logits a few units wide."""
+    generator = torch.Generator().manual_seed(rank)
+    scale = 2 * head_size**-0.5
+    means = scale * torch.randn(num_layers, num_heads, head_size, generator=generator)
+    return means, scale * torch.randn(num_layers, num_heads, rank, head_size, generator=generator)
+
+
 @needs_library
-@pytest.mark.parametrize("operator", ["score_and_store", "select_kept", "fill_holes"])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(("group", "rank", "head_size"), [(1, 0, 16), (3, 1, 40), (4, 8, 32)])
+def test_expected_attention_matches_reference(group, rank, head_size, num_tokens, dtype):
+    if CACHE_DTYPES[dtype].itemsize == 1:
+        pytest.skip("8-bit caches are refused")
+    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    pages = torch.randperm(16)[: -(-num_tokens // 16)]
+    statistics = make_statistics(2, 2 * group, rank, head_size)
+    found = cpu.expected_attention(cache, pages, num_tokens, *statistics)
+    expected = reference.expected_attention(cache, pages, num_tokens, *statistics)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2), atol=1e-5, rtol=0)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
+        pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
+        pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
+        pytest.param(3, 0, "for 0 tokens", id="no-tokens"),
+        pytest.param(4, torch.zeros(3, 5, 8), "in groups of the 2 KV heads", id="odd-heads"),
+        pytest.param(5, torch.zeros(3, 4, 2, 8, dtype=torch.float64), "float32", id="double"),
+    ],
+)
+def test_expected_attention_refuses(position, value, message):
+    arguments = attention_arguments()
+    arguments[position] = value
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.OPERATORS.expected_attention(*arguments)
+
+
+def attention_arguments() -> list:
+    _, cache = make_cache(Geometry())
+    return [cache.pages, cache.layout.keys, torch.tensor([4, 1]), 20, *make_statistics(3, 4, 2, 8)]
+
+
+@needs_library
+@pytest.mark.parametrize("operator", ["score_and_store", "select_kept", "expected_attention", "fill_holes"])
 def test_schemas_say_what_operators_do(operator):
     key, score_plane, slots = make_step(10, 3, 64, 16, torch.bfloat16, is_strided=True)
     arguments = {
         "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
+        "expected_attention": attention_arguments(),
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpu.OPERATORS, operator).default, tuple(arguments[operator]))

@@ -18,6 +18,7 @@ from vllm_qfilters.filters import calibrate, format, load
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity
 from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
+from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
@@ -499,7 +500,8 @@ class Layers:
         """As a rank with these heads gathers them, from three steps."""
         layers = []
         for queries, keys in zip(self.queries[:, :, heads], self.keys[:, :, kv_heads], strict=True):
-            layer = LayerStatistics(queries.shape[1], keys.shape[1], queries.shape[2], None, torch.zeros(0))
+            size = queries.shape[2]
+            layer = LayerStatistics(queries.shape[1], keys.shape[1], size, Rotation(None, size), torch.zeros(0, dtype=torch.int64))
             for query, key in zip(queries.split([120, 1, 179]), keys.split([120, 1, 179]), strict=True):
                 layer.observe(query, key)
             layers.append(layer)

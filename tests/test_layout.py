@@ -23,6 +23,7 @@ class Geometry:
     block_size: int = 16
     head_size: int = 8
     dtype: torch.dtype = torch.float32
+    num_planes: int = 2
 
     @property
     def content_bytes(self) -> int:
@@ -30,7 +31,7 @@ class Geometry:
 
     @property
     def page_bytes(self) -> int:
-        return self.content_bytes + SCORE_BYTES * self.num_kv_heads * self.block_size
+        return self.content_bytes + SCORE_BYTES * self.num_planes * self.num_kv_heads * self.block_size
 
     @property
     def layer_bytes(self) -> int:
@@ -69,9 +70,10 @@ def make_cache(geometry: Geometry, seed: int = 0) -> tuple[torch.Tensor, PagedCa
     """A cache of random numbers in a random layout, and the bytes it lies in."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.zeros(geometry.num_layers * geometry.layer_bytes, dtype=torch.int8)
-    cache = PagedCache(kv_cache_views(buffer, geometry), random_layout(geometry.block_size, geometry.head_size, seed))
+    layout = random_layout(geometry.block_size, geometry.head_size, seed)
+    cache = PagedCache(kv_cache_views(buffer, geometry), layout, geometry.num_planes)
     cache.pages.copy_(torch.randn(cache.pages.shape, generator=generator))
-    cache.scores.copy_(torch.randn(cache.scores.shape, generator=generator))
+    cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
     return buffer, cache
 
 
@@ -271,18 +273,18 @@ def test_a_write_changes_nothing_but_its_places(geometry):
 def test_scores_and_contents_do_not_overlap(geometry):
     buffer, cache = make_cache(geometry)
     buffer.zero_()
-    cache.scores.fill_(-1.5)
+    cache.planes.fill_(-1.5)
     assert not cache.pages.any()
     expected = torch.zeros_like(buffer)
-    score = bytes_of(torch.tensor([-1.5]))
-    for layer, page, head, slot in torch.cartesian_prod(*(torch.arange(size) for size in cache.scores.shape)).tolist():
-        start = geometry.score_byte(layer, page, head, slot)
-        expected[start : start + SCORE_BYTES] = score
+    number = bytes_of(torch.tensor([-1.5]))
+    for layer, page, plane, head, slot in torch.cartesian_prod(*(torch.arange(size) for size in cache.planes.shape)).tolist():
+        start = geometry.score_byte(layer, page, plane * geometry.num_kv_heads + head, slot)
+        expected[start : start + SCORE_BYTES] = number
     assert torch.equal(buffer, expected)
 
     buffer.zero_()
     cache.pages.fill_(-1.5)
-    assert not cache.scores.any()
+    assert not cache.planes.any()
     contents = geometry.num_layers * geometry.num_blocks * geometry.content_bytes
     assert int((buffer.view(geometry.dtype) == -1.5).sum()) == contents // geometry.dtype.itemsize
 
@@ -299,9 +301,9 @@ def test_copied_pages_take_their_scores_along_in_every_layer(geometry):
 def test_a_cache_may_begin_anywhere_in_its_allocation():
     geometry = Geometry()
     whole = torch.zeros(geometry.num_layers * geometry.layer_bytes + 512, dtype=torch.int8)
-    cache = PagedCache(kv_cache_views(whole[256:-256], geometry), random_layout(16, 8))
+    cache = PagedCache(kv_cache_views(whole[256:-256], geometry), random_layout(16, 8), geometry.num_planes)
     cache.pages.fill_(1.0)
-    cache.scores.fill_(1.0)
+    cache.planes.fill_(1.0)
     assert not whole[:256].any() and not whole[-256:].any()
     assert bool((whole[256:-256].view(torch.float32) == 1).all())
 
@@ -310,9 +312,9 @@ def test_room_beyond_the_scores_is_left_alone():
     geometry = Geometry()
     page_bytes = geometry.page_bytes + 64
     buffer = torch.zeros(geometry.num_layers * geometry.num_blocks * page_bytes, dtype=torch.int8)
-    cache = PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8))
+    cache = PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8), geometry.num_planes)
     cache.pages.fill_(1.0)
-    cache.scores.fill_(1.0)
+    cache.planes.fill_(1.0)
     by_page = buffer.view(-1, page_bytes)
     assert not by_page[:, geometry.page_bytes :].any()
     assert bool((by_page[:, : geometry.page_bytes].contiguous().view(torch.float32) == 1).all())
@@ -321,11 +323,38 @@ def test_room_beyond_the_scores_is_left_alone():
 @pytest.mark.parametrize("missing_bytes", [4, 64, SCORE_BYTES * 2 * 16])
 def test_pages_without_room_for_scores_are_refused_naming_both_sizes(missing_bytes):
     geometry = Geometry()
-    needed = SCORE_BYTES * geometry.num_kv_heads * geometry.block_size
+    needed = SCORE_BYTES * geometry.num_planes * geometry.num_kv_heads * geometry.block_size
     page_bytes = geometry.page_bytes - missing_bytes
     buffer = torch.zeros(geometry.num_layers * geometry.num_blocks * page_bytes, dtype=torch.int8)
     with pytest.raises(ValueError, match=f"have {needed - missing_bytes} bytes left for scores, {needed} are needed"):
-        PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8))
+        PagedCache(kv_cache_views(buffer, geometry, page_bytes), random_layout(16, 8), geometry.num_planes)
+
+
+def test_tokens_of_a_sequence_are_read_in_order_from_its_pages(geometry):
+    _, cache = make_cache(geometry)
+    pages, num_tokens = torch.tensor([4, 0, 2]), 2 * geometry.block_size + 3
+    page = pages.repeat_interleave(geometry.block_size)[:num_tokens]
+    slot = torch.arange(geometry.block_size).repeat(3)[:num_tokens]
+    for layer in range(geometry.num_layers):
+        keys = cache.resident_keys(layer, pages, num_tokens)
+        assert keys.dtype == torch.float32
+        for head in range(geometry.num_kv_heads):
+            at = [torch.full((num_tokens,), index) for index in (layer, head)]
+            assert torch.equal(keys[head], cache.read(at[0], page, at[1], slot)[0].to(torch.float32))
+            for plane in range(geometry.num_planes):
+                numbers = cache.resident_plane(plane, pages, num_tokens)[layer, head]
+                assert torch.equal(numbers, cache.planes[layer, page, plane, head, slot])
+
+
+def test_a_plane_is_written_for_the_tokens_of_a_sequence_alone(geometry):
+    buffer, cache = make_cache(geometry)
+    before, pages, num_tokens = cache.planes.clone(), torch.tensor([4, 0, 2]), 2 * geometry.block_size + 3
+    numbers = torch.randn(geometry.num_layers, geometry.num_kv_heads, num_tokens)
+    cache.set_resident_plane(1, pages, numbers)
+    assert torch.equal(cache.resident_plane(1, pages, num_tokens), numbers)
+    assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
+    is_changed = (cache.planes != before)[:, :, 1].any(2)  # [num_layers, num_blocks, block_size]
+    assert not is_changed[:, [1, 3, 5]].any() and not is_changed[:, 2, 3:].any()
 
 
 def token_major(views: list[torch.Tensor]) -> list[torch.Tensor]:

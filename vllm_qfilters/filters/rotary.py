@@ -59,6 +59,8 @@ class Rotation:
         Returns:
             float32, the shape of ``query``.
         """
+        if self._rotary_emb is None:
+            return query.to(torch.float32)
         cos, sin = self.table(positions)
         square = cos.square() + sin.square()
         cos, sin = (cos / square).unsqueeze(1).to(query.device), (sin / square).unsqueeze(1).to(query.device)
