@@ -13,7 +13,8 @@ def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> 
         [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    # Ranks that are slow to stop are warned of behind the result.
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[")))
 
 
 def main() -> None:
