@@ -124,7 +124,7 @@ def write_and_score(
     assert score_plane.shape == (num_blocks, num_kv_heads, block_size) and score_plane.dtype == torch.float32
     is_fp8 = cache.dtype in _FP8_DTYPES
     assert is_fp8 or cache.dtype == key.dtype == value.dtype, f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
-    assert not is_fp8 or (key_scale is not None and value_scale is not None), "an fp8 cache needs scales"
+    assert not is_fp8 or key_scale.numel() == value_scale.numel() == 1, "an fp8 cache needs one scale each"
     assert score != Score.PROJECTION or (filters.shape == key.shape[1:] and filters.is_contiguous()), "a filter per KV head"
     if num_tokens == 0:
         return

@@ -20,10 +20,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
-from vllm_qfilters.kernels.compact import compact
+from vllm_qfilters.kernels.compaction import compact
 from vllm_qfilters.kernels.page_scores import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
-from vllm_qfilters.kernels.select import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 
 GEOMETRIES = [

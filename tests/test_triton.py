@@ -13,11 +13,11 @@ if not torch.cuda.is_available():
 
 from tests.paged import DEVICE, LAYOUTS, Eviction, Geometry, Sequences, make_cache, random_evictions, random_tensor
 from vllm_qfilters.kernels import reference
-from vllm_qfilters.kernels.compact import compact
+from vllm_qfilters.kernels.compaction import compact
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.page_scores import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
-from vllm_qfilters.kernels.select import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)

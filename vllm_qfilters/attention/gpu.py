@@ -7,7 +7,7 @@ place in the worker process; modules of backends that are not installed are neve
 from typing import Any, Protocol
 
 import torch
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_qfilters.filters.statistics import LayerStatistics
 
@@ -91,9 +91,3 @@ class ScoringAttention:
             num_tokens = attn_metadata.num_actual_tokens
             self.statistics.observe(query[:num_tokens], key[:num_tokens])
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-
-
-def register() -> None:
-    """Puts the scoring backends in the places of vLLM's, in this process."""
-    for backend, path in BACKENDS.items():
-        register_backend(backend, path)

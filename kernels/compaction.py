@@ -197,8 +197,7 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
         counts,
         num_layer_selections,
         BLOCK_SIZE=cache.block_size,
-        TILE=2048,
-        num_warps=8,
+        TILE=1024,
     )
     tile = 16
     bits = rows.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[rows.element_size()])
