@@ -4,7 +4,7 @@
 
 A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests": [...]}]}. The
 runs of a job take place one after the other, each on an engine of its own; the requests of a run in one batch, or, as a list of
-lists, batch by batch.
+lists, batch by batch. A run with "calibration", sequences of token ids, calibrates filters with them at its end.
 """
 
 import json
@@ -28,6 +28,7 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton w
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -51,7 +52,21 @@ class InterpretedWorker(CompressedWorker, CPUWorker):
         return super().compile_or_warm_up_model()
 
 
-def run(job: dict, compression: dict | None, llm: dict, requests: list) -> dict:
+def keep_async_scheduling(check_and_update_config):
+    """vLLM switches it off on CPUs."""
+
+    def check(vllm_config):
+        is_async = vllm_config.scheduler_config.async_scheduling
+        check_and_update_config(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_async
+
+    return check
+
+
+CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
+
+
+def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted."""
     backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
     if compression is not None:
@@ -84,7 +99,10 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list) -> dict:
     if compression is not None:
         stats = scheduler.compression_stats
         result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
-        assert not runner.evicted._evicted and not scheduler.pages.evicted
+        assert not scheduler.pages.evicted and not scheduler.pages.limits
+    if calibration is not None:
+        filters = runner.calibrate_filters(calibration, "test")
+        result |= {"filters": filters.filters.tolist(), "query_mean_before_rope": filters.query_mean_before_rope.tolist()}
     return result
 
 

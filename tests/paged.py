@@ -88,7 +88,7 @@ class Sequences:
         geometry = dataclasses.replace(geometry, num_blocks=2 * sum(lengths) + 3)
         self.buffer, self.views, self.cache = make_cache(geometry, seed)
         free = numbers.sample(range(geometry.num_blocks), geometry.num_blocks)
-        self.evictions, self.old_pages, self.new_pages, compactions = evictions, [], [], []
+        self.evictions, self.old_pages, self.new_pages, self.compactions = evictions, [], [], []
         block_table = torch.full((2 * len(evictions) + 1, max(lengths) + 2), -(2**30), dtype=torch.int32)
         for index, (eviction, length) in enumerate(zip(evictions, lengths, strict=True)):
             old = [free.pop() for _ in range(length)]
@@ -99,14 +99,14 @@ class Sequences:
             copies = {page: free.pop() for i, page in enumerate(old) if i in written and numbers.random() < 0.5}
             new = [copies.get(page, page) for i, page in enumerate(old) if i not in out]
             block_table[2 * index, :length] = torch.tensor(old)
-            compactions.append(
+            self.compactions.append(
                 Compaction(
                     2 * index, eviction.resident, eviction.evicted, eviction.sinks, eviction.window, new, list(copies.items())
                 )
             )
             self.old_pages.append(torch.tensor(old, device=DEVICE))
             self.new_pages.append(torch.tensor(new, device=DEVICE))
-        self.batch = CompactionBatch.make(compactions, block_table.to(DEVICE))
+        self.batch = CompactionBatch.make(self.compactions, block_table.to(DEVICE))
 
     def scores_of(self, index: int) -> torch.Tensor:
         """Shape ``[num_layers, num_kv_heads, resident_tokens]``."""

@@ -24,7 +24,7 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     compression = kv_compression(**job["compression"]) if job["compression"] is not None else {}
-    llm = LLM(job["model"], enforce_eager=True, **job["llm"], **compression)
+    llm = LLM(job["model"], **{"enforce_eager": True, **job["llm"]}, **compression)
     prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in job["requests"]]
     params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **r) for r in job["requests"]]
     results = []

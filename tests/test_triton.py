@@ -3,6 +3,7 @@
 Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where only PyTorch and Triton are installed.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -19,6 +20,7 @@ from vllm_qfilters.kernels.page_scores import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.worker.batch_compactor import BatchCompactor
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,6 +34,16 @@ def poison_new_tensors():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def forbidden_waiting():
+    """Where there is a GPU, waiting for it is an error."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # Writing
@@ -134,6 +146,28 @@ def test_a_step_of_padding_writes_nothing():
     assert torch.equal(buffer, before)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_a_cuda_graph_replays_the_write_with_the_tokens_of_the_step():
+    geometry = Geometry(1, 8, 2, 16, 64, torch.bfloat16)
+    key, value, slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
+    filters = random_tensor(2, 64, seed=2)
+    buffer, (view,), cache = make_cache(geometry)
+    write_and_score(key, value, view, cache.scores[0], slots, Score.PROJECTION, filters)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write_and_score(key, value, view, cache.scores[0], slots, Score.PROJECTION, filters)
+    key.copy_(random_tensor(*key.shape, seed=5, dtype=torch.bfloat16))
+    slots.copy_(slots.flip(0))
+    graph.replay()
+    expected, (view,), other = make_cache(geometry)
+    first_key, first_value, first_slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
+    reference.write_and_score(first_key, first_value, view, other.scores[0], first_slots, filters)
+    reference.write_and_score(key, value, view, other.scores[0], slots, filters)
+    torch.testing.assert_close(cache.scores, other.scores, atol=1e-3, rtol=1e-5)
+    cache.scores.zero_(), other.scores.zero_()
+    assert torch.equal(buffer, expected)
+
+
 # Sequences
 
 
@@ -225,6 +259,24 @@ def test_compact_matches_reference(case, is_shared):
         kept = kept.bool().expand(-1, cache.num_kv_heads, -1)
         reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared):
+    fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
+    with forbidden_waiting():
+        BatchCompactor(fast.cache, is_shared).compact(fast.compactions, fast.batch.block_table)
+    for index, eviction in enumerate(slow.evictions):
+        kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
+        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
+    assert torch.equal(fast.buffer, slow.buffer)
+
+
+def test_warming_up_touches_the_null_page_alone():
+    buffer, _, cache = make_cache(Geometry())
+    before = cache.words.clone()
+    BatchCompactor(cache, shared_by_heads=True).warm_up()
+    assert torch.equal(cache.words[:, 1:], before[:, 1:])
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -8,13 +8,12 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
+from vllm_qfilters.attention.gpu import FP8_DTYPES
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, find_filters
-
-FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")  # what attention/gpu.py can write
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -38,7 +37,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         and vllm_config.kv_events_config.enable_kv_cache_events,
         "speculative decoding; drop --speculative-config": vllm_config.speculative_config is not None,
         f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): is_quantized_kv_cache(cache.cache_dtype)
-        and not (has_fp8 and cache.cache_dtype in FP8_CACHE_DTYPES),
+        and not (has_fp8 and cache.cache_dtype in FP8_DTYPES),
         "pipeline parallelism; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
