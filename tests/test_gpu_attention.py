@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_qfilters.attention.gpu import ScoringAttention
+from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.worker.model_runner import CompressedModelRunner
 
 NUM_LAYERS, NUM_BLOCKS = 3, 5
 
@@ -78,6 +81,28 @@ def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
     assert arguments[0] is key and arguments[1] is value and arguments[3] is impl.score_plane and arguments[4] is slots
     assert arguments[2].dtype == dtype and arguments[2].data_ptr() == cache.data_ptr()
     assert scales == {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
+
+
+class Runner:
+    def get_kv_cache_spec(self):
+        return {"layer": self.spec}
+
+
+class CompressedRunner(CompressedModelRunner, Runner):
+    def __init__(self, block_size: int, kernel_block_sizes: list):
+        self.spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+        backend = SimpleNamespace(get_name=lambda: "SOME_ATTN", get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes)
+        layer = SimpleNamespace(get_attn_backend=lambda: backend)
+        self.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
+        self.compression, self.model_config = KVCompressionConfig(), SimpleNamespace(max_model_len=1 << 20)
+
+
+def test_pages_a_backend_would_split_are_refused():
+    assert CompressedRunner(64, [16, 32, 64]).get_kv_cache_spec()["layer"].max_resident_tokens == 2048 + 2048
+    with pytest.raises(ValueError, match="SOME_ATTN reads pages of 64 tokens at most: use --block-size 64 instead of 128"):
+        CompressedRunner(128, [16, 32, 64]).get_kv_cache_spec()
+    with pytest.raises(ValueError, match="interval=128 is not a multiple of the block size 256"):
+        CompressedRunner(256, [256]).get_kv_cache_spec()
 
 
 CHECK_BACKENDS = """

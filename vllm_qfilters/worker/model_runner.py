@@ -68,6 +68,7 @@ class CompressedModelRunner:
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {spec.block_size}"
                 )
+            self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
         return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens) for name, spec in specs.items()}
 
