@@ -66,6 +66,18 @@ def keep_async_scheduling(check_and_update_config):
 CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
 
 
+def watch(target, method: str) -> list:
+    """A list that gets an entry at every call."""
+    calls, original = [], getattr(target, method)
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    setattr(target, method, wrapper)
+    return calls
+
+
 def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted."""
     backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
@@ -75,6 +87,8 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
     register({AttentionBackendEnum.CPU_ATTN: backend})  # the only one vLLM chooses on CPUs
     engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempted = watch(scheduler, "_preempt_request")
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs = []
     for batch in batches:
@@ -89,11 +103,11 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
                     "cached_tokens": output.num_cached_tokens,
                 }
             )
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     result = {
         "outputs": outputs,
         "runner": type(runner).__mro__[1 if compression is None else 2].__module__,
+        "preemptions": len(preempted),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
     }
     if compression is not None:

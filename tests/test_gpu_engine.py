@@ -19,6 +19,8 @@ BATCHES = [
     [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
 ]
 SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=6), dict(prompt=random_prompt(20, seed=5), max_tokens=8)]
+# Eight pages: full when the third, which takes four at first, has evicted and the others each want one more.
+CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=12) for length in (60, 61, 150)]
 CALIBRATION = [random_prompt(40, seed=6)]
 
 
@@ -28,7 +30,7 @@ def runs(tiny_model, tiny_filters):
         dict(compression=None, llm=LLM, requests=SHORT),
         dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
-        dict(compression=dict(EVICTING, granularity="head", prefill="full"), llm=LLM, requests=SHORT[:1]),
+        dict(compression=dict(EVICTING, granularity="head"), llm=dict(LLM, num_gpu_blocks_override=9), requests=CROWD),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -70,11 +72,12 @@ def test_evicts_what_the_cpu_path_evicts(runs, engines):
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
-def test_heads_that_select_for_themselves(runs, engines):
+def test_a_preempted_sequence_starts_again_with_nothing_evicted(runs, engines):
+    """Heads select for themselves here."""
     result = runs[3]
-    assert result["evicted_tokens"] >= 64
-    options = dict(EVICTING, granularity="head", prefill="full")
-    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), [SHORT[:1]], result)
+    assert result["preemptions"] > 0 and result["evicted_tokens"] >= 3 * 32
+    options = dict(EVICTING, granularity="head", num_blocks=9)
+    assert_like_v1(engines.get(max_model_len=512, max_batched=128, **options), [CROWD], result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):
