@@ -67,7 +67,7 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
     """One layer's write of a step's keys and values, parts of one qkv tensor, to scattered slots."""
     num_blocks = max(STEPS) // BLOCK_SIZE + 1
     cache = make_cache(num_blocks, num_layers=1)
-    view, plane = cache.rows[0], cache.scores[0]
+    view, planes, plane = cache.rows[0], cache.planes[0], cache.scores[0]
     filters = torch.randn(NUM_KV_HEADS, HEAD_SIZE, device=DEVICE)
     cases = {}
     for num_tokens in STEPS:
@@ -77,13 +77,13 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
         num_bytes = 2 * 2 * key.numel() * DTYPE.itemsize
 
         def fused(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, plane, slots, Score.PROJECTION, filters)
+            write_and_score(key, value, view, planes, slots, Score.PROJECTION, filters)
 
         def write(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, plane, slots, Score.NONE)
+            write_and_score(key, value, view, planes, slots, Score.NONE)
 
         def unfused(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, plane, slots, Score.NONE)
+            write_and_score(key, value, view, planes, slots, Score.NONE)
             plane[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = (key.float() * filters).sum(-1)
 
         def pytorch(key=key, value=value, slots=slots):
@@ -103,7 +103,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     compactions = []
     for index, row in enumerate(pages.tolist()):
         new_pages = row[:first_out] + row[first_out + EVICTED // BLOCK_SIZE :]
-        compactions.append(Compaction(index, RESIDENT, EVICTED, SINKS, WINDOW, new_pages))
+        compactions.append(Compaction(index, RESIDENT, RESIDENT, EVICTED, SINKS, WINDOW, new_pages))
     block_table = pages.to(DEVICE, torch.int32)
     batch = CompactionBatch.make(compactions, block_table)
 

@@ -26,17 +26,40 @@ _NUM_COLUMNS: tl.constexpr = tl.constexpr(columns.NUM_COLUMNS)
 @triton.jit
 def _copy_pages_kernel(
     words_ptr,  # [num_layers, num_blocks, num_words]
-    copied_pages_ptr,  # [num_copies, 2]
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    copied_pages_ptr,  # [num_copies, 3]
     num_words,
+    block_table_stride,
     layer_stride,
     block_stride,
     TILE: tl.constexpr,
 ):
-    pair = copied_pages_ptr + tl.program_id(0) * 2
+    copy = copied_pages_ptr + tl.program_id(0) * 3
+    source = tl.load(block_table_ptr + tl.load(copy) * block_table_stride + tl.load(copy + 1)).to(tl.int64)
     layer = words_ptr + tl.program_id(1).to(tl.int64) * layer_stride
     word = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    content = tl.load(layer + tl.load(pair) * block_stride + word, mask=word < num_words)
-    tl.store(layer + tl.load(pair + 1) * block_stride + word, content, mask=word < num_words)
+    content = tl.load(layer + source * block_stride + word, mask=word < num_words)
+    tl.store(layer + tl.load(copy + 2) * block_stride + word, content, mask=word < num_words)
+
+
+def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
+    """Makes private copies of pages that may not be written, planes included, and enters them in the block table."""
+    num_copies, num_words = batch.copied_pages.shape[0], cache.words.shape[2]
+    if num_copies == 0:
+        return
+    tile = 2048
+    _copy_pages_kernel[(num_copies, cache.num_layers, triton.cdiv(num_words, tile))](
+        cache.words,
+        batch.block_table,
+        batch.copied_pages,
+        num_words,
+        batch.block_table.stride(0),
+        cache.words.stride(0),
+        cache.words.stride(1),
+        TILE=tile,
+    )
+    row, place, page = batch.copied_pages.unbind(1)
+    batch.block_table[row, place] = page.to(batch.block_table.dtype)
 
 
 @triton.jit
@@ -91,7 +114,7 @@ def _pair_moves_kernel(
 @triton.jit
 def _move_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
-    scores_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
+    planes_ptr,  # [num_layers, num_blocks, num_planes, num_kv_heads, block_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     rows_ptr,  # [num_rows, NUM_COLUMNS]
     new_pages_ptr,  # the pages of the rows afterwards
@@ -106,10 +129,13 @@ def _move_kernel(
     cache_block_stride,
     cache_head_stride,
     cache_slot_stride,
-    scores_layer_stride,
-    scores_block_stride,
-    scores_head_stride,
+    planes_layer_stride,
+    planes_block_stride,
+    planes_plane_stride,
+    planes_head_stride,
     CONTENT: tl.constexpr,  # 2 * head_size
+    NUM_PLANES: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -136,7 +162,8 @@ def _move_kernel(
     pages_out = tl.load(row + _EVICTED) // BLOCK_SIZE
     moves = tl.load(row + _MOVE_START) * num_layers * num_selections + layer_selection * _max_moves(row)
     cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
-    scores = scores_ptr + layer * scores_layer_stride + head * scores_head_stride
+    planes = planes_ptr + layer * planes_layer_stride + head * planes_head_stride
+    plane = tl.arange(0, PLANES)
     element = tl.arange(0, ELEMENTS)
     for done in range(num_tiles - first_tile):
         move = (num_tiles - 1 - done) * TILE + tl.arange(0, TILE)
@@ -157,10 +184,13 @@ def _move_kernel(
         source_row = cache + source_page * cache_block_stride + source % BLOCK_SIZE * cache_slot_stride
         hole_row = cache + hole_page * cache_block_stride + hole % BLOCK_SIZE * cache_slot_stride
         content = tl.load(source_row[:, None] + element[None, :], mask=mask)
-        score = tl.load(scores + source_page * scores_block_stride + source % BLOCK_SIZE, mask=is_move)
+        plane_mask = is_move[:, None] & (plane < NUM_PLANES)[None, :]
+        source_numbers = planes + source_page * planes_block_stride + source % BLOCK_SIZE
+        hole_numbers = planes + hole_page * planes_block_stride + hole % BLOCK_SIZE
+        numbers = tl.load(source_numbers[:, None] + plane[None, :] * planes_plane_stride, mask=plane_mask)
         tl.debug_barrier()  # all of a tile is read before any of it is written
         tl.store(hole_row[:, None] + element[None, :], content, mask=mask)
-        tl.store(scores + hole_page * scores_block_stride + hole % BLOCK_SIZE, score, mask=is_move)
+        tl.store(hole_numbers[:, None] + plane[None, :] * planes_plane_stride, numbers, mask=plane_mask)
         tl.debug_barrier()
 
 
@@ -168,23 +198,18 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
     """Takes whole pages out of the sequences of ``batch``; the survivors in them fill the holes before the window.
 
     The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order, and
-    sinks stay first. No two sequences may write the same page, nor one write what another reads.
+    sinks stay first. No two sequences may write the same page, nor one write what another reads: :func:`copy_pages` before.
 
     Args:
-        cache: of this rank; keys, values and scores move together.
+        cache: of this rank; keys, values and planes move together.
         batch: the sequences.
         is_kept: int8, flat: ``[num_layers, num_selections, resident_tokens]`` per row, 1 for tokens that stay.
         num_selections: 1 where the heads of a layer keep the same tokens, else the number of KV heads.
     """
     assert num_selections in (1, cache.num_kv_heads), f"{num_selections} selections for {cache.num_kv_heads} KV heads"
-    rows, words, num_copies = cache.rows, cache.words, batch.copied_pages.shape[0]
-    if num_copies:
-        tile = 2048
-        _copy_pages_kernel[(num_copies, cache.num_layers, triton.cdiv(words.shape[2], tile))](
-            words, batch.copied_pages, words.shape[2], words.stride(0), words.stride(1), TILE=tile
-        )
     if batch.max_moves == 0:
         return
+    rows = cache.rows
     num_layer_selections = cache.num_layers * num_selections
     sources = torch.empty(num_layer_selections * batch.num_moves, dtype=torch.int32, device=rows.device)
     holes = torch.empty_like(sources)
@@ -203,7 +228,7 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
     bits = rows.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[rows.element_size()])
     _move_kernel[(batch.num_rows, cache.num_layers * cache.num_kv_heads, triton.cdiv(batch.max_moves, tile))](
         bits,
-        cache.scores,
+        cache.planes,
         batch.block_table,
         batch.rows,
         batch.new_pages,
@@ -215,8 +240,10 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
         num_selections,
         batch.block_table.stride(0),
         *bits.stride()[:4],
-        *cache.scores.stride()[:3],
+        *cache.planes.stride()[:4],
         CONTENT=rows.shape[4],
+        NUM_PLANES=cache.planes.shape[2],
+        PLANES=triton.next_power_of_2(cache.planes.shape[2]),
         BLOCK_SIZE=cache.block_size,
         TILE=tile,
         ELEMENTS=triton.next_power_of_2(rows.shape[4]),

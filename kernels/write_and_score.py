@@ -8,17 +8,20 @@ import triton.language as tl
 
 
 class Score(enum.IntEnum):
-    """What is stored beside a key: nothing, its projection on the head's filter, minus its norm, or a number drawn from its bits."""
+    """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a number drawn
+    from its bits, or the norm of its value. The other planes get zeros."""
 
     NONE = 0
     PROJECTION = 1
     NEGATIVE_NORM = 2
     RANDOM = 3
+    VALUE_NORM = 4
 
 
 _PROJECTION: tl.constexpr = tl.constexpr(Score.PROJECTION.value)
 _NEGATIVE_NORM: tl.constexpr = tl.constexpr(Score.NEGATIVE_NORM.value)
 _RANDOM: tl.constexpr = tl.constexpr(Score.RANDOM.value)
+_VALUE_NORM: tl.constexpr = tl.constexpr(Score.VALUE_NORM.value)
 
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -28,7 +31,7 @@ def _write_and_score_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
     value_ptr,  # [num_tokens, num_kv_heads, head_size]
     cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-    scores_ptr,  # [num_blocks, num_kv_heads, block_size]
+    planes_ptr,  # [num_blocks, num_planes, num_kv_heads, block_size]
     filters_ptr,  # [num_kv_heads, head_size]
     slots_ptr,  # [num_tokens]
     key_scale_ptr,  # [1]
@@ -42,11 +45,13 @@ def _write_and_score_kernel(
     cache_block_stride,
     cache_head_stride,
     cache_slot_stride,
-    scores_block_stride,
-    scores_head_stride,
+    planes_block_stride,
+    planes_plane_stride,
+    planes_head_stride,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SCORE: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
     FP8_MAX: tl.constexpr,  # 0: the cache has the dtype of keys and values
     TILE: tl.constexpr,
     DIMS: tl.constexpr,
@@ -79,8 +84,11 @@ def _write_and_score_kernel(
 
     if SCORE > 0:
         key = key.to(tl.float32)
+        value = value.to(tl.float32)
         if SCORE == _NEGATIVE_NORM:
             score = -tl.sqrt(tl.sum(key * key, axis=1))
+        elif SCORE == _VALUE_NORM:
+            score = tl.sqrt(tl.sum(value * value, axis=1))
         elif SCORE == _PROJECTION:
             filters = tl.load(filters_ptr + head * HEAD_SIZE + dim, mask=dim < HEAD_SIZE, other=0.0)
             score = tl.sum(key * filters[None, :], axis=1)
@@ -88,14 +96,17 @@ def _write_and_score_kernel(
             weight = (dim % 7 + 1).to(tl.float32)
             bits = tl.sum(key * weight[None, :], axis=1).to(tl.int32, bitcast=True)
             score = tl.rand(seed, bits)
-        tl.store(scores_ptr + page * scores_block_stride + head * scores_head_stride + in_page, score, mask=is_token)
+        plane_at = planes_ptr + page * planes_block_stride + head * planes_head_stride + in_page
+        tl.store(plane_at, score, mask=is_token)
+        for plane in tl.static_range(1, NUM_PLANES):
+            tl.store(plane_at + plane * planes_plane_stride, tl.zeros_like(score), mask=is_token)
 
 
 def write_and_score(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
-    score_plane: torch.Tensor,
+    planes: torch.Tensor,
     slot_mapping: torch.Tensor,
     score: Score,
     filters: torch.Tensor | None = None,
@@ -109,7 +120,7 @@ def write_and_score(
         key, value: shape ``[num_tokens, num_kv_heads, head_size]``, elements of a head side by side; tokens beyond
             ``slot_mapping`` are padding.
         cache: one layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or fp8.
-        score_plane: shape ``[num_blocks, num_kv_heads, block_size]``, float32; written in place.
+        planes: of that layer, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
         slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
         score: what to store; computed before quantising.
         filters: shape ``[num_kv_heads, head_size]``, float32, for ``Score.PROJECTION``.
@@ -120,8 +131,9 @@ def write_and_score(
     num_blocks, cache_heads, block_size, content = cache.shape
     assert (cache_heads, content) == (num_kv_heads, 2 * head_size), f"cache {tuple(cache.shape)} for keys {tuple(key.shape)}"
     assert value.shape[1:] == key.shape[1:], f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
-    assert key.stride(2) == value.stride(2) == cache.stride(3) == score_plane.stride(2) == 1, "innermost dimensions must be dense"
-    assert score_plane.shape == (num_blocks, num_kv_heads, block_size) and score_plane.dtype == torch.float32
+    assert key.stride(2) == value.stride(2) == cache.stride(3) == planes.stride(3) == 1, "innermost dimensions must be dense"
+    num_planes = planes.shape[1]
+    assert planes.shape == (num_blocks, num_planes, num_kv_heads, block_size) and planes.dtype == torch.float32
     is_fp8 = cache.dtype in _FP8_DTYPES
     assert is_fp8 or cache.dtype == key.dtype == value.dtype, f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
     assert not is_fp8 or key_scale.numel() == value_scale.numel() == 1, "an fp8 cache needs one scale each"
@@ -133,7 +145,7 @@ def write_and_score(
         key,
         value,
         cache,
-        score_plane,
+        planes,
         filters,
         slot_mapping,
         key_scale,
@@ -147,11 +159,11 @@ def write_and_score(
         cache.stride(0),
         cache.stride(1),
         cache.stride(2),
-        score_plane.stride(0),
-        score_plane.stride(1),
+        *planes.stride()[:3],
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
         SCORE=int(score),
+        NUM_PLANES=num_planes,
         FP8_MAX=torch.finfo(cache.dtype).max if is_fp8 else 0.0,
         TILE=tile,
         DIMS=triton.next_power_of_2(head_size),

@@ -20,9 +20,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
-from vllm_qfilters.kernels.compaction import compact
+from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.page_scores import page_scores
-from vllm_qfilters.kernels.score_resident import score_resident
+from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 
@@ -61,20 +61,26 @@ def launch_all(has_fp8: bool) -> None:
             key = torch.zeros(num_tokens, heads, size, dtype=geometry.dtype)
             slots = torch.zeros(num_tokens, dtype=torch.int64)
             for score in Score:
-                write_and_score(key, key, sequences.views[0], cache.scores[0], slots, score, torch.zeros(heads, size))
+                write_and_score(key, key, sequences.views[0], cache.planes[0], slots, score, torch.zeros(heads, size))
             if has_fp8 and geometry.dtype == torch.bfloat16:
                 view, scale = sequences.views[0].view(torch.uint8).view(torch.float8_e4m3fn)[..., : 2 * size], torch.ones(1)
                 write_and_score(
-                    key, key, view, cache.scores[0], slots, Score.PROJECTION, torch.zeros(heads, size),
+                    key, key, view, cache.planes[0], slots, Score.PROJECTION, torch.zeros(heads, size),
                     key_scale=scale, value_scale=scale,
                 )  # fmt: skip
+        copy_pages(cache, batch)
         scores = gather_scores(cache.scores, batch)
         shared = mean_standardised(scores, batch, cache.num_layers, heads)
         compact(cache, batch, select_kept(shared, batch, cache.num_layers, 1), 1)
         compact(cache, batch, select_kept(scores, batch, cache.num_layers, heads), heads)
         for group, rank in ((1, 0), (4, 0), (4, 8)):
             filters = torch.zeros(1, cache.num_layers, heads * group, size)
-            score_resident(cache, batch, filters, torch.zeros(1, *filters.shape[1:3], rank, size) if rank else None)
+            factors = torch.zeros(1, *filters.shape[1:3], rank, size) if rank else None
+            score_resident(cache, batch, filters, factors)
+            cos = torch.zeros(batch.num_rows, 1, size).expand(-1, cache.num_layers, -1)
+            turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
+            logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
+            mean_softmax(logits, batch, cache.num_layers, heads, group)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 
 

@@ -23,9 +23,9 @@ from vllm_qfilters.worker.model_runner import CompressedModelRunner
 NUM_LAYERS, NUM_BLOCKS = 3, 5
 
 
-def allocate(layout: KVCacheLayout, block_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def allocate(layout: KVCacheLayout, block_size: int, dtype: torch.dtype, num_planes: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
     full = FullAttentionSpec(block_size=block_size, num_kv_heads=3, head_size=40, dtype=dtype)
-    spec = QFiltersSpec.from_full_attention(full, max_resident_tokens=1 << 20)
+    spec = QFiltersSpec.from_full_attention(full, max_resident_tokens=1 << 20, num_planes=num_planes)
     layer_stride, block_stride, *_ = compute_layout_strides(spec, NUM_BLOCKS, NUM_LAYERS, layout)
     buffer = torch.zeros(NUM_LAYERS * NUM_BLOCKS * spec.page_size_bytes, dtype=torch.int8)
     tensor = KVCacheTensor(len(buffer), [f"layer{i}" for i in range(NUM_LAYERS)], layer_stride, block_stride)
@@ -36,11 +36,12 @@ def allocate(layout: KVCacheLayout, block_size: int, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize("block_size", [16, 64], ids="bs{}".format)
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC", "BLNHC", "BLHNC"])
 def test_scores_have_a_place_behind_every_page(layout, block_size, dtype):
-    buffer, views = allocate(KVCacheLayout[layout], block_size, dtype)
-    cache = StridedCache(views)
+    num_planes = block_size // 16
+    buffer, views = allocate(KVCacheLayout[layout], block_size, dtype, num_planes)
+    cache = StridedCache(views, num_planes)
     cache.rows.view(torch.int8).fill_(1)
-    assert int((buffer == 0).sum()) == 4 * cache.scores.numel()
-    cache.scores.view(torch.int32).fill_(0x02020202)
+    assert int((buffer == 0).sum()) == 4 * cache.planes.numel()
+    cache.planes.view(torch.int32).fill_(0x02020202)
     assert all(bool((view.view(torch.int8) == 1).all()) for view in views)
     assert bool((buffer != 0).all())
 
@@ -71,14 +72,14 @@ def test_vllm_writes_until_there_is_something_to_score():
 @pytest.mark.parametrize(("name", "dtype"), [("auto", torch.uint8), ("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
 def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
     impl, calls = Scoring(), []
-    impl.kv_cache_dtype, impl.score_plane = name, torch.zeros(1)
+    impl.kv_cache_dtype, impl.planes = name, torch.zeros(1)
     impl.write_and_score = lambda *arguments, **scales: calls.append((arguments, scales))
     layer = torch.nn.Module()
     layer._k_scale, layer._v_scale = torch.ones(1), torch.full((1,), 2.0)
     key, value, cache, slots = torch.zeros(1), torch.ones(1), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(1)
     impl.do_kv_cache_update(layer, key, value, cache, slots)
     ((arguments, scales),) = calls
-    assert arguments[0] is key and arguments[1] is value and arguments[3] is impl.score_plane and arguments[4] is slots
+    assert arguments[0] is key and arguments[1] is value and arguments[3] is impl.planes and arguments[4] is slots
     assert arguments[2].dtype == dtype and arguments[2].data_ptr() == cache.data_ptr()
     assert scales == {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
 

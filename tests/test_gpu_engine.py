@@ -12,6 +12,7 @@ from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt
 
 LLM = dict(block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128)
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64)
+STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
 # Two at once, both evict; then one that begins like the first.
 BATCHES = [
@@ -30,7 +31,7 @@ def runs(tiny_model, tiny_filters):
         dict(compression=None, llm=LLM, requests=SHORT),
         dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
-        dict(compression=dict(EVICTING, granularity="head"), llm=dict(LLM, num_gpu_blocks_override=9), requests=CROWD),
+        dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=9), requests=CROWD),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -73,11 +74,10 @@ def test_evicts_what_the_cpu_path_evicts(runs, engines):
 
 
 def test_a_preempted_sequence_starts_again_with_nothing_evicted(runs, engines):
-    """Heads select for themselves here."""
+    """With the filters of the paper, scored as keys are written; heads select for themselves."""
     result = runs[3]
     assert result["preemptions"] > 0 and result["evicted_tokens"] >= 3 * 32
-    options = dict(EVICTING, granularity="head", num_blocks=9)
-    assert_like_v1(engines.get(max_model_len=512, max_batched=128, **options), [CROWD], result)
+    assert_like_v1(engines.get(num_blocks=9, max_model_len=512, max_batched=128, **STATIC), [CROWD], result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):

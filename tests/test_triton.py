@@ -5,6 +5,7 @@ Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where on
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +14,33 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from tests.paged import DEVICE, LAYOUTS, Eviction, Geometry, Sequences, make_cache, random_evictions, random_tensor
+from vllm_qfilters.batch_scorers import (
+    BatchExpectedAttentionScorer,
+    BatchKeyDiffScorer,
+    BatchRotaryFilterScorer,
+    BatchScorer,
+)
+from vllm_qfilters.filters.bank import FilterBank
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
-from vllm_qfilters.kernels.compaction import compact
+from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.page_scores import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.scorers import (
+    ExpectedAttentionScorer,
+    KeyDiffScorer,
+    RecentQueries,
+    ResidentTokens,
+    RotaryFilterScorer,
+)
 from vllm_qfilters.worker.batch_compactor import BatchCompactor
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -97,7 +115,7 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
         buffer, (view,), cache = make_cache(geometry)
         if write == "triton":
             scale = {"key_scale": scales[:1], "value_scale": scales[1:]} if fp8 else {}
-            write_and_score(key, value, view, cache.scores[0], slots, Score.PROJECTION, filters, **scale)
+            write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters, **scale)
         else:
             reference.write_and_score(key, value, view, cache.scores[0], slots, filters, 0.5, 2.0)
         buffers.append(cache.scores.clone())
@@ -107,13 +125,13 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
     assert torch.equal(buffers[1], buffers[3])
 
 
-@pytest.mark.parametrize("score", [Score.NONE, Score.NEGATIVE_NORM, Score.RANDOM], ids=lambda score: score.name)
+@pytest.mark.parametrize("score", [Score.NONE, Score.NEGATIVE_NORM, Score.RANDOM, Score.VALUE_NORM], ids=lambda score: score.name)
 def test_other_scores(score):
     geometry = Geometry(1, 8, 3, 16, 80)
     key, value, slots = make_step(60, geometry, torch.float32, is_strided=True)
     _, (view,), cache = make_cache(geometry)
     before = cache.scores.clone()
-    write_and_score(key, value, view, cache.scores[0], slots, score, seed=7)
+    write_and_score(key, value, view, cache.planes[0], slots, score, seed=7)
     after = cache.scores.clone()
     is_written = torch.zeros(8 * 16, dtype=torch.bool, device=DEVICE)
     is_written[slots[slots >= 0]] = True
@@ -122,17 +140,19 @@ def test_other_scores(score):
         assert torch.equal(after, before)
         return
     assert torch.equal(after[~is_written], before[~is_written])
-    if score == Score.NEGATIVE_NORM:
+    assert bool((cache.planes[:, :, 1][is_written] == 0).all()) and bool((cache.planes[:, :, 1][~is_written] != 0).all())
+    if score in (Score.NEGATIVE_NORM, Score.VALUE_NORM):
         expected = cache.scores.clone()
-        reference.write_scores(-key.norm(dim=-1), expected[0], slots)
+        norm = -key.norm(dim=-1) if score == Score.NEGATIVE_NORM else value.norm(dim=-1)
+        reference.write_scores(norm, expected[0], slots)
         torch.testing.assert_close(after, expected)
     else:
         drawn = after[is_written]
         assert bool((drawn >= 0).all()) and bool((drawn < 1).all())
         assert drawn.unique().numel() > 0.95 * drawn.numel() and 0.3 < float(drawn.mean()) < 0.7
-        write_and_score(key, value, view, cache.scores[0], slots, score, seed=7)
+        write_and_score(key, value, view, cache.planes[0], slots, score, seed=7)
         assert torch.equal(cache.scores, after)
-        write_and_score(key, value, view, cache.scores[0], slots, score, seed=8)
+        write_and_score(key, value, view, cache.planes[0], slots, score, seed=8)
         assert not torch.equal(cache.scores, after)
 
 
@@ -142,7 +162,7 @@ def test_a_step_of_padding_writes_nothing():
     buffer, (view,), cache = make_cache(geometry)
     before = buffer.clone()
     for slots in (torch.full((6,), -1, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)):
-        write_and_score(key, value, view, cache.scores[0], slots, Score.NEGATIVE_NORM)
+        write_and_score(key, value, view, cache.planes[0], slots, Score.NEGATIVE_NORM)
     assert torch.equal(buffer, before)
 
 
@@ -152,10 +172,10 @@ def test_a_cuda_graph_replays_the_write_with_the_tokens_of_the_step():
     key, value, slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
     filters = random_tensor(2, 64, seed=2)
     buffer, (view,), cache = make_cache(geometry)
-    write_and_score(key, value, view, cache.scores[0], slots, Score.PROJECTION, filters)  # compiles
+    write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        write_and_score(key, value, view, cache.scores[0], slots, Score.PROJECTION, filters)
+        write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)
     key.copy_(random_tensor(*key.shape, seed=5, dtype=torch.bfloat16))
     slots.copy_(slots.flip(0))
     graph.replay()
@@ -253,6 +273,7 @@ def test_compact_matches_reference(case, is_shared):
     if is_shared:
         scores = mean_standardised(scores, batch, cache.num_layers, cache.num_kv_heads)
     is_kept = select_kept(scores, batch, cache.num_layers, selections)
+    copy_pages(cache, batch)
     compact(cache, batch, is_kept, selections)
     for index, kept in enumerate(batch.split(is_kept, cache.num_layers, selections)):
         eviction = slow.evictions[index]
@@ -264,18 +285,71 @@ def test_compact_matches_reference(case, is_shared):
 @pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
 def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared):
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
+    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared)
     with forbidden_waiting():
-        BatchCompactor(fast.cache, is_shared).compact(fast.compactions, fast.batch.block_table)
+        compactor.compact(fast.compactions, fast.batch.block_table, [None] * len(fast.compactions))
     for index, eviction in enumerate(slow.evictions):
         kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
         reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
 
+POSITIONS = 2048
+
+
+def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) -> FilterBank:
+    """Of random statistics, with rotary embeddings on a part of each head."""
+    head_size, num_heads = cache.head_size, cache.num_kv_heads * group
+    rotary_dim = head_size // 4 * 2
+    rotations = []
+    for seed in range(num_rotations):
+        angles = torch.arange(POSITIONS)[:, None] * torch.rand(rotary_dim // 2, generator=torch.Generator().manual_seed(seed))
+        table = 1.2 * torch.cat((angles.cos(), angles.sin()), dim=-1)
+        rotary_emb = SimpleNamespace(rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.rows.device))
+        rotations.append(Rotation(rotary_emb, head_size))
+    shape = (cache.num_layers, num_heads, head_size)
+    mean, spread = random_tensor(*shape, seed=1).cpu(), random_tensor(*shape, head_size, seed=2).cpu()
+    second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    filters = Filters(torch.zeros(1), query_mean_before_rope=mean, query_second_before_rope=second)
+    rotation_of_layer = [rotations[layer % num_rotations] for layer in range(cache.num_layers)]
+    return FilterBank(filters, rotation_of_layer, slice(0, num_heads), rank, scale=0.1)
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed", "keydiff"])
+def test_scorers_of_batches_match_those_of_sequences(case, name):
+    geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
+    fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
+    slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
+    fast.cache.rows.copy_(slow.cache.rows)
+    rank = 0 if "rank 0" in name else 3
+    group, num_rotations = 3, 2 if "two" in name else 1
+    recent = [None] * len(slow.evictions)
+    if name == "keydiff":
+        batch_scorer, scorer = BatchKeyDiffScorer(fast.cache), KeyDiffScorer(slow.cache)
+    else:
+        banks = [make_bank(sequences.cache, group, rank, num_rotations) for sequences in (fast, slow)]
+        if "rotary" in name:
+            batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
+            scorer = RotaryFilterScorer(slow.cache, banks[1])
+        else:
+            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, scale=0.1)
+            scorer = ExpectedAttentionScorer(slow.cache, banks[1], scale=0.1)
+    if "observed" in name:
+        queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
+        recent[0] = RecentQueries(queries, end=slow.compactions[0].position - 3)
+    on_device = [None if r is None else RecentQueries(r.queries.to(DEVICE), r.end) for r in recent]
+    flat = batch_scorer.resident_scores(fast.batch, on_device)
+    for index, found in enumerate(fast.batch.split(flat, 2, 2)):
+        resident, position = slow.evictions[index].resident, slow.compactions[index].position
+        expected = scorer.resident_scores(ResidentTokens(slow.old_pages[index], resident, position, recent[index]))
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
+
+
 def test_warming_up_touches_the_null_page_alone():
     buffer, _, cache = make_cache(Geometry())
     before = cache.words.clone()
-    BatchCompactor(cache, shared_by_heads=True).warm_up()
+    BatchCompactor(BatchScorer(cache, Score.PROJECTION), shared_by_heads=True).warm_up()
     assert torch.equal(cache.words[:, 1:], before[:, 1:])
 
 
@@ -332,11 +406,11 @@ def test_scores_lie_behind_the_pages_and_nothing_overlaps(layout):
     for layer, view in enumerate(views):
         assert cache.rows[layer].data_ptr() == view.data_ptr() and cache.rows[layer].stride() == view.stride()
         view.view(torch.int16).fill_(0x0101)
-    assert not bool(cache.scores.any())
-    cache.scores.view(torch.int32).fill_(0x02020202)
+    assert not bool(cache.planes.any())
+    cache.planes.view(torch.int32).fill_(0x02020202)
     assert bool((cache.rows.view(torch.int16) == 0x0101).all())
     assert bool((buffer != 0).all())
-    assert cache.words.numel() * 4 == buffer.numel()
+    assert cache.words.numel() * 4 == buffer.numel() and cache.planes.shape[2] == 2
     cache.words.fill_(0x03030303)
     assert bool((buffer == 3).all())
 

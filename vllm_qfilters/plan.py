@@ -20,7 +20,7 @@ class RequestCompaction:
         window: last tokens that must stay, in order.
         block_ids: its pages afterwards. The pages taken out of the middle held the end of the evictable region; a page that
             was shared or prefix-cached and must be written is replaced by a private one.
-        copied_pages: those replaced and their private copies, as (from, to).
+        copied_pages: the private ones, as (place among the sequence's pages before, page).
     """
 
     req_id: str

@@ -47,6 +47,9 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
             parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner
         ),
+        f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype}; set observed to 0": (
+            bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES
+        ),
         "microbatches; drop --enable-dbo": parallel.use_ubatching,
         "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
             model.original_max_model_len == -1

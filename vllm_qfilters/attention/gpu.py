@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.filters.statistics import LayerStatistics
 
 FP8_DTYPES = {
@@ -30,7 +31,7 @@ class KeyWriter(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         cache: torch.Tensor,
-        score_plane: torch.Tensor,
+        planes: torch.Tensor,
         slot_mapping: torch.Tensor,
         *,
         key_scale: torch.Tensor | None,
@@ -43,15 +44,19 @@ class ScoringAttention:
     """Goes before an ``AttentionImpl``.
 
     Attributes, set by the model runner once the cache exists and before CUDA graphs are captured:
-        write_and_score: writes keys and values and scores keys; None: vLLM writes, and keys are not scored.
-        score_plane: where their scores go, shape ``[num_blocks, num_kv_heads, block_size]``.
+        index: of the layer.
+        write_and_score: writes keys and values and leaves numbers beside them; None: vLLM writes, and there are none.
+        planes: where those go, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``.
+        recorder: keeps the last queries of prompts; None: nobody asks for them.
         statistics: while filters are calibrated, sees every query and key.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.index = 0
         self.write_and_score: KeyWriter | None = None
-        self.score_plane: torch.Tensor | None = None
+        self.planes: torch.Tensor | None = None
+        self.recorder: QueryRecorder | None = None
         self.statistics: LayerStatistics | None = None
 
     def do_kv_cache_update(
@@ -70,7 +75,7 @@ class ScoringAttention:
             key,
             value,
             kv_cache if fp8_dtype is None else kv_cache.view(fp8_dtype),
-            self.score_plane,
+            self.planes,
             slot_mapping,
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
@@ -90,4 +95,6 @@ class ScoringAttention:
         if self.statistics is not None and attn_metadata is not None:
             num_tokens = attn_metadata.num_actual_tokens
             self.statistics.observe(query[:num_tokens], key[:num_tokens])
+        if self.recorder is not None:
+            self.recorder.record(self.index, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)

@@ -4,6 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,11 +16,16 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
+from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
+from vllm_qfilters.filters.rotary import Rotation
+from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
 from vllm_qfilters.worker.request_state import EvictedTokens
 
@@ -27,7 +33,7 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 
 class CompressedModelRunner:
-    """Goes before a model runner of vLLM. Subclasses say how the cache is bound and how layers score keys.
+    """Goes before a model runner of vLLM. Subclasses say how the cache is bound and how keys are scored.
 
     Attributes:
         kernels: the name of the kernels in use, for the log.
@@ -40,18 +46,14 @@ class CompressedModelRunner:
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
+        self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
 
     def bind_cache(self) -> None:
-        """Makes what compacts, on the caches of ``layers``."""
+        """Finds out where the caches of ``layers`` lie."""
         raise NotImplementedError
 
-    def start_scoring(self, layer_index: int, filters: torch.Tensor | None) -> None:
-        """Lets a layer score the keys it writes.
-
-        Args:
-            layer_index: into ``layers``.
-            filters: of its KV heads on this rank, shape ``[num_kv_heads, head_size]``; None for methods without filters.
-        """
+    def start_scoring(self, filters: Filters | None) -> None:
+        """Makes what scores and compacts; layers see keys and values from now on. filters: None for methods without."""
         raise NotImplementedError
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -70,7 +72,8 @@ class CompressedModelRunner:
                 )
             self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
-        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens) for name, spec in specs.items()}
+        num_planes = self.compression.num_planes
+        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
@@ -88,30 +91,58 @@ class CompressedModelRunner:
         origin = ""
         filters = None
         if self.compression.method == "qfilters":
-            model = ModelIdentity.from_model_config(self.model_config)
-            found = find_filters(self.compression.filters, model)
-            if found is None:
-                filters, origin = self._calibrate_and_cache(model)
-            else:
-                filters, origin = found
-        for index in range(len(self.layers)):
-            self.start_scoring(index, None if filters is None else self._of_this_rank(filters)[index])
+            filters, origin = self._find_or_calibrate_filters()
+        if self.compression.observed_queries:
+            self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
+        self.start_scoring(filters)
+        for index, layer in enumerate(self.layers):
+            layer.impl.index, layer.impl.recorder = index, self.recorder
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
-        modules = dict(self.model.named_modules())
-        rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
-        return calibrate(self, self.layers, rotary_embs, sequences, description)
+        return calibrate(self, self.layers, self._rotations(), sequences, description)
 
-    def _of_this_rank(self, filters: Filters) -> torch.Tensor:
-        """Shape ``[num_layers, num_kv_heads, head_size]``."""
+    def _rotations(self) -> list[Rotation]:
+        """Of each layer; layers that share a rotary embedding share its rotation."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
+        rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
+        rotations = {id(rotary_emb): Rotation(rotary_emb, self.layers[0].head_size) for rotary_emb in rotary_embs}
+        return [rotations[id(rotary_emb)] for rotary_emb in rotary_embs]
+
+    def static_filters(self, filters: Filters) -> torch.Tensor:
+        """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
         count, total = self.layers[0].num_kv_heads, self.model_config.get_total_num_kv_heads()
         first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
         return filters.of_heads(first, count)
 
-    def _calibrate_and_cache(self, model: ModelIdentity) -> tuple[Filters, str]:
+    def filter_bank(self, filters: Filters) -> FilterBank:
+        """Of the query heads of this rank."""
+        layer, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
+        heads = slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads)
+        rank = self.compression.rank if self.compression.filter == "expected" else 0
+        return FilterBank(filters, self._rotations(), heads, rank, layer.impl.scale)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Requests that ended, or start again after a preemption."""
+        self.evicted.forget(req_ids)
+        if self.recorder is not None:
+            self.recorder.forget(req_ids)
+
+    def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
+        """What is left of the prompt's queries; handed out for the last time when the first generated tokens are there."""
+        recent = self.recorder.get(row.req_id) if self.recorder is not None else None
+        if recent is not None and recent.end < row.position:
+            self.recorder.forget([row.req_id])
+        return recent
+
+    def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
+        model = ModelIdentity.from_model_config(self.model_config)
+        needs_statistics = self.compression.filter != "static"
+        found = find_filters(self.compression.filters, model, needs_statistics)
+        if found is not None:
+            return found
         room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
         num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
         description = f"{NUM_SEQUENCES} sequences of {num_tokens} random token ids"
@@ -137,7 +168,9 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels:
         f"prefill {config.prefill}" + (f" (chunks of {config.chunk})" if config.evicts_prompts_in_chunks else ""),
         f"scope {config.scope}",
     ]
-    if origin:
+    if config.method == "qfilters":
+        details = f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""
+        parts.insert(1, f"filter {config.filter}{details}")
         parts.append(f"filters {origin}")
     if isinstance(config.budget, int):
         decoding = cdiv(config.budget, block_size)
