@@ -13,6 +13,8 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,16 +40,21 @@ def measure(job: dict) -> dict:
     llm = LLM(
         job["model"],
         max_model_len=job["context"] + job["steps"] + 64,
-        kv_cache_memory_bytes=job["kv_cache_memory_bytes"],
+        kv_cache_memory_bytes=job["kv_cache_memory_bytes"] or None,
         enable_prefix_caching=False,
         max_num_batched_tokens=2048,
+        **job["llm"],
         **extra,
     )
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
     pool = scheduler.kv_cache_manager.block_pool
-    tokens = llm.get_tokenizer()(_text()).input_ids
+    if job["llm"].get("skip_tokenizer_init"):
+        numbers = random.Random(0)
+        tokens = [numbers.randrange(llm.model_config.get_vocab_size()) for _ in range(context + job["sequences"] * 997)]
+    else:
+        tokens = llm.get_tokenizer()(_text()).input_ids
     params = SamplingParams(temperature=0, max_tokens=job["steps"] + 16, ignore_eos=True, detokenize=False)
     for index in range(job["sequences"]):
         start = index * 997
@@ -92,12 +99,21 @@ def machine() -> dict:
     packages = ("vllm", "torch", "transformers")
     return {
         "date": datetime.date.today().isoformat(),
+        **gpu(),
         "cpu": f"{cpu}, {len(__import__('os').sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "commit": commit + ("+changes" if changed else ""),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def gpu() -> dict[str, str]:
+    """Card and driver, where there is one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return {"gpu": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]}
 
 
 def main() -> None:
@@ -108,7 +124,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed per engine and round")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30)
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="0: vLLM decides")
+    parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     parser.add_argument("--options", type=json.loads, default={}, help="further KV compression options, as JSON")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "decode.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -1,7 +1,9 @@
 """Kernels on the paged KV cache. Installed as ``vllm_qfilters.kernels``; needs torch alone.
 
 ``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
-alone knows where bytes lie.
+alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is: ``write_and_score`` for a step's
+keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident`` and
+``page_scores``.
 """
 
 from vllm_qfilters.kernels import cpu

@@ -1,10 +1,10 @@
 """Where the bytes of a paged KV cache lie. The only file that knows strides.
 
-vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. What lies inside a
-page of one KV head is the business of the attention backend: the CPU kernels store keys transposed ("vec"), packed for matrix
-tiles ("amx"), and so on. It is found by writing known values with the backend's own writer (:func:`probe_page_layout`). Behind
-the keys and values of all heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the first
-holds scores or what they are made of.
+vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the view tells
+where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the business of the attention
+backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing known values
+with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind the keys and values of all heads, each
+page carries one or more planes of float32 numbers, one per KV head and slot: the first holds scores or what they are made of.
 """
 
 import dataclasses
@@ -99,33 +99,15 @@ class PagedCache:
         if first.stride()[1:] != (page_elements, content, 1):
             shape = tuple(first.shape)
             raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {shape}")
-        layer_stride = kv_caches[1].storage_offset() - first.storage_offset() if len(kv_caches) > 1 else 0
-        for index, cache in enumerate(kv_caches):
-            expected = (first.shape, first.stride(), first.storage_offset() + index * layer_stride, first.data_ptr())
-            first_byte = cache.data_ptr() - index * layer_stride * cache.element_size()
-            found = (cache.shape, cache.stride(), cache.storage_offset(), first_byte)
-            if found != expected:
-                raise ValueError(f"layer {index} does not lie a constant distance after the one before: {found} != {expected}")
         self.layout = layout
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
+        layer_stride = _layer_stride(kv_caches)
         self.pages = first.as_strided(
             (self.num_layers, num_blocks, num_kv_heads, page_elements),
             (layer_stride, first.stride(0), page_elements, 1),
         )
-
-        content_bytes = num_kv_heads * page_elements * first.element_size()
-        plane_bytes = num_planes * num_kv_heads * block_size * 4
-        stride_bytes = first.stride(0) * first.element_size()
-        if content_bytes + plane_bytes > stride_bytes:
-            raise ValueError(f"pages have {stride_bytes - content_bytes} bytes left for scores, {plane_bytes} are needed")
-        start = first.storage_offset() * first.element_size() + content_bytes
-        self.planes = torch.empty(0, dtype=torch.float32, device=first.device).set_(
-            first.untyped_storage(),
-            start // 4,
-            (self.num_layers, num_blocks, num_planes, num_kv_heads, block_size),
-            (layer_stride * first.element_size() // 4, stride_bytes // 4, num_kv_heads * block_size, block_size, 1),
-        )
+        self.planes = _planes(first, self.num_layers, layer_stride, num_planes)
         self.scores = self.planes[:, :, 0]
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
@@ -152,12 +134,127 @@ class PagedCache:
 
     def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
-        found = self.planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
-        return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
+        return _resident_plane(self.planes, plane, pages, num_tokens)
 
     def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
         """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
-        num_tokens = numbers.shape[-1]
-        page = pages.repeat_interleave(self.block_size)[:num_tokens]
-        slot = torch.arange(self.block_size).repeat(pages.shape[0])[:num_tokens]
-        self.planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)
+        _set_resident_plane(self.planes, plane, pages, numbers)
+
+
+class StridedCache:
+    """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key | value``.
+
+    So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages outermost
+    in the allocation.
+
+    Args:
+        kv_caches: per layer, in order, the view vLLM allocated, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
+            all of one allocation at a constant distance, each page dense and followed by room for its planes.
+        num_planes: float32 numbers per token and KV head.
+
+    Attributes:
+        rows: shape ``[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]``, the dtype of the cache.
+        planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
+        scores: the first plane.
+        words: the pages with their planes, bit by bit: shape ``[num_layers, num_blocks, page bytes / 4]``, int32.
+
+    Raises:
+        ValueError: the views are not laid out like that.
+    """
+
+    def __init__(self, kv_caches: Sequence[torch.Tensor], num_planes: int = 1) -> None:
+        first = kv_caches[0]
+        self.num_layers = len(kv_caches)
+        self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
+        self.head_size = content // 2
+        head_major = (self.block_size * content, content, 1)
+        token_major = (content, self.num_kv_heads * content, 1)
+        if not _has_strides(first, head_major) and not _has_strides(first, token_major):
+            raise ValueError(
+                f"pages must be dense, head by head or token by token, got strides {first.stride()} for shape {tuple(first.shape)}"
+            )
+        layer_stride = _layer_stride(kv_caches)
+        self.rows = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
+        self.planes = _planes(first, self.num_layers, layer_stride, num_planes)
+        self.scores = self.planes[:, :, 0]
+        element_size = first.element_size()
+        num_bytes = self.num_kv_heads * self.block_size * (content * element_size + 4 * num_planes)
+        self.words = torch.empty(0, dtype=torch.int32, device=first.device).set_(
+            first.untyped_storage(),
+            first.storage_offset() * element_size // 4,
+            (self.num_layers, self.num_blocks, num_bytes // 4),
+            (layer_stride * element_size // 4, first.stride(0) * element_size // 4, 1),
+        )
+
+    def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
+        """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
+        return self.rows[layer, page, head, slot].split(self.head_size, dim=-1)
+
+    def write(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values) -> None:
+        """Writes what :meth:`read` returned to ``n`` other places."""
+        self.rows[layer, page, head, slot] = torch.cat((keys, values), dim=-1)
+
+    def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
+        self.words[:, destination] = self.words[:, source]
+
+    def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
+        keys = self.rows[layer, pages, ..., : self.head_size]  # [num_pages, num_kv_heads, block_size, head_size]
+        return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens].to(torch.float32)
+
+    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
+        return _resident_plane(self.planes, plane, pages, num_tokens)
+
+    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
+        _set_resident_plane(self.planes, plane, pages, numbers)
+
+
+def _resident_plane(planes: torch.Tensor, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    found = planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
+    return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
+
+
+def _set_resident_plane(planes: torch.Tensor, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
+    num_tokens, block_size = numbers.shape[-1], planes.shape[-1]
+    page = pages.repeat_interleave(block_size)[:num_tokens]
+    slot = torch.arange(block_size, device=planes.device).repeat(pages.shape[0])[:num_tokens]
+    planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)
+
+
+def _has_strides(cache: torch.Tensor, inner: tuple[int, ...]) -> bool:
+    """Whether a page has these strides; the stride of a dimension of size 1 says nothing."""
+    return all(size == 1 or found == wanted for size, found, wanted in zip(cache.shape[1:], cache.stride()[1:], inner))
+
+
+def _layer_stride(kv_caches: Sequence[torch.Tensor]) -> int:
+    """The constant distance between the layers of one allocation, in elements; 0 if there is one layer."""
+    first = kv_caches[0]
+    layer_stride = kv_caches[1].storage_offset() - first.storage_offset() if len(kv_caches) > 1 else 0
+    for index, cache in enumerate(kv_caches):
+        expected = (first.shape, first.stride(), first.storage_offset() + index * layer_stride, first.data_ptr())
+        first_byte = cache.data_ptr() - index * layer_stride * cache.element_size()
+        found = (cache.shape, cache.stride(), cache.storage_offset(), first_byte)
+        if found != expected:
+            raise ValueError(f"layer {index} does not lie a constant distance after the one before: {found} != {expected}")
+    return layer_stride
+
+
+def _planes(first: torch.Tensor, num_layers: int, layer_stride: int, num_planes: int) -> torch.Tensor:
+    """The room behind the pages, float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``."""
+    num_blocks, num_kv_heads, block_size, content = first.shape
+    element_size = first.element_size()
+    content_bytes = num_kv_heads * block_size * content * element_size
+    plane_bytes = num_planes * num_kv_heads * block_size * 4
+    # Pages of one layer follow each other, or those of one block.
+    page_bytes = min(first.stride(0), layer_stride or first.stride(0)) * element_size
+    if content_bytes + plane_bytes > page_bytes:
+        raise ValueError(f"pages have {page_bytes - content_bytes} bytes left for scores, {plane_bytes} are needed")
+    return torch.empty(0, dtype=torch.float32, device=first.device).set_(
+        first.untyped_storage(),
+        (first.storage_offset() * element_size + content_bytes) // 4,
+        (num_layers, num_blocks, num_planes, num_kv_heads, block_size),
+        (layer_stride * element_size // 4, first.stride(0) * element_size // 4, num_kv_heads * block_size, block_size, 1),
+    )

@@ -7,7 +7,7 @@ queries like.
 import torch
 from torch.nn.functional import avg_pool1d
 
-from vllm_qfilters.kernels.layout import PagedCache
+from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 
 
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: 
 
 
 def expected_attention(
-    cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+    cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
 ) -> torch.Tensor:
     """How much attention coming queries are expected to pay to each token of a sequence.
 
@@ -70,7 +70,7 @@ def expected_attention(
 
 
 def observed_attention(
-    cache: PagedCache, pages: torch.Tensor, num_tokens: int, queries: torch.Tensor, num_newer: int, pool: int
+    cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, queries: torch.Tensor, num_newer: int, pool: int
 ) -> torch.Tensor:
     """How much attention the last queries of a prompt pay to each token of a sequence, smoothed over neighbours (as SnapKV,
     arXiv 2404.14469).
@@ -91,7 +91,7 @@ def observed_attention(
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
     attention = torch.zeros(num_layers, num_kv_heads, num_tokens)
-    is_future = torch.ones(num_queries, num_seen, dtype=torch.bool).triu(num_seen - num_queries + 1)
+    is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(num_seen - num_queries + 1)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
         logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
@@ -99,6 +99,73 @@ def observed_attention(
         mean = logits.softmax(-1).mean((1, 2))
         attention[layer, :, :num_seen] = avg_pool1d(mean, pool, stride=1, padding=pool // 2)
     return attention
+
+
+def write_and_score(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    score_plane: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    filters: torch.Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
+    """Writes keys, values and the projections of the keys on the filters of their heads to the slots of their tokens.
+
+    Args:
+        key, value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+        cache: one layer of a :class:`StridedCache`, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+        score_plane, slot_mapping: as for :func:`write_scores`.
+        filters: shape ``[num_kv_heads, head_size]``, float32.
+        key_scale, value_scale: for an fp8 cache: what is stored is ``key / key_scale``, no more than the dtype can hold.
+    """
+    score_and_store(key, filters, score_plane, slot_mapping)
+    is_token = slot_mapping >= 0
+    slot, num_tokens, head_size = slot_mapping[is_token], slot_mapping.shape[0], key.shape[-1]
+    page, in_page = slot // cache.shape[2], slot % cache.shape[2]
+    for tensor, scale, part in ((key, key_scale, cache[..., :head_size]), (value, value_scale, cache[..., head_size:])):
+        rows = tensor[:num_tokens][is_token]
+        if part.dtype.itemsize == 1:
+            limit = torch.finfo(part.dtype).max
+            rows = (rows.to(torch.float32) / scale).clamp(-limit, limit).to(part.dtype).view(torch.uint8)
+            part = part.view(torch.uint8)
+        part[page, :, in_page] = rows
+
+
+def score_resident(
+    keys: torch.Tensor, filters: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``<k, f> + sum_r <k, g_r>^2`` of every resident key ``k`` of one sequence, for each query head.
+
+    Args:
+        keys: shape ``[num_layers, num_kv_heads, resident_tokens, head_size]``.
+        filters: ``f``, float32, shape ``[num_layers, num_heads, head_size]``, those of one KV head side by side.
+        factors: ``g_r``, float32, shape ``[num_layers, num_heads, rank, head_size]``; None: none.
+
+    Returns:
+        float32, shape ``[num_layers, num_heads, resident_tokens]``.
+    """
+    keys = keys.to(torch.float32).repeat_interleave(filters.shape[1] // keys.shape[1], dim=1)
+    scores = torch.einsum("lhtd,lhd->lht", keys, filters)
+    if factors is not None:
+        scores = scores + torch.einsum("lhtd,lhrd->lhtr", keys, factors).square().sum(-1)
+    return scores
+
+
+def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """The mean over layers, heads and slots of the standardised scores of full pages.
+
+    Args:
+        plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32.
+        pages: shape ``[num_pages]``, int64.
+        mean, deviation: of the scores of each head, shape ``[num_layers, num_kv_heads]``.
+
+    Returns:
+        float32, shape ``[num_pages]``.
+    """
+    standardised = (plane[:, pages] - mean[:, None, :, None]) / deviation[:, None, :, None]
+    return standardised.mean((0, 2, 3))
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
@@ -121,18 +188,31 @@ def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared
     count = kept - sinks - window
     if count > 0:
         if shared_by_heads:
-            mean = candidates.mean(-1, keepdim=True)
-            deviation = candidates.std(-1, correction=0, keepdim=True).clamp(min=1e-12)
-            candidates = ((candidates - mean) / deviation).mean(1, keepdim=True).expand_as(candidates)
-            top = candidates[:, :1].topk(count, sorted=False).indices.expand(-1, scores.shape[1], -1)
+            shared = mean_standardised(scores, sinks, window)[..., sinks : resident - window]
+            top = shared.topk(count, sorted=False).indices.expand(-1, scores.shape[1], -1)
         else:
             top = candidates.topk(count, sorted=False).indices
         is_kept.scatter_(-1, top + sinks, True)
     return is_kept
 
 
+def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """The mean over heads of each token's z-score among the tokens between sinks and window.
+
+    Args:
+        scores: shape ``[num_layers, num_heads, resident_tokens]``, float32.
+
+    Returns:
+        shape ``[num_layers, 1, resident_tokens]``.
+    """
+    candidates = scores[..., sinks : scores.shape[-1] - window]
+    mean = candidates.mean(-1, keepdim=True)
+    deviation = candidates.std(-1, correction=0, keepdim=True).clamp(min=1e-12)
+    return ((scores - mean) / deviation).mean(1, keepdim=True)
+
+
 def compact(
-    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
 ) -> None:
     """Takes whole pages out of a sequence; the survivors in them fill the holes before the window.
 
@@ -150,7 +230,7 @@ def compact(
     """
     bs, resident = cache.block_size, is_kept.shape[-1]
     page_table, first_out, after_out, after_displaced = take_out_pages(cache, old_pages, new_pages, resident, sinks, window)
-    is_out = torch.zeros(resident, dtype=torch.bool)
+    is_out = torch.zeros(resident, dtype=torch.bool, device=is_kept.device)
     is_out[first_out:after_out] = True
     is_displaced = torch.zeros_like(is_out)
     is_displaced[after_out:after_displaced] = True
@@ -164,7 +244,7 @@ def compact(
 
 
 def take_out_pages(
-    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
+    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
 ) -> tuple[torch.Tensor, int, int, int]:
     """Decides which pages :func:`compact` takes out, and makes the private copies.
 

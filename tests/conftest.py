@@ -6,6 +6,11 @@ os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels' tests run on the CPU then
+
 import pytest
 
 from tests import models

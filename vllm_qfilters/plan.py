@@ -20,6 +20,7 @@ class RequestCompaction:
         window: last tokens that must stay, in order.
         block_ids: its pages afterwards. The pages taken out of the middle held the end of the evictable region; a page that
             was shared or prefix-cached and must be written is replaced by a private one.
+        copied_pages: the private ones, as (place among the sequence's pages before, page).
     """
 
     req_id: str
@@ -29,6 +30,7 @@ class RequestCompaction:
     sinks: int
     window: int
     block_ids: tuple[int, ...]
+    copied_pages: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

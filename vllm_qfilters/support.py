@@ -5,10 +5,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
+from vllm_qfilters.attention.gpu import FP8_DTYPES
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, find_filters
 
@@ -22,6 +25,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         ValueError: names the feature and what to change; also for filters that are given and do not fit.
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    has_fp8 = current_platform.is_cuda() and current_platform.has_device_capability(89)
     refused = {
         "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -32,11 +36,21 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
         and vllm_config.kv_events_config.enable_kv_cache_events,
         "speculative decoding; drop --speculative-config": vllm_config.speculative_config is not None,
-        f"--kv-cache-dtype {cache.cache_dtype}; use auto": is_quantized_kv_cache(cache.cache_dtype),
+        f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): is_quantized_kv_cache(cache.cache_dtype)
+        and not (has_fp8 and cache.cache_dtype in FP8_DTYPES),
         "pipeline parallelism; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        "model runner V2; unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
+        "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER": (
+            parallel.worker_cls == CPU_WORKER_CLS and vllm_config.use_v2_model_runner
+        ),
+        "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
+            parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner
+        ),
+        f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype}; set observed to 0": (
+            bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES
+        ),
+        "microbatches; drop --enable-dbo": parallel.use_ubatching,
         "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
             model.original_max_model_len == -1
         ),

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_qfilters.filters.statistics import LayerStatistics
 from vllm_qfilters.scorers import Scorer
@@ -65,6 +65,4 @@ class QFiltersCPUAttentionBackend(CPUAttentionBackend):
         return QFiltersCPUAttentionImpl
 
 
-def register() -> None:
-    """Puts the scoring backend in the place of vLLM's, in this process."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{QFiltersCPUAttentionBackend.__name__}")
+BACKENDS = {AttentionBackendEnum.CPU_ATTN: f"{__name__}.{QFiltersCPUAttentionBackend.__name__}"}

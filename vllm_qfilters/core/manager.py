@@ -100,6 +100,7 @@ class QFiltersManager(FullAttentionManager):
             if len(replaced) > self.block_pool.get_num_free_blocks():
                 return None
         private = self.block_pool.get_new_blocks(len(replaced))
+        copied_pages = tuple((i, block.block_id) for i, block in zip(replaced, private))
 
         self._released.extend(blocks[i] for i in replaced)
         self._released.extend(blocks[first_out:after_out])
@@ -115,6 +116,7 @@ class QFiltersManager(FullAttentionManager):
             sinks=limits.sinks,
             window=window,
             block_ids=tuple(block.block_id for block in blocks),
+            copied_pages=copied_pages,
         )
 
     def release(self) -> int:

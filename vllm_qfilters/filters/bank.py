@@ -24,6 +24,7 @@ class FilterBank:
         scale: of the attention's logits, usually ``head_size ** -0.5``.
 
     Attributes:
+        rotations: of each layer.
         means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32.
         factors: ``scale * sqrt(eigenvalue) * eigenvector`` of C, the largest last, shape
             ``[num_layers, num_heads, rank, head_size]``.
@@ -40,6 +41,7 @@ class FilterBank:
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "
                 "`vllm-qfilters calibrate`, use filters 'auto', or choose filter 'static'"
             )
+        self.rotations = tuple(rotations)
         self._layers_by_rotation: dict[Rotation, list[int]] = {}
         for layer, rotation in enumerate(rotations):
             self._layers_by_rotation.setdefault(rotation, []).append(layer)

@@ -75,7 +75,8 @@ def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, des
 
     def gathered(attribute: str, moment: str, num_total: int | None = None) -> torch.Tensor:
         local = torch.stack([getattr(getattr(layer, attribute), moment) for layer in statistics])
-        whole = get_tp_group().all_gather(local.contiguous(), dim=1)
+        group = get_tp_group()
+        whole = group.all_gather(local.to(group.device).contiguous(), dim=1).cpu()
         # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
         return whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
 

@@ -1,5 +1,7 @@
 """A model's own rotary position embedding as a linear map: on queries, off them again, and averaged over positions to come."""
 
+import copy
+
 import torch
 
 
@@ -19,6 +21,7 @@ class Rotation:
         self._rotary_emb = rotary_emb
         partner = torch.arange(head_size)
         self._sign = torch.zeros(head_size)  # of the sine; 0 where nothing is rotated
+        self._frequency = torch.zeros(head_size, dtype=torch.int64)  # in the table of cosines and sines
         if rotary_emb is not None:
             rotated = partner[: rotary_emb.rotary_dim]
             if rotary_emb.is_neox_style:
@@ -28,17 +31,24 @@ class Rotation:
             partner = partner.clone()
             partner[first], partner[second] = second, first
             self._sign[first], self._sign[second] = -1.0, 1.0
+            self._frequency[first] = self._frequency[second] = torch.arange(first.shape[0])
         self.partner = partner
 
+    def to(self, device: torch.device) -> "Rotation":
+        """The same rotation, for positions on ``device``: its tables are then made there, without waiting for it."""
+        moved = copy.copy(self)
+        moved.partner, moved._sign, moved._frequency = (t.to(device) for t in (self.partner, self._sign, self._frequency))
+        return moved
+
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``cos_t`` and ``sin_t``, signs included, each float32 of shape ``[len(positions), head_size]``."""
-        cos = torch.ones(positions.shape[0], self.head_size)
-        sin = torch.zeros(positions.shape[0], self.head_size)
-        if self._rotary_emb is not None:
-            halves = self._rotary_emb.cos_sin_cache[positions].to("cpu", torch.float32).chunk(2, dim=-1)
-            for sign in (-1.0, 1.0):
-                cos[:, self._sign == sign], sin[:, self._sign == sign] = halves[0], sign * halves[1]
-        return cos, sin
+        """``cos_t`` and ``sin_t``, signs included, each float32 of shape ``[len(positions), head_size]``, where the rotation is."""
+        device = self.partner.device
+        if self._rotary_emb is None:
+            shape = (positions.shape[0], self.head_size)
+            return torch.ones(shape, device=device), torch.zeros(shape, device=device)
+        table = self._rotary_emb.cos_sin_cache[positions].to(device, torch.float32)
+        cos, sin = (half[:, self._frequency] for half in table.chunk(2, dim=-1))
+        return torch.where(self._sign == 0, 1.0, cos), self._sign * sin
 
     def rotate(self, vectors: torch.Tensor, position: int) -> torch.Tensor:
         """``R_t / |R_t|`` of ``vectors``, shape ``[..., head_size]``, float32: a turn that keeps every length.

@@ -1,21 +1,22 @@
-"""The model runner (V1): runs the model on caches that hold fewer tokens than have been computed.
+"""What the model runners of all platforms share: the cache specification, and how scores get what they need.
 
-Positions stay logical, they feed RoPE and sampling; slots and sequence lengths count resident tokens.
+A model runner applies compaction plans before, and resident lengths after, what vLLM does with a step. How it does that is the
+business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.utils import select_common_block_size
 
+from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.filters.bank import FilterBank
@@ -23,43 +24,53 @@ from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, cali
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, probe_page_layout
-from vllm_qfilters.plan import QFiltersSchedulerOutput, RequestCompaction
-from vllm_qfilters.scorers import (
-    ExpectedAttentionScorer,
-    KeyDiffScorer,
-    KeyNormScorer,
-    RandomScorer,
-    RecentQueries,
-    RotaryFilterScorer,
-    Scorer,
-    StaticFilterScorer,
-)
+from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
-from vllm_qfilters.worker.compactor import Compactor
-from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.worker.request_state import EvictedTokens
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 
-class QFiltersCPUModelRunner(CPUModelRunner):
-    """Applies compaction plans before, and resident lengths after, what vLLM does with a step."""
+class CompressedModelRunner:
+    """Goes before a model runner of vLLM. Subclasses say how the cache is bound and how keys are scored.
+
+    Attributes:
+        kernels: the name of the kernels in use, for the log.
+    """
+
+    kernels: str
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
-        self.cache: PagedCache | None = None
-        self.compactor: Compactor | None = None  # once compression started
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
+
+    def bind_cache(self) -> None:
+        """Finds out where the caches of ``layers`` lie."""
+        raise NotImplementedError
+
+    def start_scoring(self, filters: Filters | None) -> None:
+        """Makes what scores and compacts; layers see keys and values from now on. filters: None for methods without."""
+        raise NotImplementedError
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         check_specs(specs)
-        if self.shared_kv_cache_layers:
+        layers = self.compilation_config.static_forward_context
+        if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
             raise ValueError("KV compression does not support models whose layers share one KV cache")
+        for name, spec in specs.items():
+            backend = layers[name].get_attn_backend()
+            kernel_block_size = select_common_block_size(spec.block_size, [backend], [spec])
+            if kernel_block_size != spec.block_size:
+                raise ValueError(
+                    f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
+                    f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {spec.block_size}"
+                )
+            self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
         num_planes = self.compression.num_planes
         return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
@@ -70,30 +81,24 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             return
         (tensor,) = kv_cache_config.kv_cache_tensors
         self.layers = [self.compilation_config.static_forward_context[name] for name in tensor.layers]
-        first = self.layers[0]
-        if first.impl.alibi_slopes is not None:
+        if self.layers[0].impl.alibi_slopes is not None:
             raise ValueError("KV compression does not support ALiBi, which takes a token's place in the cache for its position")
-
-        def write_cache(key, value, kv_cache, slot_mapping):
-            first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)
-
-        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, first.kv_cache.dtype)
-        self.cache = PagedCache([layer.kv_cache for layer in self.layers], layout, self.compression.num_planes)
+        self.bind_cache()
 
     def start_compression(self) -> None:
-        """Finds or calibrates what scores need, and says in one line what is active. Call before serving."""
+        """Finds or calibrates what scores need, and says in one line what is active. Call before serving, and before CUDA graphs
+        are captured."""
         origin = ""
         filters = None
         if self.compression.method == "qfilters":
             filters, origin = self._find_or_calibrate_filters()
-        scorer = self._scorer(filters)
-        self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
         if self.compression.observed_queries:
             self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
+        self.start_scoring(filters)
         for index, layer in enumerate(self.layers):
-            layer.impl.index, layer.impl.scorer, layer.impl.recorder = index, scorer, self.recorder
+            layer.impl.index, layer.impl.recorder = index, self.recorder
         if get_tensor_model_parallel_rank() == 0:
-            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin))
+            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
@@ -105,6 +110,32 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
         rotations = {id(rotary_emb): Rotation(rotary_emb, self.layers[0].head_size) for rotary_emb in rotary_embs}
         return [rotations[id(rotary_emb)] for rotary_emb in rotary_embs]
+
+    def static_filters(self, filters: Filters) -> torch.Tensor:
+        """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
+        count, total = self.layers[0].num_kv_heads, self.model_config.get_total_num_kv_heads()
+        first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+        return filters.of_heads(first, count)
+
+    def filter_bank(self, filters: Filters) -> FilterBank:
+        """Of the query heads of this rank."""
+        layer, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
+        heads = slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads)
+        rank = self.compression.rank if self.compression.filter == "expected" else 0
+        return FilterBank(filters, self._rotations(), heads, rank, layer.impl.scale)
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Requests that ended, or start again after a preemption."""
+        self.evicted.forget(req_ids)
+        if self.recorder is not None:
+            self.recorder.forget(req_ids)
+
+    def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
+        """What is left of the prompt's queries; handed out for the last time when the first generated tokens are there."""
+        recent = self.recorder.get(row.req_id) if self.recorder is not None else None
+        if recent is not None and recent.end < row.position:
+            self.recorder.forget([row.req_id])
+        return recent
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
@@ -122,84 +153,8 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             save(path, filters, model)
         return filters, f"calibrated now ({description}), kept in {path}"
 
-    def _scorer(self, filters: Filters | None) -> Scorer:
-        config, cache = self.compression, self.cache
-        if config.method != "qfilters":
-            return {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}[config.method](cache)
-        tp_rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        first = self.layers[0]
-        if config.filter == "static":
-            total = self.model_config.get_total_num_kv_heads()
-            return StaticFilterScorer(cache, filters.of_heads(tp_rank * total // tp_size, first.num_kv_heads))
-        heads = slice(tp_rank * first.num_heads, (tp_rank + 1) * first.num_heads)
-        rank = config.rank if config.filter == "expected" else 0
-        bank = FilterBank(filters, self._rotations(), heads, rank, first.impl.scale)
-        if config.filter == "rotary":
-            return RotaryFilterScorer(cache, bank)
-        return ExpectedAttentionScorer(cache, bank, first.impl.scale)
 
-    def sample_tokens(self, grammar_output: Any):
-        # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with
-        # a seed, which CPU generators cannot do: the worker dies. Rows to be discarded need no generator.
-        generators = self.input_batch.generators
-        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
-        held = {row: generators.pop(row) for row in discarded if row in generators}
-        try:
-            return super().sample_tokens(grammar_output)
-        finally:
-            generators.update(held)
-
-    def _update_states(self, scheduler_output: SchedulerOutput):
-        # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
-        self.evicted.forget(scheduler_output.finished_req_ids)
-        self.evicted.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
-        if self.recorder is not None:
-            self.recorder.forget(scheduler_output.finished_req_ids)
-            self.recorder.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
-        if isinstance(scheduler_output, QFiltersSchedulerOutput):
-            for row in scheduler_output.compaction.rows:
-                (block_ids,) = self.requests[row.req_id].block_ids
-                self.compactor.compact(block_ids, row, self._recent_queries(row))
-                block_ids[:] = row.block_ids
-                batch_row = self.input_batch.req_id_to_index.get(row.req_id)
-                if batch_row is not None:
-                    self.input_batch.block_table.clear_row(batch_row)
-                    self.input_batch.block_table.add_row((block_ids,), batch_row)
-                self.evicted.add(row.req_id, row.evicted_tokens)
-        return super()._update_states(scheduler_output)
-
-    def _recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
-        """What is left of the prompt's queries; handed out for the last time when the first generated tokens are there."""
-        recent = self.recorder.get(row.req_id) if self.recorder is not None else None
-        if recent is not None and recent.end < row.position:
-            self.recorder.forget([row.req_id])
-        return recent
-
-    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        num_reqs = self.input_batch.num_reqs
-        if self.recorder is not None:
-            self.recorder.start_step(
-                self.input_batch.req_ids,
-                num_scheduled_tokens.tolist(),
-                self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
-                self.input_batch.num_prompt_tokens[:num_reqs].tolist(),
-            )
-        evicted = self.evicted.rows(self.input_batch.req_ids)
-        if evicted is not None:
-            by_request = torch.from_numpy(evicted)
-            self.seq_lens[:num_reqs] -= by_request
-            self.optimistic_seq_lens_cpu[:num_reqs] -= by_request
-            by_token = torch.from_numpy(np.repeat(evicted, num_scheduled_tokens))
-            self.input_batch.block_table.compute_slot_mapping(
-                num_reqs,
-                self.query_start_loc.gpu[: num_reqs + 1],
-                self.positions[: scheduler_output.total_num_scheduled_tokens] - by_token,
-            )
-        return prepared
-
-
-def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
+def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
@@ -214,7 +169,8 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
         f"scope {config.scope}",
     ]
     if config.method == "qfilters":
-        parts.insert(1, f"filter {config.filter}" + (f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""))
+        details = f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""
+        parts.insert(1, f"filter {config.filter}{details}")
         parts.append(f"filters {origin}")
     if isinstance(config.budget, int):
         decoding = cdiv(config.budget, block_size)
@@ -224,7 +180,7 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str) -> str:
         if config.evicts_prompts_in_chunks:
             pages += f", {cdiv(config.budget + config.chunk, block_size)} while its prompt is read"
         parts.append(pages)
-    parts.append(f"kernels {IMPLEMENTATION}")
+    parts.append(f"kernels {kernels}")
     return ", ".join(parts)
 
 

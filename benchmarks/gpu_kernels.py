@@ -1,0 +1,196 @@
+"""Time of the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median, GB/s, and percent of the bandwidth of a copy.
+
+    python benchmarks/gpu_kernels.py [--sequences 16] [--dry-run]
+
+Beside each stands what it is to be compared with: the same write without scores, the write and then the scores in PyTorch, and
+the PyTorch reference. Needs PyTorch and Triton alone. Prints a table and writes it, with card, driver, versions and commit, to
+benchmarks/results/. ``--dry-run`` runs small shapes once under Triton's interpreter on a CPU: its times mean nothing.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+IS_DRY_RUN = "--dry-run" in sys.argv
+if IS_DRY_RUN:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+import triton
+
+from vllm_qfilters.kernels import reference
+from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
+from vllm_qfilters.kernels.compaction import compact
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.score_resident import score_resident
+from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+
+DEVICE = "cpu" if IS_DRY_RUN else "cuda"
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, DTYPE = 32, 32, 8, 128, 16, torch.bfloat16
+RESIDENT, EVICTED, SINKS, WINDOW = 2048, 128, 4, 1024
+STEPS = (1, 64, 2048, 8192)  # tokens written at once
+if IS_DRY_RUN:
+    NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, RESIDENT, EVICTED, WINDOW, STEPS = 2, 4, 2, 16, 128, 16, 32, (1, 5)
+
+
+def make_cache(num_blocks: int, num_layers: int = NUM_LAYERS) -> StridedCache:
+    """As FLASH_ATTN gets it: token by token, layers outermost, scores behind each page."""
+    content = 2 * HEAD_SIZE
+    page = NUM_KV_HEADS * BLOCK_SIZE * (content + 4 // DTYPE.itemsize)
+    buffer = torch.zeros(num_layers * num_blocks * page, dtype=DTYPE, device=DEVICE)
+    shape = (num_layers, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
+    strides = (num_blocks * page, page, content, NUM_KV_HEADS * content, 1)
+    cache = StridedCache(buffer.as_strided(shape, strides).unbind())
+    cache.rows.normal_()
+    cache.scores.normal_()
+    return cache
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    if IS_DRY_RUN:
+        begin = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - begin)
+    return triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")
+
+
+def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
+    """One layer's write of a step's keys and values, parts of one qkv tensor, to scattered slots."""
+    num_blocks = max(STEPS) // BLOCK_SIZE + 1
+    cache = make_cache(num_blocks, num_layers=1)
+    view, planes, plane = cache.rows[0], cache.planes[0], cache.scores[0]
+    filters = torch.randn(NUM_KV_HEADS, HEAD_SIZE, device=DEVICE)
+    cases = {}
+    for num_tokens in STEPS:
+        qkv = torch.randn(num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+        key, value = qkv[:, NUM_HEADS * HEAD_SIZE :].view(num_tokens, 2, NUM_KV_HEADS, HEAD_SIZE).unbind(1)
+        slots = torch.randperm(num_blocks * BLOCK_SIZE, device=DEVICE)[:num_tokens]
+        num_bytes = 2 * 2 * key.numel() * DTYPE.itemsize
+
+        def fused(key=key, value=value, slots=slots):
+            write_and_score(key, value, view, planes, slots, Score.PROJECTION, filters)
+
+        def write(key=key, value=value, slots=slots):
+            write_and_score(key, value, view, planes, slots, Score.NONE)
+
+        def unfused(key=key, value=value, slots=slots):
+            write_and_score(key, value, view, planes, slots, Score.NONE)
+            plane[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = (key.float() * filters).sum(-1)
+
+        def pytorch(key=key, value=value, slots=slots):
+            reference.write_and_score(key, value, view, plane, slots, filters)
+
+        for name, call in (("fused", fused), ("write alone", write), ("write, then PyTorch", unfused), ("PyTorch", pytorch)):
+            cases[f"write and score {num_tokens} tokens, one layer: {name}"] = (call, num_bytes)
+    return cases
+
+
+def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """All layers of several sequences, each to lose its share."""
+    num_pages = RESIDENT // BLOCK_SIZE
+    cache = make_cache(num_sequences * num_pages)
+    pages = torch.randperm(num_sequences * num_pages).view(num_sequences, num_pages)
+    first_out = (RESIDENT - EVICTED - WINDOW) // BLOCK_SIZE
+    compactions = []
+    for index, row in enumerate(pages.tolist()):
+        new_pages = row[:first_out] + row[first_out + EVICTED // BLOCK_SIZE :]
+        compactions.append(Compaction(index, RESIDENT, RESIDENT, EVICTED, SINKS, WINDOW, new_pages))
+    block_table = pages.to(DEVICE, torch.int32)
+    batch = CompactionBatch.make(compactions, block_table)
+
+    scores = gather_scores(cache.scores, batch)
+    is_kept = select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS)
+    filters = torch.randn(1, NUM_LAYERS, NUM_HEADS, HEAD_SIZE, device=DEVICE)
+    num_heads, num_tokens = NUM_LAYERS * NUM_KV_HEADS, num_sequences * RESIDENT
+    # Of the tokens between sinks and window as many lie in the pages taken out as are evicted, and most of those survive.
+    num_moved = num_sequences * EVICTED * (RESIDENT - EVICTED - SINKS - WINDOW) // (RESIDENT - SINKS - WINDOW)
+    row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize + 4
+
+    def whole():
+        batch = CompactionBatch.make(compactions, block_table)
+        scores = mean_standardised(gather_scores(cache.scores, batch), batch, NUM_LAYERS, NUM_KV_HEADS)
+        compact(cache, batch, select_kept(scores, batch, NUM_LAYERS, 1), 1)
+
+    def compact_pytorch():
+        for index, compaction in enumerate(compactions):
+            new_pages = torch.tensor(compaction.new_pages, device=DEVICE)
+            kept = batch_is_kept[index]
+            reference.compact(cache, block_table[index].long(), new_pages, kept, SINKS, WINDOW)
+
+    batch_is_kept = [rows.bool() for rows in batch.split(is_kept, NUM_LAYERS, NUM_KV_HEADS)]
+    of = f"{num_sequences} x {RESIDENT} tokens, {NUM_LAYERS} layers"
+    key_bytes = num_heads * num_tokens * HEAD_SIZE * DTYPE.itemsize
+    score_bytes = NUM_LAYERS * NUM_HEADS * num_tokens * 4
+    return {
+        f"score resident keys, {of}": (lambda: score_resident(cache, batch, filters), key_bytes + score_bytes),
+        f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
+        f"select, {of}": (lambda: select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS), 5 * num_heads * num_tokens),
+        f"compact to {RESIDENT - EVICTED}, {of}": (
+            lambda: compact(cache, batch, is_kept, NUM_KV_HEADS),
+            num_heads * (2 * num_moved * row_bytes + num_tokens),
+        ),
+        f"compact to {RESIDENT - EVICTED}, {of}: PyTorch": (compact_pytorch, num_heads * (2 * num_moved * row_bytes + num_tokens)),
+        f"whole compaction, heads together, {of}": (whole, num_heads * 2 * num_moved * row_bytes),
+    }
+
+
+def copy_bandwidth() -> float:
+    """GB/s read and written by a copy of 1 GiB."""
+    source = torch.empty(1 << (20 if IS_DRY_RUN else 30), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
+
+
+def machine() -> dict[str, str]:
+    def output(*command: str) -> str:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    card = "none (interpreter): times mean nothing"
+    if not IS_DRY_RUN:
+        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        card = f"{torch.cuda.get_device_name()}, driver {driver}"
+    changes = "+changes" if output("git", "status", "--porcelain", "-uno") else ""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "card": card,
+        **{name: importlib.metadata.version(name) for name in ("torch", "triton")},
+        "commit": output("git", "rev-parse", "--short", "HEAD") + changes,
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=2 if IS_DRY_RUN else 16, help="compacted at once (268 MB each)")
+    parser.add_argument("--dry-run", action="store_true", help="small shapes, once, without a GPU")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "gpu_kernels.json")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    copied = copy_bandwidth()
+    result = {"machine": machine(), "copy_GB_per_s": round(copied, 1), "cases": {}}
+    for key, value in (result["machine"] | {"copy GB/s": result["copy_GB_per_s"]}).items():
+        print(f"{key}: {value}")
+    print(f"\n{'':76}{'ms':>10}{'GB/s':>10}{'% of copy':>12}")
+    for cases in (write_cases, lambda: compaction_cases(arguments.sequences)):
+        for name, (call, num_bytes) in cases().items():
+            ms = median_ms(call)
+            row = {"ms": round(ms, 4), "GB_per_s": round(num_bytes / ms / 1e6, 1)}
+            row["percent_of_copy"] = round(100 * row["GB_per_s"] / copied, 1)
+            result["cases"][name] = row
+            print(f"{name:76}{row['ms']:>10}{row['GB_per_s']:>10}{row['percent_of_copy']:>12}")
+    if not IS_DRY_RUN:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

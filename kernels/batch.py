@@ -1,0 +1,127 @@
+"""The compactions of one step as the Triton kernels read them: many sequences of different lengths in one launch.
+
+All sizes are known on the host, so nothing waits for the device. Results of kernels are flat, row by row: of sequence ``r``,
+``[num_layers, heads, resident_tokens]`` begins at ``num_layers * heads * token_start``.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+# Columns of CompactionBatch.rows, as the kernels index them.
+OLD_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW, NEW_START, TOKEN_START, MOVE_START, NUM_COLUMNS = range(10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compaction:
+    """What one sequence loses.
+
+    Attributes:
+        old_row: its row of the block table.
+        position: of its next token.
+        resident_tokens: tokens it holds.
+        evicted_tokens: tokens it loses, a multiple of the block size.
+        sinks: first tokens that stay.
+        window: last tokens that stay.
+        new_pages: its pages afterwards.
+        copied_pages: private copies to make before anything moves, as (place in the block table, new page).
+    """
+
+    old_row: int
+    position: int
+    resident_tokens: int
+    evicted_tokens: int
+    sinks: int
+    window: int
+    new_pages: Sequence[int]
+    copied_pages: Sequence[tuple[int, int]] = ()
+
+    @property
+    def max_moves(self) -> int:
+        """Most tokens of one layer and head that change places: survivors in the pages taken out, into holes before the window."""
+        return min(self.evicted_tokens, self.resident_tokens - self.evicted_tokens - self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactionBatch:
+    """The compactions of one step, on the device.
+
+    Attributes:
+        block_table: the pages of all sequences before, shape ``[max_num_sequences, max_num_pages]``, int32.
+        rows: shape ``[num_rows, NUM_COLUMNS]``, int64.
+        new_pages: the pages of the rows afterwards, one row behind the other, int64.
+        copied_pages: shape ``[num_copies, 3]``, int64: row and place in the block table, new page.
+        compactions: as given.
+        num_tokens: resident tokens of all rows.
+        num_moves: sum of the rows' most moves.
+        max_resident: most resident tokens of a row.
+        max_moves: most moves of a row.
+    """
+
+    block_table: torch.Tensor
+    rows: torch.Tensor
+    new_pages: torch.Tensor
+    copied_pages: torch.Tensor
+    compactions: tuple[Compaction, ...]
+    num_tokens: int
+    num_moves: int
+    max_resident: int
+    max_moves: int
+
+    @classmethod
+    def make(cls, compactions: Sequence[Compaction], block_table: torch.Tensor) -> "CompactionBatch":
+        """Copies the numbers to the device of ``block_table``, in one piece and without waiting for it."""
+        rows, new_pages, copied_pages = [], [], []
+        num_tokens = num_moves = 0
+        for compaction in compactions:
+            rows += [
+                compaction.old_row,
+                compaction.position,
+                compaction.resident_tokens,
+                compaction.evicted_tokens,
+                compaction.sinks,
+                compaction.window,
+                len(new_pages),
+                num_tokens,
+                num_moves,
+            ]
+            new_pages += compaction.new_pages
+            for place, page in compaction.copied_pages:
+                copied_pages += [compaction.old_row, place, page]
+            num_tokens += compaction.resident_tokens
+            num_moves += compaction.max_moves
+        on_host = torch.tensor(rows + new_pages + copied_pages, dtype=torch.int64, pin_memory=block_table.is_cuda)
+        numbers = on_host.to(block_table.device, non_blocking=True)
+        rows, new_pages, copied_pages = numbers.split([len(rows), len(new_pages), len(copied_pages)])
+        return cls(
+            block_table=block_table,
+            rows=rows.view(-1, NUM_COLUMNS),
+            new_pages=new_pages,
+            copied_pages=copied_pages.view(-1, 3),
+            compactions=tuple(compactions),
+            num_tokens=num_tokens,
+            num_moves=num_moves,
+            max_resident=max(compaction.resident_tokens for compaction in compactions),
+            max_moves=max(compaction.max_moves for compaction in compactions),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of the rows' next tokens, shape ``[num_rows]``, int64."""
+        return self.rows[:, POSITION]
+
+    def pages(self, index: int, block_size: int) -> torch.Tensor:
+        """The pages that hold the resident tokens of a row, int64."""
+        compaction = self.compactions[index]
+        return self.block_table[compaction.old_row, : -(-compaction.resident_tokens // block_size)].long()
+
+    def split(self, flat: torch.Tensor, num_layers: int, num_heads: int) -> list[torch.Tensor]:
+        """A flat result as one tensor ``[num_layers, num_heads, resident_tokens]`` per row."""
+        lengths = [compaction.resident_tokens for compaction in self.compactions]
+        parts = flat.split([num_layers * num_heads * length for length in lengths])
+        return [part.view(num_layers, num_heads, length) for part, length in zip(parts, lengths, strict=True)]

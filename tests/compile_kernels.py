@@ -1,0 +1,119 @@
+"""Compiles every Triton kernel ahead of time for GPUs this machine does not have, as the launchers launch them.
+
+    python -m tests.compile_kernels 80 90
+
+Prints JSON: per compute capability and kernel, the most registers, bytes of shared memory and bytes spilled of any case.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tests.paged import Eviction, Geometry, Sequences
+from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.page_scores import page_scores
+from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
+from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+
+GEOMETRIES = [
+    Geometry(2, 8, 8, 16, 128, torch.bfloat16, "LBNHC"),
+    Geometry(2, 8, 8, 128, 64, torch.float16, "LBHNC"),
+    Geometry(2, 8, 3, 16, 80, torch.bfloat16, "BLHNC"),
+    Geometry(2, 4, 4, 256, 256, torch.bfloat16, "LBNHC"),
+    Geometry(2, 4, 4, 16, 96, torch.float32, "LBNHC"),
+]
+
+
+class CompileOnlyDriver:
+    """Stands for a GPU of a compute capability; nothing can be launched on it."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launch_all(has_fp8: bool) -> None:
+    for geometry in GEOMETRIES:
+        bs = geometry.block_size
+        sequences = Sequences([Eviction(6 * bs, bs, 4, bs), Eviction(9 * bs, 2 * bs, 4, bs)], geometry, seed=0)
+        cache, batch = sequences.cache, sequences.batch
+        heads, size = geometry.num_kv_heads, geometry.head_size
+        for num_tokens in (1, 64, 8192):
+            key = torch.zeros(num_tokens, heads, size, dtype=geometry.dtype)
+            slots = torch.zeros(num_tokens, dtype=torch.int64)
+            for score in Score:
+                write_and_score(key, key, sequences.views[0], cache.planes[0], slots, score, torch.zeros(heads, size))
+            if has_fp8 and geometry.dtype == torch.bfloat16:
+                view, scale = sequences.views[0].view(torch.uint8).view(torch.float8_e4m3fn)[..., : 2 * size], torch.ones(1)
+                write_and_score(
+                    key, key, view, cache.planes[0], slots, Score.PROJECTION, torch.zeros(heads, size),
+                    key_scale=scale, value_scale=scale,
+                )  # fmt: skip
+        copy_pages(cache, batch)
+        scores = gather_scores(cache.scores, batch)
+        shared = mean_standardised(scores, batch, cache.num_layers, heads)
+        compact(cache, batch, select_kept(shared, batch, cache.num_layers, 1), 1)
+        compact(cache, batch, select_kept(scores, batch, cache.num_layers, heads), heads)
+        for group, rank in ((1, 0), (4, 0), (4, 8)):
+            filters = torch.zeros(1, cache.num_layers, heads * group, size)
+            factors = torch.zeros(1, *filters.shape[1:3], rank, size) if rank else None
+            score_resident(cache, batch, filters, factors)
+            cos = torch.zeros(batch.num_rows, 1, size).expand(-1, cache.num_layers, -1)
+            turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
+            logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
+            mean_softmax(logits, batch, cache.num_layers, heads, group)
+        page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, bytes of shared memory per block and bytes of stack per thread, from the compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        cuobjdump = os.path.join(os.path.dirname(compiler.__file__), "bin", "cuobjdump")
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "shared": found["SHARED"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def main() -> None:
+    launch = JITFunction.run
+    report: dict[str, dict[str, dict[str, int]]] = {}
+
+    def compile_only(self, *args, **kwargs):
+        kernel = launch(self, *args, **{**kwargs, "warmup": True})
+        used = resources(kernel.asm["cubin"])
+        used["shared"] = max(used["shared"], kernel.metadata.shared)  # dynamic shared memory is not in the file
+        most = report[str(driver.active.target.arch)].setdefault(self.__name__, {"cases": 0, **dict.fromkeys(used, 0)})
+        most["cases"] += 1
+        most.update({name: max(most[name], value) for name, value in used.items()})
+
+    JITFunction.run = compile_only
+    for capability in map(int, sys.argv[1:]):
+        driver.set_active(CompileOnlyDriver(capability))
+        report[str(capability)] = {}
+        launch_all(has_fp8=capability >= 89)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

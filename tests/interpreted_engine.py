@@ -1,0 +1,132 @@
+"""Runs engines on model runner V2 with the Triton kernels, on a CPU under Triton's interpreter: JSON on stdin, JSON on stdout.
+
+    python -m tests.interpreted_engine < job.json
+
+A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests": [...]}]}. The
+runs of a job take place one after the other, each on an engine of its own; the requests of a run in one batch, or, as a list of
+lists, batch by batch. A run with "calibration", sequences of token ids, calibrates filters with them at its end.
+"""
+
+import json
+import os
+import sys
+import types
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_CI_ENV"] = "1"
+
+import torch
+import triton.backends
+
+# vLLM for CPUs uses Triton only where it has a backend for them.
+driver = types.SimpleNamespace(is_active=lambda: True)
+triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=driver)
+
+torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton writer asks for that of its cache
+
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_qfilters import kv_compression
+from vllm_qfilters.attention import register
+from vllm_qfilters.attention.gpu import BACKENDS
+from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
+from vllm_qfilters.worker.worker import CompressedWorker
+
+
+class InterpretedWorker(CompressedWorker, CPUWorker):
+    """QFiltersGPUWorker, but for the device."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.model_runner = QFiltersGPUModelRunner(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        self.model_runner.start_compression()
+        return super().compile_or_warm_up_model()
+
+
+def keep_async_scheduling(check_and_update_config):
+    """vLLM switches it off on CPUs."""
+
+    def check(vllm_config):
+        is_async = vllm_config.scheduler_config.async_scheduling
+        check_and_update_config(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_async
+
+    return check
+
+
+CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
+
+
+def watch(target, method: str) -> list:
+    """A list that gets an entry at every call."""
+    calls, original = [], getattr(target, method)
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    setattr(target, method, wrapper)
+    return calls
+
+
+def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
+    """Token ids, log-probabilities and cached tokens of each request; what the engine evicted."""
+    backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
+    if compression is not None:
+        backend = BACKENDS[AttentionBackendEnum.TRITON_ATTN]
+        options = kv_compression(**{"filters": job["filters"], **compression})
+        options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
+    register({AttentionBackendEnum.CPU_ATTN: backend})  # the only one vLLM chooses on CPUs
+    engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempted = watch(scheduler, "_preempt_request")
+    batches = requests if isinstance(requests[0], list) else [requests]
+    outputs = []
+    for batch in batches:
+        prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in batch]
+        params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **request) for request in batch]
+        for output in engine.generate(prompts, params, use_tqdm=False):
+            completion = output.outputs[0]
+            outputs.append(
+                {
+                    "token_ids": list(completion.token_ids),
+                    "logprobs": [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)],
+                    "cached_tokens": output.num_cached_tokens,
+                }
+            )
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    result = {
+        "outputs": outputs,
+        "runner": type(runner).__mro__[1 if compression is None else 2].__module__,
+        "preemptions": len(preempted),
+        "async_scheduling": scheduler.scheduler_config.async_scheduling,
+    }
+    if compression is not None:
+        stats = scheduler.compression_stats
+        result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
+        assert not scheduler.pages.evicted and not scheduler.pages.limits
+    if calibration is not None:
+        filters = runner.calibrate_filters(calibration, "test")
+        result |= {"filters": filters.filters.tolist(), "query_mean_before_rope": filters.query_mean_before_rope.tolist()}
+    return result
+
+
+def main() -> None:
+    # Workers are resolved by name, and this module is __main__.
+    sys.modules["tests.interpreted_engine"] = sys.modules["__main__"]
+    InterpretedWorker.__module__ = "tests.interpreted_engine"
+    job = json.load(sys.stdin)
+    print(json.dumps([run(job, **wanted) for wanted in job["runs"]]))
+
+
+if __name__ == "__main__":
+    main()

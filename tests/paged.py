@@ -1,0 +1,116 @@
+"""Paged caches as vLLM lays them out on GPUs, and sequences scattered over them. Needs PyTorch alone."""
+
+import dataclasses
+import random
+
+import torch
+
+from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
+from vllm_qfilters.kernels.layout import StridedCache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")  # L layers, B blocks, N tokens, H heads, C content
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    num_layers: int = 2
+    num_blocks: int = 8
+    num_kv_heads: int = 2
+    block_size: int = 16
+    head_size: int = 8
+    dtype: torch.dtype = torch.float32
+    layout: str = "LBHNC"
+    num_planes: int = 2
+
+
+def make_cache(geometry: Geometry, seed: int = 0, device: torch.device = DEVICE) -> tuple[torch.Tensor, list[torch.Tensor], StridedCache]:
+    """A cache as vLLM lays it out: its bytes, the views of its layers, and our view of it. Full of small integers."""
+    g = geometry
+    content, element = 2 * g.head_size, g.dtype.itemsize
+    page = g.num_kv_heads * g.block_size * (content * element + 4 * g.num_planes) // element
+    in_page = {"NHC": (content, g.num_kv_heads * content, 1), "HNC": (g.block_size * content, content, 1)}[g.layout[2:]]
+    layer_stride, block_stride = (g.num_blocks * page, page) if g.layout[0] == "L" else (page, g.num_layers * page)
+    generator = torch.Generator().manual_seed(seed)
+    # No pattern of such bytes is NaN in any dtype, so that equality means the same bits.
+    numbers = torch.randint(1, 60, (g.num_layers * g.num_blocks * page * element,), generator=generator, dtype=torch.uint8)
+    buffer = numbers.to(device)
+    elements = buffer.view(g.dtype)
+    shape = (g.num_blocks, g.num_kv_heads, g.block_size, content)
+    views = [
+        elements.as_strided(shape, (block_stride, *in_page), elements.storage_offset() + layer * layer_stride)
+        for layer in range(g.num_layers)
+    ]
+    cache = StridedCache(views, g.num_planes)
+    cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
+    return buffer, views, cache
+
+
+def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eviction:
+    """One sequence before an eviction, in tokens."""
+
+    resident: int
+    evicted: int
+    sinks: int
+    window: int
+
+    @property
+    def kept(self) -> int:
+        return self.resident - self.evicted
+
+
+def random_evictions(seed: int, bs: int = 16) -> list[Eviction]:
+    numbers = random.Random(seed)
+    evictions = []
+    for _ in range(numbers.randint(1, 4)):
+        pages = numbers.randint(1, 5)
+        kept = numbers.randint(1, 8 * bs)
+        sinks = numbers.randint(0, min(kept, 40))
+        evictions.append(Eviction(kept + pages * bs, pages * bs, sinks, numbers.randint(0, kept - sinks)))
+    return evictions
+
+
+def pages_taken_out(eviction: Eviction, bs: int) -> range:
+    first = (eviction.kept - eviction.window) // bs
+    return range(first, first + eviction.evicted // bs)
+
+
+class Sequences:
+    """Sequences scattered over a cache, and the batch that evicts from them; some pages they write to are to be copied."""
+
+    def __init__(self, evictions: list[Eviction], geometry: Geometry, seed: int, device: torch.device = DEVICE) -> None:
+        numbers, bs = random.Random(seed), geometry.block_size
+        lengths = [-(-eviction.resident // bs) + numbers.randint(0, 1) for eviction in evictions]
+        geometry = dataclasses.replace(geometry, num_blocks=2 * sum(lengths) + 3)
+        self.buffer, self.views, self.cache = make_cache(geometry, seed, device)
+        free = numbers.sample(range(geometry.num_blocks), geometry.num_blocks)
+        self.evictions, self.old_pages, self.new_pages, self.compactions = evictions, [], [], []
+        block_table = torch.full((2 * len(evictions) + 1, max(lengths) + 2), -(2**30), dtype=torch.int32)
+        for index, (eviction, length) in enumerate(zip(evictions, lengths, strict=True)):
+            old = [free.pop() for _ in range(length)]
+            out = pages_taken_out(eviction, bs)
+            written = set(range(eviction.sinks // bs, out.start))
+            if (eviction.kept - eviction.window) % bs:
+                written.add(out.stop)
+            copies = {page: free.pop() for i, page in enumerate(old) if i in written and numbers.random() < 0.5}
+            copied = [(i, copies[page]) for i, page in enumerate(old) if page in copies]
+            new = [copies.get(page, page) for i, page in enumerate(old) if i not in out]
+            block_table[2 * index, :length] = torch.tensor(old)
+            self.compactions.append(
+                Compaction(
+                    2 * index, 1000 + index, eviction.resident, eviction.evicted, eviction.sinks, eviction.window, new, copied
+                )
+            )
+            self.old_pages.append(torch.tensor(old, device=device))
+            self.new_pages.append(torch.tensor(new, device=device))
+        self.batch = CompactionBatch.make(self.compactions, block_table.to(device))
+
+    def scores_of(self, index: int) -> torch.Tensor:
+        """Shape ``[num_layers, num_kv_heads, resident_tokens]``."""
+        scores = self.cache.scores[:, self.old_pages[index]].permute(0, 2, 1, 3).flatten(2)
+        return scores[..., : self.evictions[index].resident]

@@ -1,0 +1,35 @@
+"""Every Triton kernel compiles for GPUs this machine does not have, and keeps what it computes with in registers."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from vllm_qfilters import kernels
+
+MOST_REGISTERS = 168  # per thread: three blocks of 4 warps fit on a multiprocessor
+MOST_SHARED = 48 << 10  # bytes per block, what it gets without asking for more
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.compile_kernels", "80", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", ["80", "90"], ids="sm_{}".format)
+def test_no_kernel_spills(report, capability):
+    folder = pathlib.Path(kernels.__file__).parent
+    names = {name for path in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert len(names) > 5 and set(report[capability]) == names, "a kernel is not compiled"
+    for name, used in report[capability].items():
+        assert used["spilled"] == 0, (name, used)
+        assert used["registers"] <= MOST_REGISTERS and used["shared"] <= MOST_SHARED, (name, used)

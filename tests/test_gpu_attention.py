@@ -1,0 +1,132 @@
+"""What the GPU path relies on in vLLM: where its caches lie, and its attention backends."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheLayout,
+    KVCacheTensor,
+    compute_layout_strides,
+    create_kv_cache_views,
+)
+
+from vllm_qfilters.attention.gpu import ScoringAttention
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.worker.model_runner import CompressedModelRunner
+
+NUM_LAYERS, NUM_BLOCKS = 3, 5
+
+
+def allocate(layout: KVCacheLayout, block_size: int, dtype: torch.dtype, num_planes: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    full = FullAttentionSpec(block_size=block_size, num_kv_heads=3, head_size=40, dtype=dtype)
+    spec = QFiltersSpec.from_full_attention(full, max_resident_tokens=1 << 20, num_planes=num_planes)
+    layer_stride, block_stride, *_ = compute_layout_strides(spec, NUM_BLOCKS, NUM_LAYERS, layout)
+    buffer = torch.zeros(NUM_LAYERS * NUM_BLOCKS * spec.page_size_bytes, dtype=torch.int8)
+    tensor = KVCacheTensor(len(buffer), [f"layer{i}" for i in range(NUM_LAYERS)], layer_stride, block_stride)
+    return buffer, create_kv_cache_views(buffer, spec, NUM_BLOCKS, layout, tensor, kernel_block_size=block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("block_size", [16, 64], ids="bs{}".format)
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC", "BLNHC", "BLHNC"])
+def test_scores_have_a_place_behind_every_page(layout, block_size, dtype):
+    num_planes = block_size // 16
+    buffer, views = allocate(KVCacheLayout[layout], block_size, dtype, num_planes)
+    cache = StridedCache(views, num_planes)
+    cache.rows.view(torch.int8).fill_(1)
+    assert int((buffer == 0).sum()) == 4 * cache.planes.numel()
+    cache.planes.view(torch.int32).fill_(0x02020202)
+    assert all(bool((view.view(torch.int8) == 1).all()) for view in views)
+    assert bool((buffer != 0).all())
+
+
+@pytest.mark.parametrize("layout", sorted({layout.name for layout in KVCacheLayout} - {"LBNHC", "LBHNC", "BLNHC", "BLHNC"}))
+def test_vllm_pads_no_pages_in_layouts_that_split_them(layout):
+    with pytest.raises(AssertionError, match="Page padding"):
+        allocate(KVCacheLayout[layout], 16, torch.bfloat16)
+
+
+class Recorder:
+    kv_cache_dtype = "auto"
+
+    def do_kv_cache_update(self, *arguments):
+        self.written_by_vllm = arguments
+
+
+class Scoring(ScoringAttention, Recorder):
+    pass
+
+
+def test_vllm_writes_until_there_is_something_to_score():
+    impl, arguments = Scoring(), tuple(torch.zeros(1) for _ in range(5))
+    impl.do_kv_cache_update(*arguments)
+    assert impl.written_by_vllm == arguments
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.uint8), ("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
+    impl, calls = Scoring(), []
+    impl.kv_cache_dtype, impl.planes = name, torch.zeros(1)
+    impl.write_and_score = lambda *arguments, **scales: calls.append((arguments, scales))
+    layer = torch.nn.Module()
+    layer._k_scale, layer._v_scale = torch.ones(1), torch.full((1,), 2.0)
+    key, value, cache, slots = torch.zeros(1), torch.ones(1), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(1)
+    impl.do_kv_cache_update(layer, key, value, cache, slots)
+    ((arguments, scales),) = calls
+    assert arguments[0] is key and arguments[1] is value and arguments[3] is impl.planes and arguments[4] is slots
+    assert arguments[2].dtype == dtype and arguments[2].data_ptr() == cache.data_ptr()
+    assert scales == {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
+
+
+class Runner:
+    def get_kv_cache_spec(self):
+        return {"layer": self.spec}
+
+
+class CompressedRunner(CompressedModelRunner, Runner):
+    def __init__(self, block_size: int, kernel_block_sizes: list):
+        self.spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+        backend = SimpleNamespace(get_name=lambda: "SOME_ATTN", get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes)
+        layer = SimpleNamespace(get_attn_backend=lambda: backend)
+        self.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
+        self.compression, self.model_config = KVCompressionConfig(), SimpleNamespace(max_model_len=1 << 20)
+
+
+def test_pages_a_backend_would_split_are_refused():
+    assert CompressedRunner(64, [16, 32, 64]).get_kv_cache_spec()["layer"].max_resident_tokens == 2048 + 2048
+    with pytest.raises(ValueError, match="SOME_ATTN reads pages of 64 tokens at most: use --block-size 64 instead of 128"):
+        CompressedRunner(128, [16, 32, 64]).get_kv_cache_spec()
+    with pytest.raises(ValueError, match="interval=128 is not a multiple of the block size 256"):
+        CompressedRunner(256, [256]).get_kv_cache_spec()
+
+
+CHECK_BACKENDS = """
+import importlib.machinery, sys
+from unittest.mock import MagicMock
+
+for name in ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.utils"):  # not there without a GPU
+    sys.modules[name] = MagicMock(__name__=name, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm_qfilters.attention.gpu import BACKENDS, ScoringAttention
+
+for backend, path in BACKENDS.items():
+    original, ours = resolve_obj_by_qualname(backend.value), resolve_obj_by_qualname(path)
+    assert issubclass(ours, original) and ours.get_name() == backend.name == original.get_name()
+    assert not ours.forward_includes_kv_cache_update
+    mro = ours.get_impl_cls().__mro__
+    assert mro[1:3] == (ScoringAttention, original.get_impl_cls()), mro
+    assert "do_kv_cache_update" in vars(mro[2]) and "forward" in vars(mro[2])
+print("checked", *BACKENDS)
+"""
+
+
+def test_every_backend_writes_keys_where_we_score_them():
+    done = subprocess.run([sys.executable, "-c", CHECK_BACKENDS], capture_output=True, text=True)
+    assert done.returncode == 0 and "checked" in done.stdout, done.stderr[-3000:]

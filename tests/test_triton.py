@@ -1,0 +1,426 @@
+"""The Triton kernels against ``kernels.reference``: on a GPU if there is one, else under Triton's interpreter.
+
+Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where only PyTorch and Triton are installed.
+"""
+
+import contextlib
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from tests.paged import DEVICE, LAYOUTS, Eviction, Geometry, Sequences, make_cache, random_evictions, random_tensor
+from vllm_qfilters.batch_scorers import (
+    BatchExpectedAttentionScorer,
+    BatchKeyDiffScorer,
+    BatchRotaryFilterScorer,
+    BatchScorer,
+)
+from vllm_qfilters.filters.bank import FilterBank
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.rotary import Rotation
+from vllm_qfilters.kernels import reference
+from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.page_scores import page_scores
+from vllm_qfilters.kernels.score_resident import score_resident
+from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.scorers import (
+    ExpectedAttentionScorer,
+    KeyDiffScorer,
+    RecentQueries,
+    ResidentTokens,
+    RotaryFilterScorer,
+)
+from vllm_qfilters.worker.batch_compactor import BatchCompactor
+
+HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+CPU = torch.device("cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+
+@pytest.fixture(autouse=True)
+def poison_new_tensors():
+    """Fills torch.empty with NaN and largest integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def forbidden_waiting():
+    """Where there is a GPU, waiting for it is an error."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Writing
+
+
+def make_step(num_tokens: int, geometry: Geometry, dtype: torch.dtype, is_strided: bool):
+    """(key, value, slots) of a step: parts of one qkv tensor, three tokens more than there are slots, which are NaN."""
+    heads, size = geometry.num_kv_heads, geometry.head_size
+    columns = heads * size
+    qkv = random_tensor(num_tokens + 3, 5 * columns, seed=num_tokens, dtype=dtype)
+    qkv[num_tokens:] = float("nan")
+    key, value = (qkv[:, first * columns : (first + 1) * columns].view(-1, heads, size) for first in (3, 4))
+    slots = torch.randperm(geometry.num_blocks * geometry.block_size, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    slots[::5] = -1
+    if not is_strided:
+        key, value = key.contiguous(), value.contiguous()
+    return key, value, slots.to(DEVICE)
+
+
+WRITES = [
+    # tokens, KV heads, head size, block size, layout, dtype of keys
+    (1, 1, 64, 16, "LBNHC", "bf16"),
+    (63, 3, 80, 16, "LBHNC", "fp16"),
+    (60, 8, 128, 32, "BLNHC", "bf16"),
+    (97, 2, 256, 16, "BLHNC", "bf16"),
+    (130, 5, 100, 64, "LBNHC", "fp32"),
+    (257, 2, 96, 128, "LBHNC", "bf16"),
+    (600, 2, 64, 256, "LBNHC", "fp16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("is_strided", "fp8"), [(False, None), (True, None), (True, "e4m3"), (True, "e5m2")], ids=["contiguous", "qkv", "e4m3", "e5m2"]
+)
+@pytest.mark.parametrize(("tokens", "heads", "size", "block", "layout", "dtype"), WRITES, ids=lambda value: str(value))
+def test_write_and_score_matches_reference(tokens, heads, size, block, layout, dtype, is_strided, fp8):
+    if fp8 and not HAS_FP8:
+        pytest.skip("this GPU has no fp8")
+    cache_dtype = FP8[fp8] if fp8 else DTYPES[dtype]
+    num_blocks = tokens // block + 3
+    geometry = Geometry(1, num_blocks, heads, block, size, cache_dtype, layout)
+    key, value, slots = make_step(tokens, geometry, DTYPES[dtype], is_strided)
+    if fp8:
+        if DEVICE.type == "cpu":  # Triton 3.9's interpreter loses the carry of rounding: numbers that fp8 holds exactly
+            key, value = (key * 2).round().clamp(-8, 8) / 2, (value * 2).round().clamp(-8, 8) * 2
+        key[1 % tokens] *= 1024  # beyond what e4m3 can hold
+    filters = random_tensor(heads, size, seed=2)
+    scales = torch.tensor([0.5, 2.0], device=DEVICE)
+    buffers = []
+    for write in ("triton", "reference"):
+        buffer, (view,), cache = make_cache(geometry)
+        if write == "triton":
+            scale = {"key_scale": scales[:1], "value_scale": scales[1:]} if fp8 else {}
+            write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters, **scale)
+        else:
+            reference.write_and_score(key, value, view, cache.scores[0], slots, filters, 0.5, 2.0)
+        buffers.append(cache.scores.clone())
+        cache.scores.zero_()
+        buffers.append(buffer)
+    torch.testing.assert_close(buffers[0], buffers[2], atol=1e-3, rtol=1e-5)
+    assert torch.equal(buffers[1], buffers[3])
+
+
+@pytest.mark.parametrize("score", [Score.NONE, Score.NEGATIVE_NORM, Score.RANDOM, Score.VALUE_NORM], ids=lambda score: score.name)
+def test_other_scores(score):
+    geometry = Geometry(1, 8, 3, 16, 80)
+    key, value, slots = make_step(60, geometry, torch.float32, is_strided=True)
+    _, (view,), cache = make_cache(geometry)
+    before = cache.scores.clone()
+    write_and_score(key, value, view, cache.planes[0], slots, score, seed=7)
+    after = cache.scores.clone()
+    is_written = torch.zeros(8 * 16, dtype=torch.bool, device=DEVICE)
+    is_written[slots[slots >= 0]] = True
+    is_written = is_written.view(1, 8, 1, 16).expand_as(after)
+    if score == Score.NONE:
+        assert torch.equal(after, before)
+        return
+    assert torch.equal(after[~is_written], before[~is_written])
+    assert bool((cache.planes[:, :, 1][is_written] == 0).all()) and bool((cache.planes[:, :, 1][~is_written] != 0).all())
+    if score in (Score.NEGATIVE_NORM, Score.VALUE_NORM):
+        expected = cache.scores.clone()
+        norm = -key.norm(dim=-1) if score == Score.NEGATIVE_NORM else value.norm(dim=-1)
+        reference.write_scores(norm, expected[0], slots)
+        torch.testing.assert_close(after, expected)
+    else:
+        drawn = after[is_written]
+        assert bool((drawn >= 0).all()) and bool((drawn < 1).all())
+        assert drawn.unique().numel() > 0.95 * drawn.numel() and 0.3 < float(drawn.mean()) < 0.7
+        write_and_score(key, value, view, cache.planes[0], slots, score, seed=7)
+        assert torch.equal(cache.scores, after)
+        write_and_score(key, value, view, cache.planes[0], slots, score, seed=8)
+        assert not torch.equal(cache.scores, after)
+
+
+def test_a_step_of_padding_writes_nothing():
+    geometry = Geometry(1)
+    key, value, _ = make_step(6, geometry, torch.float32, is_strided=False)
+    buffer, (view,), cache = make_cache(geometry)
+    before = buffer.clone()
+    for slots in (torch.full((6,), -1, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)):
+        write_and_score(key, value, view, cache.planes[0], slots, Score.NEGATIVE_NORM)
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_a_cuda_graph_replays_the_write_with_the_tokens_of_the_step():
+    geometry = Geometry(1, 8, 2, 16, 64, torch.bfloat16)
+    key, value, slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
+    filters = random_tensor(2, 64, seed=2)
+    buffer, (view,), cache = make_cache(geometry)
+    write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)
+    key.copy_(random_tensor(*key.shape, seed=5, dtype=torch.bfloat16))
+    slots.copy_(slots.flip(0))
+    graph.replay()
+    expected, (view,), other = make_cache(geometry)
+    first_key, first_value, first_slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
+    reference.write_and_score(first_key, first_value, view, other.scores[0], first_slots, filters)
+    reference.write_and_score(key, value, view, other.scores[0], slots, filters)
+    torch.testing.assert_close(cache.scores, other.scores, atol=1e-3, rtol=1e-5)
+    cache.scores.zero_(), other.scores.zero_()
+    assert torch.equal(buffer, expected)
+
+
+# Sequences
+
+
+EVICTIONS = {
+    # For pages of 16 tokens; several sequences at once.
+    "one": [Eviction(96, 32, 4, 16)],
+    "interval": [Eviction(97, 16, 4, 33), Eviction(64, 16, 0, 0), Eviction(130, 48, 7, 20)],
+    "streaming": [Eviction(100, 32, 4, 64), Eviction(81, 32, 17, 32), Eviction(80, 16, 20, 44)],
+    "sinks-displace": [Eviction(100, 32, 4, 60), Eviction(90, 48, 6, 31), Eviction(60, 16, 37, 4)],
+    "large": [Eviction(700, 608, 4, 40), Eviction(33, 16, 1, 3)],
+}
+
+
+CASES = {name: (evictions, seed) for seed, (name, evictions) in enumerate(EVICTIONS.items())}
+CASES |= {f"random-{seed}": (random_evictions(seed), seed) for seed in range(8)}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def sequences(case):
+    return Sequences(case[0], Geometry(head_size=8, num_kv_heads=3), seed=case[1])
+
+
+def test_gather_scores_matches_reference(sequences):
+    cache, batch = sequences.cache, sequences.batch
+    flat = gather_scores(cache.scores, batch)
+    for index, found in enumerate(batch.split(flat, cache.num_layers, cache.num_kv_heads)):
+        assert torch.equal(found, sequences.scores_of(index))
+
+
+def test_mean_standardised_matches_reference(sequences):
+    cache, batch = sequences.cache, sequences.batch
+    flat = gather_scores(cache.scores, batch) * 3 + 1e3
+    shared = mean_standardised(flat, batch, cache.num_layers, cache.num_kv_heads)
+    for index, found in enumerate(batch.split(shared, cache.num_layers, 1)):
+        eviction = sequences.evictions[index]
+        if eviction.resident - eviction.sinks - eviction.window > 1:
+            expected = reference.mean_standardised(sequences.scores_of(index) * 3 + 1e3, eviction.sinks, eviction.window)
+            torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scores", ["distinct", "tied", "equal", "signed zeros", "infinite"])
+def test_the_best_scores_are_kept(sequences, scores):
+    cache, batch = sequences.cache, sequences.batch
+    flat = gather_scores(cache.scores, batch)
+    if scores == "tied":
+        flat = flat.round()
+    elif scores == "equal":
+        flat = torch.full_like(flat, -0.1)
+    elif scores == "signed zeros":
+        flat = flat.sign() * 0.0 + flat.clamp(min=1)
+    elif scores == "infinite":
+        flat = torch.where(flat > 1, float("inf"), torch.where(flat < -1, -float("inf"), flat))
+    is_kept = select_kept(flat, batch, cache.num_layers, cache.num_kv_heads)
+    rows = zip(
+        sequences.evictions,
+        batch.split(flat, cache.num_layers, cache.num_kv_heads),
+        batch.split(is_kept, cache.num_layers, cache.num_kv_heads),
+        strict=True,
+    )
+    for eviction, row, found in rows:
+        found = found.bool()
+        expected = reference.select_kept(row, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
+        assert bool((found.sum(-1) == eviction.kept).all())
+        assert bool(found[..., : eviction.sinks].all()) and bool(found[..., eviction.resident - eviction.window :].all())
+        # Which of several equal ones stay is free: their scores are not.
+        best = torch.where(found, row, -float("inf")).sort(-1).values
+        assert torch.equal(best, torch.where(expected, row, -float("inf")).sort(-1).values)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
+def test_compact_matches_reference(case, is_shared):
+    dtype, layout = [(torch.bfloat16, "LBNHC"), (torch.float32, "LBHNC"), (torch.uint8, "BLNHC"), (torch.float16, "BLHNC")][case[1] % 4]
+    geometry = Geometry(num_kv_heads=3, head_size=[8, 10, 16, 20][case[1] % 4], dtype=dtype, layout=layout)
+    fast, slow = (Sequences(case[0], geometry, seed=case[1]) for _ in range(2))
+    cache, batch = fast.cache, fast.batch
+    selections = 1 if is_shared else cache.num_kv_heads
+    scores = gather_scores(cache.scores, batch)
+    if is_shared:
+        scores = mean_standardised(scores, batch, cache.num_layers, cache.num_kv_heads)
+    is_kept = select_kept(scores, batch, cache.num_layers, selections)
+    copy_pages(cache, batch)
+    compact(cache, batch, is_kept, selections)
+    for index, kept in enumerate(batch.split(is_kept, cache.num_layers, selections)):
+        eviction = slow.evictions[index]
+        kept = kept.bool().expand(-1, cache.num_kv_heads, -1)
+        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
+    assert torch.equal(fast.buffer, slow.buffer)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared):
+    fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
+    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared)
+    with forbidden_waiting():
+        compactor.compact(fast.compactions, fast.batch.block_table, [None] * len(fast.compactions))
+    for index, eviction in enumerate(slow.evictions):
+        kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
+        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
+    assert torch.equal(fast.buffer, slow.buffer)
+
+
+POSITIONS = 2048
+
+
+def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) -> FilterBank:
+    """Of random statistics, with rotary embeddings on a part of each head."""
+    head_size, num_heads = cache.head_size, cache.num_kv_heads * group
+    rotary_dim = head_size // 4 * 2
+    rotations = []
+    for seed in range(num_rotations):
+        angles = torch.arange(POSITIONS)[:, None] * torch.rand(rotary_dim // 2, generator=torch.Generator().manual_seed(seed))
+        table = 1.2 * torch.cat((angles.cos(), angles.sin()), dim=-1)
+        rotary_emb = SimpleNamespace(rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.rows.device))
+        rotations.append(Rotation(rotary_emb, head_size))
+    shape = (cache.num_layers, num_heads, head_size)
+    mean, spread = random_tensor(*shape, seed=1).cpu(), random_tensor(*shape, head_size, seed=2).cpu()
+    second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    filters = Filters(torch.zeros(1), query_mean_before_rope=mean, query_second_before_rope=second)
+    rotation_of_layer = [rotations[layer % num_rotations] for layer in range(cache.num_layers)]
+    return FilterBank(filters, rotation_of_layer, slice(0, num_heads), rank, scale=0.1)
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed", "keydiff"])
+def test_scorers_of_batches_match_those_of_sequences(case, name):
+    geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
+    fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
+    slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
+    fast.cache.rows.copy_(slow.cache.rows)
+    rank = 0 if "rank 0" in name else 3
+    group, num_rotations = 3, 2 if "two" in name else 1
+    recent = [None] * len(slow.evictions)
+    if name == "keydiff":
+        batch_scorer, scorer = BatchKeyDiffScorer(fast.cache), KeyDiffScorer(slow.cache)
+    else:
+        banks = [make_bank(sequences.cache, group, rank, num_rotations) for sequences in (fast, slow)]
+        if "rotary" in name:
+            batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
+            scorer = RotaryFilterScorer(slow.cache, banks[1])
+        else:
+            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, scale=0.1)
+            scorer = ExpectedAttentionScorer(slow.cache, banks[1], scale=0.1)
+    if "observed" in name:
+        queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
+        recent[0] = RecentQueries(queries, end=slow.compactions[0].position - 3)
+    on_device = [None if r is None else RecentQueries(r.queries.to(DEVICE), r.end) for r in recent]
+    flat = batch_scorer.resident_scores(fast.batch, on_device)
+    for index, found in enumerate(fast.batch.split(flat, 2, 2)):
+        resident, position = slow.evictions[index].resident, slow.compactions[index].position
+        expected = scorer.resident_scores(ResidentTokens(slow.old_pages[index], resident, position, recent[index]))
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
+
+
+def test_warming_up_touches_the_null_page_alone():
+    buffer, _, cache = make_cache(Geometry())
+    before = cache.words.clone()
+    BatchCompactor(BatchScorer(cache, Score.PROJECTION), shared_by_heads=True).warm_up()
+    assert torch.equal(cache.words[:, 1:], before[:, 1:])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("group", [1, 3])
+def test_score_resident_matches_reference(case, group, rank):
+    dtype, layout = [(torch.bfloat16, "LBNHC"), (torch.float32, "BLHNC")][case[1] % 2]
+    sequences = Sequences(case[0], Geometry(num_kv_heads=2, head_size=[8, 20][case[1] % 2], dtype=dtype, layout=layout), seed=case[1])
+    cache, batch = sequences.cache, sequences.batch
+    shape = (cache.num_layers, cache.num_kv_heads * group)
+    num_rows = batch.num_rows if case[1] % 3 else 1
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    filters = random_tensor(num_rows, *shape, cache.head_size, seed=1)
+    factors = random_tensor(num_rows, *shape, rank, cache.head_size, seed=2) if rank else None
+    flat = score_resident(cache, batch, filters, factors)
+    for index, found in enumerate(batch.split(flat, *shape)):
+        keys = cache.rows[:, sequences.old_pages[index], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
+        row = index % num_rows
+        expected = reference.score_resident(
+            keys[:, :, : sequences.evictions[index].resident], filters[row], factors[row] if rank else None
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this GPU has no fp8")
+def test_score_resident_reads_fp8_keys_with_the_scale_of_their_layer():
+    sequences = Sequences([Eviction(40, 16, 0, 0)], Geometry(dtype=torch.float8_e4m3fn), seed=0)
+    cache, scales = sequences.cache, torch.tensor([0.5, 4.0], device=DEVICE)
+    filters = random_tensor(1, cache.num_layers, cache.num_kv_heads, cache.head_size, seed=1)
+    (found,) = sequences.batch.split(
+        score_resident(cache, sequences.batch, filters, key_scales=scales), cache.num_layers, cache.num_kv_heads
+    )
+    keys = cache.rows.float()[:, sequences.old_pages[0], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
+    expected = reference.score_resident(keys[:, :, :40] * scales[:, None, None, None], filters[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)
+def test_page_scores_match_reference(heads, block, layout):
+    _, _, cache = make_cache(Geometry(num_layers=3, num_blocks=9, num_kv_heads=heads, block_size=block, layout=layout))
+    pages = torch.tensor([7, 0, 3, 3], device=DEVICE)
+    mean, deviation = random_tensor(3, heads, seed=1), random_tensor(3, heads, seed=2).abs() + 0.1
+    found = page_scores(cache.scores, pages, mean, deviation)
+    torch.testing.assert_close(found, reference.page_scores(cache.scores, pages, mean, deviation), atol=1e-5, rtol=1e-4)
+
+
+# Layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_lie_behind_the_pages_and_nothing_overlaps(layout):
+    buffer, views, cache = make_cache(Geometry(num_layers=3, num_blocks=5, num_kv_heads=3, layout=layout, dtype=torch.float16))
+    buffer.zero_()
+    for layer, view in enumerate(views):
+        assert cache.rows[layer].data_ptr() == view.data_ptr() and cache.rows[layer].stride() == view.stride()
+        view.view(torch.int16).fill_(0x0101)
+    assert not bool(cache.planes.any())
+    cache.planes.view(torch.int32).fill_(0x02020202)
+    assert bool((cache.rows.view(torch.int16) == 0x0101).all())
+    assert bool((buffer != 0).all())
+    assert cache.words.numel() * 4 == buffer.numel() and cache.planes.shape[2] == 2
+    cache.words.fill_(0x03030303)
+    assert bool((buffer == 3).all())
+
+
+def test_other_views_are_refused():
+    _, views, _ = make_cache(Geometry(num_layers=3))
+    with pytest.raises(ValueError, match="constant distance"):
+        StridedCache([views[0], views[2], views[1]])
+    with pytest.raises(ValueError, match="dense"):
+        StridedCache([view[:, :, ::2] for view in views])
+    tight = [torch.zeros(8, 2, 16, 16) for _ in range(1)]
+    with pytest.raises(ValueError, match="0 bytes left for scores, 128 are needed"):
+        StridedCache(tight)

@@ -1,0 +1,100 @@
+"""vLLM's attention on GPUs with a score stored beside every key it writes: keys are read once for both.
+
+One mixin for the backends whose cache holds key and value of a token side by side. Each backend's subclass is registered in its
+place in the worker process; modules of backends that are not installed are never imported.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_qfilters.attention.recent_queries import QueryRecorder
+from vllm_qfilters.filters.statistics import LayerStatistics
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}  # by vLLM's names; it stores them as bytes
+
+BACKENDS = {
+    AttentionBackendEnum.FLASH_ATTN: "vllm_qfilters.attention.flash_attn.QFiltersFlashAttentionBackend",
+    AttentionBackendEnum.TRITON_ATTN: "vllm_qfilters.attention.triton_attn.QFiltersTritonAttentionBackend",
+    AttentionBackendEnum.FLASHINFER: "vllm_qfilters.attention.flashinfer.QFiltersFlashInferBackend",
+}
+
+
+class KeyWriter(Protocol):
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        planes: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        key_scale: torch.Tensor | None,
+        value_scale: torch.Tensor | None,
+    ) -> None:
+        """:func:`vllm_qfilters.kernels.write_and_score.write_and_score` with what it scores bound to it."""
+
+
+class ScoringAttention:
+    """Goes before an ``AttentionImpl``.
+
+    Attributes, set by the model runner once the cache exists and before CUDA graphs are captured:
+        index: of the layer.
+        write_and_score: writes keys and values and leaves numbers beside them; None: vLLM writes, and there are none.
+        planes: where those go, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``.
+        recorder: keeps the last queries of prompts; None: nobody asks for them.
+        statistics: while filters are calibrated, sees every query and key.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.index = 0
+        self.write_and_score: KeyWriter | None = None
+        self.planes: torch.Tensor | None = None
+        self.recorder: QueryRecorder | None = None
+        self.statistics: LayerStatistics | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if self.write_and_score is None:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
+        fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
+        self.write_and_score(
+            key,
+            value,
+            kv_cache if fp8_dtype is None else kv_cache.view(fp8_dtype),
+            self.planes,
+            slot_mapping,
+            key_scale=layer._k_scale,
+            value_scale=layer._v_scale,
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.statistics is not None and attn_metadata is not None:
+            num_tokens = attn_metadata.num_actual_tokens
+            self.statistics.observe(query[:num_tokens], key[:num_tokens])
+        if self.recorder is not None:
+            self.recorder.record(self.index, query)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)

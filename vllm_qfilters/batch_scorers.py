@@ -1,0 +1,135 @@
+"""What tokens are worth to the queries to come, for all sequences of a step at once, on GPUs: see :mod:`vllm_qfilters.scorers`.
+
+What is left beside a key as it is written (``written``) is the business of the attention backend there, fused with the write.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_qfilters.filters.bank import FilterBank
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.reference import observed_attention
+from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
+from vllm_qfilters.kernels.selection import gather_scores
+from vllm_qfilters.kernels.write_and_score import Score
+from vllm_qfilters.scorers import ExpectedAttentionScorer, KeyDiffScorer, RecentQueries, ResidentTokens
+
+
+class BatchScorer:
+    """Goes by what was left beside the keys.
+
+    Args:
+        cache: of this rank.
+        written: what that is.
+        filters: for ``Score.PROJECTION``, shape ``[num_layers, num_kv_heads, head_size]``, float32.
+    """
+
+    def __init__(self, cache: StridedCache, written: Score, filters: torch.Tensor | None = None) -> None:
+        self.cache = cache
+        self.written = written
+        self.filters = filters
+
+    def resident_scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        """float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
+
+        Args:
+            batch: the sequences, after :func:`vllm_qfilters.kernels.compaction.copy_pages`.
+            recent_queries: of the prompt of each row; None where they have been used after its end.
+        """
+        return gather_scores(self.cache.scores, batch)
+
+
+class BatchKeyDiffScorer(BatchScorer):
+    """See :class:`vllm_qfilters.scorers.KeyDiffScorer`. One sequence and layer after the other: it is there for comparison."""
+
+    def __init__(self, cache: StridedCache) -> None:
+        super().__init__(cache, Score.NONE)
+        self._scorer = KeyDiffScorer(cache)
+
+    def resident_scores(self, batch, recent_queries):
+        scores = []
+        for index, compaction in enumerate(batch.compactions):
+            pages = batch.pages(index, self.cache.block_size)
+            tokens = ResidentTokens(pages, compaction.resident_tokens, compaction.position)
+            scores.append(self._scorer.resident_scores(tokens).flatten())
+        return torch.cat(scores)
+
+
+class BatchRotaryFilterScorer(BatchScorer):
+    """See :class:`vllm_qfilters.scorers.RotaryFilterScorer`.
+
+    Args:
+        bank: of this rank.
+        key_scales: of an fp8 cache, one per layer.
+        written: left beside the keys for subclasses.
+    """
+
+    def __init__(
+        self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, written: Score = Score.NONE
+    ) -> None:
+        super().__init__(cache, written)
+        device = cache.rows.device
+        self.key_scales = key_scales
+        by_head = bank.means.unflatten(1, (cache.num_kv_heads, -1))  # [num_layers, num_kv_heads, group, head_size]
+        self.group = by_head.shape[2]
+        self.means = bank.means[None].to(device)
+        self.mean_of_group = by_head.mean(2)[None].to(device).contiguous()
+        distinct = {rotation: index for index, rotation in enumerate(dict.fromkeys(bank.rotations))}
+        self._rotations = [rotation.to(device) for rotation in distinct]
+        self._rotation_of_layer = torch.tensor([distinct[rotation] for rotation in bank.rotations], device=device)
+        if any(not torch.equal(rotation.partner, self._rotations[0].partner) for rotation in self._rotations):
+            raise ValueError("KV compression on GPUs needs rotary embeddings of one style in all layers: use filter 'static'")
+
+    def resident_scores(self, batch, recent_queries):
+        return score_resident(self.cache, batch, self.mean_of_group, key_scales=self.key_scales, turns=self.turns(batch.positions))
+
+    def turns(self, positions: torch.Tensor) -> Turns:
+        """What turns filters to ``positions``, shape ``[num_rows]``, on the device."""
+        tables = [rotation.table(positions) for rotation in self._rotations]
+        cos, sin = (torch.stack(part, dim=1) for part in zip(*tables))  # [num_rows, num_rotations, head_size]
+        length = (cos.square() + sin.square()).sqrt()
+        partner = self._rotations[0].partner
+        cos, sin = cos / length, (sin / length)[..., partner]
+        if len(tables) == 1:
+            cos, sin = (part.expand(-1, self.cache.num_layers, -1) for part in (cos, sin))
+        else:
+            cos, sin = cos[:, self._rotation_of_layer], sin[:, self._rotation_of_layer]
+        return Turns(cos, sin, partner)
+
+
+class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
+    """See :class:`vllm_qfilters.scorers.ExpectedAttentionScorer`.
+
+    Args:
+        scale: of the attention's logits.
+    """
+
+    def __init__(self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, scale: float) -> None:
+        super().__init__(cache, bank, key_scales, Score.VALUE_NORM)
+        self.scale = scale
+        self.factors = (bank.factors * 0.5**0.5)[None].to(cache.rows.device) if bank.factors.shape[2] else None
+        self.observes = cache.planes.shape[2] > 1
+
+    def resident_scores(self, batch, recent_queries):
+        logits = score_resident(
+            self.cache, batch, self.means, self.factors, key_scales=self.key_scales, turns=self.turns(batch.positions)
+        )
+        attention = mean_softmax(logits, batch, self.cache.num_layers, self.cache.num_kv_heads, self.group)
+        if self.observes:
+            attention.lerp_(self._observed(batch, recent_queries), ExpectedAttentionScorer.OBSERVED_SHARE)
+        return attention * gather_scores(self.cache.planes[:, :, ExpectedAttentionScorer.VALUE_NORMS], batch)
+
+    def _observed(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        """Reads what was observed, and observes what comes from prompts: once per prompt and cut, in PyTorch."""
+        plane = ExpectedAttentionScorer.OBSERVED
+        for index, (compaction, recent) in enumerate(zip(batch.compactions, recent_queries, strict=True)):
+            if recent is None:
+                continue
+            pages, num_newer = batch.pages(index, self.cache.block_size), compaction.position - recent.end
+            queries = self.scale * recent.queries.to(torch.float32)
+            pool = ExpectedAttentionScorer.POOL
+            observed = observed_attention(self.cache, pages, compaction.resident_tokens, queries, num_newer, pool)
+            self.cache.set_resident_plane(plane, pages, observed)
+        return gather_scores(self.cache.planes[:, :, plane], batch)

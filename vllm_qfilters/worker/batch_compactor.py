@@ -1,0 +1,49 @@
+"""Applies a whole compaction plan to the cache of this rank at once. Knows tensors, not vLLM."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_qfilters.batch_scorers import BatchScorer
+from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
+from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.selection import mean_standardised, select_kept
+from vllm_qfilters.scorers import RecentQueries
+
+
+class BatchCompactor:
+    """Decides which tokens the sequences keep, and compacts their pages: a few launches for any number of them.
+
+    Args:
+        scorer: of the cache of this rank.
+        shared_by_heads: the heads of a layer keep the same tokens.
+    """
+
+    def __init__(self, scorer: BatchScorer, shared_by_heads: bool) -> None:
+        self.scorer = scorer
+        self.cache = scorer.cache
+        self.shared_by_heads = shared_by_heads
+
+    def compact(
+        self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
+    ) -> None:
+        """Evicts what ``compactions`` ask for. Does not wait for the device.
+
+        Args:
+            compactions: one per sequence.
+            block_table: as it was before, int32; private copies are entered in it, pages taken out stay.
+            recent_queries: of the prompts of the sequences.
+        """
+        num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
+        batch = CompactionBatch.make(compactions, block_table)
+        copy_pages(self.cache, batch)
+        scores = self.scorer.resident_scores(batch, recent_queries)
+        if self.shared_by_heads:
+            scores, num_heads = mean_standardised(scores, batch, num_layers, num_heads), 1
+        compact(self.cache, batch, select_kept(scores, batch, num_layers, num_heads), num_heads)
+
+    def warm_up(self) -> None:
+        """Compiles the kernels, on vLLM's null page, which nobody reads."""
+        bs = self.cache.block_size
+        block_table = torch.zeros(1, 2, dtype=torch.int32, device=self.cache.rows.device)
+        self.compact([Compaction(0, 2 * bs, 2 * bs, bs, 0, 0, [0], [(0, 0)])], block_table, [None])

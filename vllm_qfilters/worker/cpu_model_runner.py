@@ -1,0 +1,109 @@
+"""The model runner on CPUs (V1): runs the model on caches that hold fewer tokens than have been computed.
+
+Positions stay logical, they feed RoPE and sampling; slots and sequence lengths count resident tokens.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, probe_page_layout
+from vllm_qfilters.plan import QFiltersSchedulerOutput
+from vllm_qfilters.scorers import (
+    ExpectedAttentionScorer,
+    KeyDiffScorer,
+    KeyNormScorer,
+    RandomScorer,
+    RotaryFilterScorer,
+    Scorer,
+    StaticFilterScorer,
+)
+from vllm_qfilters.worker.compactor import Compactor
+from vllm_qfilters.worker.model_runner import CompressedModelRunner
+
+
+class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
+    """Compacts sequence by sequence."""
+
+    kernels = IMPLEMENTATION
+
+    def bind_cache(self) -> None:
+        first = self.layers[0]
+
+        def write_cache(key, value, kv_cache, slot_mapping):
+            first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)
+
+        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, first.kv_cache.dtype)
+        self.cache = PagedCache([layer.kv_cache for layer in self.layers], layout, self.compression.num_planes)
+
+    def start_scoring(self, filters: Filters | None) -> None:
+        scorer = self._scorer(filters)
+        self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+        for layer in self.layers:
+            layer.impl.scorer = scorer
+
+    def _scorer(self, filters: Filters | None) -> Scorer:
+        config, cache = self.compression, self.cache
+        if config.method != "qfilters":
+            scorers = {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}
+            return scorers[config.method](cache)
+        if config.filter == "static":
+            return StaticFilterScorer(cache, self.static_filters(filters))
+        bank = self.filter_bank(filters)
+        if config.filter == "rotary":
+            return RotaryFilterScorer(cache, bank)
+        return ExpectedAttentionScorer(cache, bank, self.layers[0].impl.scale)
+
+    def sample_tokens(self, grammar_output: Any):
+        # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with
+        # a seed, which CPU generators cannot do: the worker dies. Rows to be discarded need no generator.
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        held = {row: generators.pop(row) for row in discarded if row in generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(held)
+
+    def _update_states(self, scheduler_output: SchedulerOutput):
+        # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
+        self.forget(scheduler_output.finished_req_ids)
+        self.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        if isinstance(scheduler_output, QFiltersSchedulerOutput):
+            for row in scheduler_output.compaction.rows:
+                (block_ids,) = self.requests[row.req_id].block_ids
+                self.compactor.compact(block_ids, row, self.recent_queries(row))
+                block_ids[:] = row.block_ids
+                batch_row = self.input_batch.req_id_to_index.get(row.req_id)
+                if batch_row is not None:
+                    self.input_batch.block_table.clear_row(batch_row)
+                    self.input_batch.block_table.add_row((block_ids,), batch_row)
+                self.evicted.add(row.req_id, row.evicted_tokens)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        num_reqs = self.input_batch.num_reqs
+        if self.recorder is not None:
+            self.recorder.start_step(
+                self.input_batch.req_ids,
+                num_scheduled_tokens.tolist(),
+                self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
+                self.input_batch.num_prompt_tokens[:num_reqs].tolist(),
+            )
+        evicted = self.evicted.rows(self.input_batch.req_ids)
+        if evicted is not None:
+            by_request = torch.from_numpy(evicted)
+            self.seq_lens[:num_reqs] -= by_request
+            self.optimistic_seq_lens_cpu[:num_reqs] -= by_request
+            by_token = torch.from_numpy(np.repeat(evicted, num_scheduled_tokens))
+            self.input_batch.block_table.compute_slot_mapping(
+                num_reqs,
+                self.query_start_loc.gpu[: num_reqs + 1],
+                self.positions[: scheduler_output.total_num_scheduled_tokens] - by_token,
+            )
+        return prepared

@@ -1,0 +1,163 @@
+"""The model runner on GPUs (V2): runs the model on caches that hold fewer tokens than have been computed.
+
+Positions stay logical, they feed RoPE and sampling; slots and sequence lengths count resident tokens. What captured CUDA graphs
+read is written where they read it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
+
+from vllm_qfilters.attention.gpu import BACKENDS, FP8_DTYPES, ScoringAttention
+from vllm_qfilters.batch_scorers import (
+    BatchExpectedAttentionScorer,
+    BatchKeyDiffScorer,
+    BatchRotaryFilterScorer,
+    BatchScorer,
+)
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.kernels.batch import Compaction
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.plan import QFiltersSchedulerOutput
+from vllm_qfilters.worker.batch_compactor import BatchCompactor
+from vllm_qfilters.worker.model_runner import CompressedModelRunner
+
+
+class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
+    """Compacts all sequences of a plan at once."""
+
+    kernels = "Triton"
+
+    # Lengths of the step's sequences in positions, on the device and on the host, while the batch holds resident ones.
+    _logical_lengths: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Begins with the positions of the step's tokens."""
+        return self.input_buffers.positions
+
+    def bind_cache(self) -> None:
+        for layer in self.layers:
+            if not isinstance(layer.impl, ScoringAttention):
+                raise ValueError(
+                    f"KV compression does not work with attention backend {layer.get_attn_backend().get_name()}: use "
+                    f"--attention-backend with one of {', '.join(backend.name for backend in BACKENDS)}"
+                )
+        fp8_dtype = FP8_DTYPES.get(self.cache_config.cache_dtype)
+        kv_caches = [layer.kv_cache if fp8_dtype is None else layer.kv_cache.view(fp8_dtype) for layer in self.layers]
+        self.cache = StridedCache(kv_caches, self.compression.num_planes)
+
+    def start_scoring(self, filters: Filters | None) -> None:
+        scorer = self._scorer(filters)
+        self.compactor = BatchCompactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+        self.compactor.warm_up()
+        for index, layer in enumerate(self.layers):
+            layer.impl.planes = self.cache.planes[index]
+            if scorer.written != Score.NONE:
+                layer.impl.write_and_score = functools.partial(
+                    write_and_score,
+                    score=scorer.written,
+                    filters=None if scorer.filters is None else scorer.filters[index],
+                    seed=index,
+                )
+
+    def _scorer(self, filters: Filters | None) -> BatchScorer:
+        config, cache = self.compression, self.cache
+        if config.method == "keydiff":
+            return BatchKeyDiffScorer(cache)
+        if config.method != "qfilters":
+            written = {"streaming": Score.NONE, "knorm": Score.NEGATIVE_NORM, "random": Score.RANDOM}[config.method]
+            return BatchScorer(cache, written)
+        if config.filter == "static":
+            static = self.static_filters(filters).to(self.device, torch.float32).contiguous()
+            return BatchScorer(cache, Score.PROJECTION, static)
+        bank = self.filter_bank(filters)
+        key_scales = torch.stack([layer._k_scale.reshape(()) for layer in self.layers]).to(self.device, torch.float32)
+        key_scales = key_scales if cache.rows.element_size() == 1 else None
+        if config.filter == "rotary":
+            return BatchRotaryFilterScorer(cache, bank, key_scales)
+        return BatchExpectedAttentionScorer(cache, bank, key_scales, self.layers[0].impl.scale)
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        self.forget(scheduler_output.finished_req_ids)
+        self.forget(scheduler_output.preempted_req_ids or ())
+        super().finish_requests(scheduler_output)
+
+    def update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
+        if isinstance(scheduler_output, QFiltersSchedulerOutput) and scheduler_output.compaction.rows:
+            rows = scheduler_output.compaction.rows
+            indices = [self.req_states.req_id_to_index[row.req_id] for row in rows]
+            compactions = [
+                Compaction(
+                    old_row=index,
+                    position=row.position,
+                    resident_tokens=row.resident_tokens,
+                    evicted_tokens=row.evicted_tokens,
+                    sinks=row.sinks,
+                    window=row.window,
+                    new_pages=row.block_ids,
+                    copied_pages=row.copied_pages,
+                )
+                for index, row in zip(indices, rows, strict=True)
+            ]
+            recent_queries = [self.recent_queries(row) for row in rows]
+            self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
+            for index, row in zip(indices, rows, strict=True):
+                self.block_tables.append_block_ids(index, (list(row.block_ids),), overwrite=True)
+                self.evicted.add(row.req_id, row.evicted_tokens)
+        super().update_requests(scheduler_output)
+
+    def prepare_inputs(
+        self,
+        scheduler_output: SchedulerOutput,
+        batch_req_state: BatchReqState,
+        batch_desc: BatchExecutionDescriptor,
+        num_active_loras: int,
+    ) -> InputBatch:
+        input_batch = super().prepare_inputs(scheduler_output, batch_req_state, batch_desc, num_active_loras)
+        if self.recorder is not None:
+            # A replayed graph shows no queries. It is only a prompt's last token, if anything, that is computed in one.
+            is_seen = batch_desc.cg_mode != CUDAGraphMode.FULL
+            self.recorder.start_step(
+                input_batch.req_ids if is_seen else [],
+                input_batch.num_scheduled_tokens.tolist() if is_seen else [],
+                input_batch.num_computed_tokens_np.tolist() if is_seen else [],
+                self.req_states.prompt_len.np[input_batch.idx_mapping_np].tolist() if is_seen else [],
+            )
+        return input_batch
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        evicted = self.evicted.rows(input_batch.req_ids)
+        self._logical_lengths = None
+        if evicted is None:
+            return super().prepare_attn(input_batch)
+        self._logical_lengths = (input_batch.seq_lens.clone(), input_batch.seq_lens_cpu_upper_bound.clone())
+        input_batch.seq_lens[: input_batch.num_reqs] -= async_tensor_h2d(evicted, self.device)
+        input_batch.seq_lens_cpu_upper_bound[: input_batch.num_reqs] -= torch.from_numpy(evicted)
+        by_token = np.repeat(evicted, input_batch.num_scheduled_tokens)
+        places = input_batch.positions.clone()
+        places[: input_batch.num_tokens] -= async_tensor_h2d(by_token, self.device)
+        return super().prepare_attn(dataclasses.replace(input_batch, positions=places))
+
+    def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        if self.recorder is not None:
+            self.recorder.start_step([], [], [], [])
+        return super().prepare_dummy_attn(*args, **kwargs)
+
+    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any):
+        # Sampling compares lengths with those of prompts.
+        if self._logical_lengths is not None:
+            seq_lens, upper_bound = self._logical_lengths
+            input_batch = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
+        return super().sample(hidden_states, input_batch, grammar_output)
