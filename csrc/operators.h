@@ -11,6 +11,11 @@ void score_and_store(
     at::Tensor& score_plane,          // [num_blocks, num_kv_heads, block_size] float32
     const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
 
+void store_value_norms(
+    const at::Tensor& value,          // [num_tokens, num_kv_heads, head_size] bfloat16, float16 or float32
+    at::Tensor& planes,               // [num_blocks, num_planes, num_kv_heads, block_size] float32
+    const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
+
 at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tokens] bool
     const at::Tensor& scores,         // [num_layers, num_kv_heads, resident_tokens] float32
     int64_t kept,

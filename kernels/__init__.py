@@ -11,11 +11,11 @@ from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
 from vllm_qfilters.kernels.reference import observed_attention, write_scores
 
 if cpu.load():
-    from vllm_qfilters.kernels.cpu import compact, expected_attention, score_and_store, select_kept
+    from vllm_qfilters.kernels.cpu import compact, expected_attention, score_and_store, select_kept, store_value_norms
 
     IMPLEMENTATION = "C++"
 else:
-    from vllm_qfilters.kernels.reference import compact, expected_attention, score_and_store, select_kept
+    from vllm_qfilters.kernels.reference import compact, expected_attention, score_and_store, select_kept, store_value_norms
 
     IMPLEMENTATION = "PyTorch"
 
@@ -28,5 +28,6 @@ __all__ = [
     "probe_page_layout",
     "score_and_store",
     "select_kept",
+    "store_value_norms",
     "write_scores",
 ]

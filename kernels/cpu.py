@@ -23,6 +23,7 @@ def load() -> bool:
         warnings.warn(f"PyTorch kernels are used; {reason}", stacklevel=2)
         return False
     torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
+    torch.library.register_fake("vllm_qfilters::store_value_norms", lambda *arguments: None)
     torch.library.register_fake("vllm_qfilters::fill_holes", lambda *arguments: None)
     torch.library.register_fake(
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
@@ -39,6 +40,11 @@ def load() -> bool:
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """See :func:`vllm_qfilters.kernels.reference.score_and_store`."""
     OPERATORS.score_and_store.default(key, filters, score_plane, slot_mapping)
+
+
+def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.store_value_norms`."""
+    OPERATORS.store_value_norms.default(value, planes, slot_mapping)
 
 
 def expected_attention(

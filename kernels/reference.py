@@ -22,6 +22,19 @@ def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch
     write_scores((key.to(torch.float32) * filters).sum(-1), score_plane, slot_mapping)
 
 
+def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Stores the norms of a step's values in the first plane, and 0 in the others.
+
+    Args:
+        value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+        planes: shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
+        slot_mapping: as for :func:`write_scores`.
+    """
+    write_scores(value.to(torch.float32).norm(dim=-1), planes[:, 0], slot_mapping)
+    for plane in range(1, planes.shape[1]):
+        write_scores(torch.zeros(value.shape[:2]), planes[:, plane], slot_mapping)
+
+
 def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Stores the scores of the tokens of a step beside their keys.
 

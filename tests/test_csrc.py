@@ -75,6 +75,19 @@ def test_every_float_is_read_as_what_it_is(dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "num_heads", "head_size"), [(1, 3, 64), (7, 2, 40), (300, 3, 128)])
+def test_store_value_norms_matches_reference(num_tokens, num_heads, head_size, dtype):
+    value, _, slots = make_step(num_tokens, num_heads, head_size, 16, DTYPES[dtype], is_strided=True)
+    slots[num_tokens // 2 + 1 :: 5] = -1
+    planes = torch.full((num_tokens // 16 + 2, 2, num_heads, 16), torch.nan)
+    expected = planes.clone()
+    cpu.store_value_norms(value, planes, slots)
+    reference.store_value_norms(value, expected, slots)
+    torch.testing.assert_close(planes, expected, atol=0, rtol=1e-5, equal_nan=True)
+
+
+@needs_library
 def test_tokens_beyond_the_slots_are_not_read():
     key, score_plane, slots = make_step(10, 3, 64, 16, torch.float32, is_strided=True)
     key[7:] = float("nan")
@@ -301,11 +314,12 @@ def attention_arguments() -> list:
 
 
 @needs_library
-@pytest.mark.parametrize("operator", ["score_and_store", "select_kept", "expected_attention", "fill_holes"])
+@pytest.mark.parametrize("operator", ["score_and_store", "store_value_norms", "select_kept", "expected_attention", "fill_holes"])
 def test_schemas_say_what_operators_do(operator):
     key, score_plane, slots = make_step(10, 3, 64, 16, torch.bfloat16, is_strided=True)
     arguments = {
         "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
+        "store_value_norms": [key.clone(), torch.zeros(score_plane.shape[0], 2, *score_plane.shape[1:]), slots],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
         "expected_attention": attention_arguments(),
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),

@@ -10,7 +10,14 @@ import dataclasses
 import torch
 
 from vllm_qfilters.filters.bank import FilterBank
-from vllm_qfilters.kernels import PagedCache, expected_attention, observed_attention, score_and_store, write_scores
+from vllm_qfilters.kernels import (
+    PagedCache,
+    expected_attention,
+    observed_attention,
+    score_and_store,
+    store_value_norms,
+    write_scores,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +161,7 @@ class ExpectedAttentionScorer(Scorer):
         self.observes = cache.planes.shape[2] > 1
 
     def write(self, layer, key, value, slot_mapping):
-        planes = self.cache.planes[layer]
-        write_scores(value.to(torch.float32).norm(dim=-1), planes[:, self.VALUE_NORMS], slot_mapping)
-        if self.observes:
-            write_scores(torch.zeros(key.shape[:2]), planes[:, self.OBSERVED], slot_mapping)
+        store_value_norms(value, self.cache.planes[layer], slot_mapping)
 
     def resident_scores(self, tokens):
         attention = expected_attention(self.cache, tokens.pages, tokens.num_tokens, *self.bank.at(tokens.position))
