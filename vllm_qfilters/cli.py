@@ -1,4 +1,4 @@
-"""The command ``vllm-qfilters``: calibrates filters, and generates from files. Its engine arguments are vLLM's.
+"""The command ``vllm-qfilters``: calibrates filters, generates from files, and evaluates methods. Its engine arguments are vLLM's.
 
 Exit status: 0; 1 if lines of the input failed; 2 for what the user has to change, said in one line; 130 when interrupted.
 vLLM is imported only once a subcommand is named.
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_qfilters import __version__, offline
+from vllm_qfilters.arguments import UsageError, at_least
 from vllm_qfilters.engine_args import apply_kv_compression
+from vllm_qfilters.evaluation import command as evaluation
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -25,10 +27,6 @@ MIN_TEXT_TOKENS = 256
 _TOKEN_CHARACTERS = 16  # at most, on average: bounds how much of a text is read
 _DEFAULT_BLOCK_SIZE = 128  # of vLLM on CPUs
 _SHUTDOWN_SECONDS = 30.0
-
-
-class UsageError(Exception):
-    """The user has to change something; the message says what, in one line."""
 
 
 class Subcommand(NamedTuple):
@@ -117,6 +115,17 @@ def generate(args: argparse.Namespace) -> int:
     before = f", {resumed} of them before" if resumed else ""
     print(f"{args.output} has all {total} lines{before}; {failed} failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measures what methods of compression cost in quality."""
+    if args.kv_compression is not None or args.kv_compression_config is not None:
+        raise UsageError("name what to evaluate by --methods, e.g. qfilters:window=0.25: drop --kv-compression and its options")
+    if args.output is None:
+        args.output = pathlib.Path(f"quality-{pathlib.Path(args.model).name}.json")
+    _check_writable(args.output)
+    evaluation.run(args, _engine_args(args))
+    return 0
 
 
 def batch_generator(llm: "LLM", max_tokens: int, temperature: float) -> offline.GenerateBatch:
@@ -288,15 +297,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no integer >= {least}")
-        return int(text)
-
-    return integer
-
-
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -349,7 +349,7 @@ def _add_calibrate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="filters file to write (safetensors); without it they go where --kv-compression qfilters looks for them",
     )
-    at_most = {"type": _at_least(1), "metavar": "N"}
+    at_most = {"type": at_least(1), "metavar": "N"}
     parser.add_argument("--sequences", default=4, help="sequences to run, at most; default %(default)s", **at_most)
     parser.add_argument("--tokens", default=2048, help="tokens per sequence, at most; default %(default)s", **at_most)
 
@@ -359,7 +359,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSONL, one result per line")
     parser.add_argument(
         "--max-tokens",
-        type=_at_least(1),
+        type=at_least(1),
         default=256,
         metavar="N",
         help="tokens to generate for a line without its own max_tokens, at most; default %(default)s",
@@ -373,7 +373,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=64,
         metavar="N",
         help="lines generated at once and then written; default %(default)s",
@@ -427,5 +427,14 @@ SUBCOMMANDS = {
         add_options=_add_generate_options,
         defaults={"kv_compression": "qfilters"},
         run=generate,
+    ),
+    "eval": Subcommand(
+        usage="MODEL [--methods METHOD ...] [--tasks TASK ...] [-o FILE]",
+        summary="measure what compression costs in quality",
+        description=evaluation.DESCRIPTION,
+        examples=evaluation.EXAMPLES,
+        add_options=evaluation.add_options,
+        defaults=evaluation.ENGINE_DEFAULTS,
+        run=evaluate,
     ),
 }

