@@ -25,12 +25,14 @@ from vllm_qfilters.kernels import PagedCache, cpu, probe_page_layout, reference
 NUM_LAYERS, NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 30, 9, 3, 64, 128
 RESIDENT, KEPT, SINKS, WINDOW = 1024, 896, 4, 128
 DTYPE = torch.bfloat16
+RANK = 8
 OLD_PAGES = torch.tensor([9, 4, 13, 0, 7, 11, 2, 5])
 
 
 def make_cache() -> PagedCache:
     """A cache of random numbers, laid out as vLLM lays it out on this CPU."""
-    page_elements = NUM_KV_HEADS * BLOCK_SIZE * (2 * HEAD_SIZE + 4 // DTYPE.itemsize)
+    num_planes = 2
+    page_elements = NUM_KV_HEADS * BLOCK_SIZE * (2 * HEAD_SIZE + num_planes * 4 // DTYPE.itemsize)
     shape = (NUM_LAYERS, 16, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
     head_elements = 2 * BLOCK_SIZE * HEAD_SIZE
     strides = (16 * page_elements, page_elements, head_elements, 2 * HEAD_SIZE, 1)
@@ -41,9 +43,10 @@ def make_cache() -> PagedCache:
         keys, values = kv_cache.view(1, 1, 2 * BLOCK_SIZE, -1).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(key, value, keys, values, slot_mapping, isa)
 
-    cache = PagedCache(buffer.as_strided(shape, strides).unbind(), probe_page_layout(write_cache, BLOCK_SIZE, HEAD_SIZE, DTYPE))
+    layout = probe_page_layout(write_cache, BLOCK_SIZE, HEAD_SIZE, DTYPE)
+    cache = PagedCache(buffer.as_strided(shape, strides).unbind(), layout, num_planes)
     cache.pages.normal_()
-    cache.scores.normal_()
+    cache.planes.normal_()
     return cache
 
 
@@ -54,6 +57,17 @@ def write_calls(cache: PagedCache, num_tokens: int) -> list[Callable[[], None]]:
     key = qkv[:, first : first + NUM_KV_HEADS * HEAD_SIZE].view(num_tokens, NUM_KV_HEADS, HEAD_SIZE)
     filters, slots = torch.randn(NUM_KV_HEADS, HEAD_SIZE), torch.arange(num_tokens) % (16 * BLOCK_SIZE)
     return [lambda name=name: name.score_and_store(key, filters, cache.scores[0], slots) for name in (cpu, reference)]
+
+
+def norm_calls(cache: PagedCache, num_tokens: int) -> list[Callable[[], None]]:
+    value, slots = torch.randn(num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(DTYPE), torch.arange(num_tokens) % (16 * BLOCK_SIZE)
+    return [lambda name=name: name.store_value_norms(value, cache.planes[0], slots) for name in (cpu, reference)]
+
+
+def attention_calls(cache: PagedCache) -> list[Callable[[], None]]:
+    means, factors = torch.randn(NUM_LAYERS, NUM_QUERY_HEADS, 1 + RANK, HEAD_SIZE).split((1, RANK), dim=2)
+    statistics = (means.squeeze(2).contiguous(), factors.contiguous())
+    return [lambda name=name: name.expected_attention(cache, OLD_PAGES, RESIDENT, *statistics) for name in (cpu, reference)]
 
 
 def select_calls(cache: PagedCache, shared_by_heads: bool) -> list[Callable[[], None]]:
@@ -93,9 +107,13 @@ def main() -> None:
     torch.manual_seed(0)
     cache = make_cache()
     cases = {
-        "write of 1 token, one layer": write_calls(cache, 1),
-        "write of 8 tokens, one layer": write_calls(cache, 8),
-        "write of 2048 tokens, one layer": write_calls(cache, 2048),
+        "static scores of 1 token, one layer": write_calls(cache, 1),
+        "static scores of 8 tokens, one layer": write_calls(cache, 8),
+        "static scores of 2048 tokens, one layer": write_calls(cache, 2048),
+        "value norms of 1 token, one layer": norm_calls(cache, 1),
+        "value norms of 8 tokens, one layer": norm_calls(cache, 8),
+        "value norms of 2048 tokens, one layer": norm_calls(cache, 2048),
+        f"expected attention, rank {RANK}, all layers": attention_calls(cache),
         "selection by head, all layers": select_calls(cache, shared_by_heads=False),
         "selection shared by heads, all layers": select_calls(cache, shared_by_heads=True),
         "compaction of 1024 to 896 tokens, all layers": compact_calls(cache),
