@@ -6,7 +6,7 @@ alone knows where bytes lie.
 
 from vllm_qfilters.kernels import cpu
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import expected_attention, observed_attention, write_scores
+from vllm_qfilters.kernels.reference import expected_attention, observed_attention, page_scores, write_scores
 
 if cpu.load():
     from vllm_qfilters.kernels.cpu import compact, score_and_store, select_kept
@@ -23,6 +23,7 @@ __all__ = [
     "compact",
     "expected_attention",
     "observed_attention",
+    "page_scores",
     "probe_page_layout",
     "score_and_store",
     "select_kept",

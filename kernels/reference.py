@@ -131,6 +131,21 @@ def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared
     return is_kept
 
 
+def page_scores(scores: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The scores of whole pages: the mean over tokens, layers and heads of the scores normalised per head.
+
+    Args:
+        scores: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32.
+        pages: page ids, shape ``[num_pages]``, int64.
+        mean, std: of the scores of each head, over all text; shape ``[num_layers, num_kv_heads]``, float32.
+
+    Returns:
+        Shape ``[num_pages]``, float32.
+    """
+    by_head = scores[:, pages].mean(-1)  # [num_layers, num_pages, num_kv_heads]
+    return ((by_head - mean[:, None]) / std[:, None]).mean((0, 2))
+
+
 def compact(
     cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
 ) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.utils.math_utils import cdiv
@@ -17,9 +21,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_qfilters.config import KVCompressionConfig
-from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.filters.bank import FilterBank
-from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
+from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, measure_scores, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import Rotation
@@ -38,6 +42,7 @@ from vllm_qfilters.scorers import (
 from vllm_qfilters.support import check_specs
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.attention.recent_queries import QueryRecorder
+from vllm_qfilters.worker.page_scores import PageScorer
 from vllm_qfilters.worker.request_state import EvictedTokens
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -54,15 +59,17 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         self.cache: PagedCache | None = None
         self.compactor: Compactor | None = None  # once compression started
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
+        self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         check_specs(specs)
         if self.shared_kv_cache_layers:
             raise ValueError("KV compression does not support models whose layers share one KV cache")
-        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
+        spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
+        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, self.cache_config.block_size)
         num_planes = self.compression.num_planes
-        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
+        return {name: spec_cls.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
@@ -92,6 +99,8 @@ class QFiltersCPUModelRunner(CPUModelRunner):
             self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
         for index, layer in enumerate(self.layers):
             layer.impl.index, layer.impl.scorer, layer.impl.recorder = index, scorer, self.recorder
+        if self.compression.evicts_whole_pages and self.compression.needs_scores:
+            self.page_scorer = self._page_scorer(filters)
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin))
 
@@ -112,31 +121,61 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         found = find_filters(self.compression.filters, model, needs_statistics)
         if found is not None:
             return found
-        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
-        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
-        description = f"{NUM_SEQUENCES} sequences of {num_tokens} random token ids"
-        sequences = random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+        sequences = self._random_sequences()
+        description = f"{len(sequences)} sequences of {len(sequences[0])} random token ids"
         filters = self.calibrate_filters(sequences, description)
         path = cache_path(model)
         if get_tensor_model_parallel_rank() == 0:
             save(path, filters, model)
         return filters, f"calibrated now ({description}), kept in {path}"
 
+    def _random_sequences(self) -> list[list[int]]:
+        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
+        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
+        return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+
+    def _kv_heads(self) -> tuple[int, int]:
+        """The first KV head of the model that this rank holds, and how many it holds."""
+        total = self.model_config.get_total_num_kv_heads()
+        first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+        return first, self.layers[0].num_kv_heads
+
     def _scorer(self, filters: Filters | None) -> Scorer:
         config, cache = self.compression, self.cache
         if config.method != "qfilters":
             return {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}[config.method](cache)
-        tp_rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        first = self.layers[0]
         if config.filter == "static":
-            total = self.model_config.get_total_num_kv_heads()
-            return StaticFilterScorer(cache, filters.of_heads(tp_rank * total // tp_size, first.num_kv_heads))
+            return StaticFilterScorer(cache, filters.of_heads(*self._kv_heads()))
+        first, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
         heads = slice(tp_rank * first.num_heads, (tp_rank + 1) * first.num_heads)
         rank = config.rank if config.filter == "expected" else 0
         bank = FilterBank(filters, self._rotations(), heads, rank, first.impl.scale)
         if config.filter == "rotary":
             return RotaryFilterScorer(cache, bank)
         return ExpectedAttentionScorer(cache, bank, first.impl.scale)
+
+    def _page_scorer(self, filters: Filters | None) -> PageScorer:
+        scores = self.cache.scores
+        if filters is not None and filters.score_mean is not None and filters.score_std is not None:
+            mean, std = filters.score_statistics_of_heads(*self._kv_heads())
+        else:
+            # Published filters have no statistics, and other methods no filters.
+            sequences = self._random_sequences()
+            mean, std = measure_scores(self, scores, sequences)
+            if get_tensor_model_parallel_rank() == 0:
+                logger.info(
+                    "KV compression: page scores are normalised by what %d sequences of %d random token ids scored now",
+                    len(sequences),
+                    len(sequences[0]),
+                )
+        num_ranks = get_tensor_model_parallel_world_size()
+        return PageScorer(scores, mean, std, lambda values: tensor_model_parallel_all_reduce(values) / num_ranks)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.page_scorer is not None:
+            self.page_scorer.score_filled_pages(scheduler_output)
+        return output
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with
@@ -145,9 +184,10 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
         held = {row: generators.pop(row) for row in discarded if row in generators}
         try:
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
         finally:
             generators.update(held)
+        return output if self.page_scorer is None else self.page_scorer.attach(output)
 
     def _update_states(self, scheduler_output: SchedulerOutput):
         # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
@@ -159,7 +199,8 @@ class QFiltersCPUModelRunner(CPUModelRunner):
         if isinstance(scheduler_output, QFiltersSchedulerOutput):
             for row in scheduler_output.compaction.rows:
                 (block_ids,) = self.requests[row.req_id].block_ids
-                self.compactor.compact(block_ids, row, self._recent_queries(row))
+                if not self.compression.evicts_whole_pages:  # else nothing moves
+                    self.compactor.compact(block_ids, row, self._recent_queries(row))
                 block_ids[:] = row.block_ids
                 batch_row = self.input_batch.req_id_to_index.get(row.req_id)
                 if batch_row is not None:
