@@ -8,7 +8,7 @@ keys and values, ``selection`` and ``compaction`` for all sequences of a :class:
 
 from vllm_qfilters.kernels import cpu
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import observed_attention, write_scores
+from vllm_qfilters.kernels.reference import observed_attention, page_scores, write_scores
 
 if cpu.load():
     from vllm_qfilters.kernels.cpu import compact, expected_attention, score_and_store, select_kept, store_value_norms
@@ -25,6 +25,7 @@ __all__ = [
     "compact",
     "expected_attention",
     "observed_attention",
+    "page_scores",
     "probe_page_layout",
     "score_and_store",
     "select_kept",

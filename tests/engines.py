@@ -29,7 +29,7 @@ class Engines:
                 num_blocks,
                 max_model_len,
                 max_batched,
-                kv_compression(method, filters=str(self._filters), **options),
+                kv_compression(method, **{"filters": str(self._filters), **options}),
             )
         return self._engines[key]
 

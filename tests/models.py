@@ -44,7 +44,12 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> Filters:
     mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
     spread = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    made = Filters(filters, query_mean_before_rope=mean, query_second_before_rope=second)
+    # Made up as well, so that a page's score depends on them.
+    shape = (NUM_LAYERS, NUM_KV_HEADS)
+    score_mean, score_std = 5 * torch.randn(shape, generator=generator), 0.3 + 3 * torch.rand(shape, generator=generator)
+    made = Filters(
+        filters, query_mean_before_rope=mean, query_second_before_rope=second, score_mean=score_mean, score_std=score_std
+    )
     save(path, made, tiny_identity())
     return made
 

@@ -19,6 +19,7 @@ class Rule:
     filter: str = "static"
     rank: int = 0
     observed: int = 0
+    whole_pages: bool = False
 
 
 def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters, rule: Rule) -> tuple[list[float], list[int]]:
@@ -53,7 +54,10 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                     observed = seen.attention(cache, newer=max(0, position - len(prompt)))
                     is_observed_after_prompt = position > len(prompt)
                 scores = score(model, cache, filters, rule, position, observed)
-                observed = evict(cache, scores, evicted, sinks, window, rule, observed)
+                if rule.whole_pages:
+                    evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
+                else:
+                    observed = evict(cache, scores, evicted, sinks, window, rule, observed)
                 resident -= evicted
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
@@ -195,3 +199,22 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
         if observed is not None:
             kept_observed.append(observed[index].gather(1, kept_rows))
     return kept_observed or None
+
+
+def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) -> None:
+    """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first."""
+    resident = cache.get_seq_length()
+    pages = [range(start, start + rule.block) for start in range(0, resident, rule.block)]
+    if rule.method == "streaming":
+        out = [page for page in pages if page[0] >= sinks][:num_pages]
+    else:
+        token_scores = 0
+        for rows, mean, std in zip(scores, filters.score_mean, filters.score_std, strict=True):
+            token_scores = token_scores + ((rows - mean[:, None]) / std[:, None]).mean(0) / len(scores)
+        evictable = [page for page in pages if page[0] >= sinks and page[-1] < resident - rule.window]
+        assert len(evictable) >= num_pages
+        out = sorted(evictable, key=lambda page: float(token_scores[list(page)].mean()))[:num_pages]
+    gone = {token for page in out for token in page}
+    kept = torch.tensor([token for token in range(resident) if token not in gone])
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]

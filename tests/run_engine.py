@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+RESULTS = "results: "
+
 
 def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> list[dict]:
     """Each request: prompt (token ids), and SamplingParams as keywords. Returns token_ids, logprobs, prompt_logprobs of each."""
@@ -13,7 +15,9 @@ def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> 
         [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # the rest is vLLM's log
+    # vLLM logs to stdout as well, also when it is already shutting down.
+    (results,) = [line for line in done.stdout.splitlines() if line.startswith(RESULTS)]
+    return json.loads(results.removeprefix(RESULTS))
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
                 ],
             }
         )
-    print(json.dumps(results))
+    print(RESULTS + json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ ROOT = pathlib.Path(__file__).parents[1]
         ),
         ("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit", ["self", "request"]),
         ("vllm.v1.core.sched.scheduler:Scheduler._free_blocks", ["self", "request"]),
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            ["self", "scheduler_output", "model_runner_output"],
+        ),
         ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", ["self", "request", "timestamp", "drop_stale_output"]),
         (
             "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
@@ -46,6 +50,11 @@ ROOT = pathlib.Path(__file__).parents[1]
         ),
         ("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free", ["self", "request_id"]),
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states", ["self", "scheduler_output"]),
+        (
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
+            ["self", "scheduler_output", "intermediate_tensors"],
+        ),
+        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", ["self", "grammar_output"]),
         (
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
             ["self", "scheduler_output", "num_scheduled_tokens"],

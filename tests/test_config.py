@@ -282,6 +282,47 @@ def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
 ):
     config = KVCompressionConfig(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
     if isinstance(kv_budget, int):
-        kv_budget += config.min_budget
+        kv_budget += config.min_budget()
     limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens)
     assert limits.budget - limits.interval >= limits.window + limits.sinks
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    window=st.one_of(st.integers(0, 500), st.floats(0, 0.99)),
+    sinks=st.integers(0, 100),
+    block_size=st.sampled_from([1, 16, 32, 128]),
+    pages_per_interval=st.integers(1, 4),
+    prefill=st.sampled_from(PREFILLS),
+    scope=st.sampled_from(SCOPES),
+    method=st.sampled_from([method for method in METHODS if method != "keydiff"]),
+    kv_budget=st.one_of(st.floats(0, 1, exclude_min=True), st.integers(0, 300)),
+    prompt_tokens=st.integers(1, 3000),
+    surplus=st.integers(0, 3000),
+    is_prefilling=st.booleans(),
+)
+def test_whole_pages_outside_sinks_and_window_always_suffice(
+    window, sinks, block_size, pages_per_interval, prefill, scope, method, kv_budget, prompt_tokens, surplus, is_prefilling
+):
+    interval = pages_per_interval * block_size
+    config = KVCompressionConfig(
+        method=method, budget=1.0, window=window, sinks=sinks, interval=interval, prefill=prefill, scope=scope, granularity="page"
+    )
+    if isinstance(kv_budget, int):
+        kv_budget += config.min_budget(block_size)
+    limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens, block_size)
+    resident = limits.budget + surplus
+    evicted = limits.evicted_tokens(resident, is_prefilling, block_size)
+    window_tokens = limits.protected_window(resident - evicted)
+    first_page, last_page = -(-limits.sinks // block_size), (resident - window_tokens) // block_size
+    assert last_page - first_page >= evicted // block_size
+
+
+def test_page_granularity_needs_a_budget_of_whole_pages():
+    config = KVCompressionConfig(**{**SMALL, "budget": 220, "granularity": "page"})
+    config.check_block_size(32)
+    with pytest.raises(ValueError, match="budget=160: at least 162 tokens are needed .* in whole pages of 32; raise budget"):
+        dataclasses.replace(config, budget=160).check_block_size(32)
+    dataclasses.replace(config, budget=160, granularity="layer").check_block_size(32)
+    limits = config.request_limits(None, prompt_tokens=1000, block_size=32)
+    assert (limits.budget, limits.sinks) == (220, 32)

@@ -26,6 +26,13 @@ CASES = {
     "expected-observed-below-budget": (dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0), 100, 400),
     "rotary": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"), 700, 200),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
+    "page-chunked": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="page"), 900, 300),
+    "page-odd-window": (dict(budget=331, window=45, sinks=39, interval=96, chunk=128, granularity="page"), 700, 400),
+    "page-no-sinks-no-window": (dict(budget=192, window=0, sinks=0, interval=32, chunk=256, granularity="page"), 500, 300),
+    "page-full": (dict(budget=256, window=64, sinks=4, interval=64, granularity="page", prefill="full"), 900, 200),
+    "page-scope-decode": (dict(budget=256, window=50, sinks=4, interval=64, granularity="page", scope="decode"), 300, 500),
+    "page-smallest": (dict(budget=162, window=64, sinks=4, interval=32, chunk=128, granularity="page"), 400, 250),
+    "page-streaming": (dict(method="streaming", budget=256, sinks=4, interval=64, chunk=256, window=0, granularity="page"), 700, 300),
 }
 
 
@@ -61,6 +68,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
         filter=options.get("filter", "expected"),
         rank=options.get("rank", 0),
         observed=options.get("observed", 32) if "filter" not in options else 0,
+        whole_pages=options.get("granularity") == "page",
     )
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)

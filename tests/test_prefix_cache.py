@@ -13,9 +13,10 @@ SECOND = SHARED + random_prompt(50, seed=13)
 NEW_TOKENS = 120
 
 
-@pytest.fixture(params=["chunked", "full"])
+@pytest.fixture(params=[(prefill, granularity) for prefill in ("chunked", "full") for granularity in ("layer", "page")], ids="-".join)
 def engine(request, engines):
-    engine = engines.get(**OPTIONS, prefill=request.param)
+    prefill, granularity = request.param
+    engine = engines.get(**OPTIONS, prefill=prefill, granularity=granularity)
     assert engine.llm.reset_prefix_cache()
     return engine
 
@@ -82,9 +83,10 @@ def test_an_uncompressed_request_reads_shared_pages_intact(engine):
     engine.assert_idle()
 
 
-def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(engines):
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(granularity, engines):
     """An uncompressed request cached more than budget and chunk allow: the hit ends before the first cut."""
-    engine = engines.get(**OPTIONS, prefill="chunked")
+    engine = engines.get(**OPTIONS, prefill="chunked", granularity=granularity)
     expected = cold(engine, SECOND)
     generate(engine, FIRST, kv_budget=0)
     warm = generate(engine, SECOND)

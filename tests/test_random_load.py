@@ -50,12 +50,19 @@ class Watch:
         self.preempted.update(external(r.request_id) for r in scheduler.requests.values() if r.num_preemptions)
 
 
-@pytest.mark.parametrize("prefill, seed", [("chunked", 0), ("chunked", 1), ("chunked", 2), ("full", 3)])
-def test_random_load_keeps_every_invariant_and_ends(prefill, seed, engines):
+@pytest.mark.parametrize(
+    "granularity, prefill, seed",
+    [
+        ("layer", "chunked", 0), ("layer", "chunked", 1), ("layer", "chunked", 2), ("layer", "full", 3),
+        ("page", "chunked", 4), ("page", "chunked", 5), ("page", "full", 6),
+    ],
+)  # fmt: skip
+def test_random_load_keeps_every_invariant_and_ends(granularity, prefill, seed, engines):
     rng = random.Random(seed)
     engine = engines.get(
-        budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, prefill=prefill, num_blocks=34, max_model_len=1024
-    )
+        budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, granularity=granularity, prefill=prefill, num_blocks=34,
+        max_model_len=1024,
+    )  # fmt: skip
     engine.drop_everything()
     prefixes = [random_prompt(length, seed=100 + length) for length in (64, 200, 330)]
     watch = Watch(engine)
@@ -63,7 +70,7 @@ def test_random_load_keeps_every_invariant_and_ends(prefill, seed, engines):
     for _ in range(200):
         if len(requests) < 24 and rng.random() < 0.4:
             prompt = rng.choice([[], *prefixes]) + random_prompt(rng.randint(1, 300), seed=rng.randint(0, 10**6))
-            job = dict(prompt=prompt, max_tokens=rng.randint(1, 150), kv_budget=rng.choice([None, None, 160, 250, 0.6, 0]))
+            job = dict(prompt=prompt, max_tokens=rng.randint(1, 150), kv_budget=rng.choice([None, None, 180, 250, 0.6, 0]))
             name = engine.add(**job)
             requests[name] = job
             alive.append(name)

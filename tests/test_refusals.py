@@ -28,6 +28,15 @@ def test_a_bad_kv_budget_is_refused(kv_budget, reason, engines):
     engine.assert_idle()
 
 
+def test_a_kv_budget_of_too_few_pages_is_refused(engines):
+    engine = engines.get(**dict(OPTIONS, budget=192), granularity="page")
+    with pytest.raises(VLLMValidationError, match="kv_budget=129: at least 130 tokens .* interval 32, in whole pages of 32"):
+        engine.add(random_prompt(10, seed=0), kv_budget=129)
+    engine.add(random_prompt(10, seed=0), max_tokens=2, kv_budget=130)
+    engine.run()
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize(
     "llm, reason",
     [

@@ -171,6 +171,26 @@ def test_a_clean_end(server, client):
     assert server.metrics()["resident_tokens"] == 0
 
 
+def test_page_granularity_frees_pages():
+    flags = ["--kv-compression", "qfilters", "--kv-compression-config.granularity", "page"]
+    for name, value in (("budget", BUDGET), ("interval", BLOCK), ("chunk", 512)):
+        flags += [f"--kv-compression-config.{name}", str(value)]
+    pages = Server(*flags).wait()
+    try:
+        assert any("KV compression is on" in line and "granularity page" in line for line in pages.log)
+        client = openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300)
+        answer = client.completions.create(
+            model="demo", prompt=text(900), max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+        )
+        evicted, metrics = answer.usage.prompt_tokens + 199 - BUDGET, pages.metrics()
+        assert evicted <= metrics["evicted_tokens_total"] <= evicted + BLOCK
+        assert metrics["freed_pages_total"] * BLOCK == metrics["evicted_tokens_total"]
+        assert metrics["resident_tokens"] == 0
+        assert not any("Traceback" in line for line in pages.log)
+    finally:
+        pages.stop()
+
+
 def test_a_plain_server_says_nothing_of_us():
     plain = Server().wait()
     try:

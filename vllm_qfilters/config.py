@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_qfilters.budget import RequestLimits, min_budget
+from vllm_qfilters.budget import RequestLimits, cdiv, min_budget
 
 ADDITIONAL_CONFIG_KEY = "kv_compression"
 REQUEST_BUDGET_KEY = "kv_budget"
@@ -22,7 +22,7 @@ METHODS = {
     "random": "random tokens, the floor every method must beat",
 }
 FILTERS = ("expected", "rotary", "static")
-GRANULARITIES = ("head", "layer")
+GRANULARITIES = ("head", "layer", "page")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
 
@@ -40,7 +40,8 @@ class KVCompressionConfig:
         sinks: the first tokens of a sequence, never evicted.
         interval: tokens evicted in one go by a sequence that reached its budget; a multiple of the block size.
         granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep the
-            same tokens, by the mean of their standardised scores.
+            same tokens, by the mean of their standardised scores; ``page``: all layers and heads keep the same pages, by the
+            mean score of their tokens, and nothing moves. Sinks then protect every page they reach into.
         prefill: ``chunked``: a prompt is cut to the budget after every ``chunk`` tokens, so that a sequence never holds more
             than ``budget + chunk``; ``full``: the whole prompt is attended first and cut when decoding begins.
         scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is for
@@ -48,7 +49,8 @@ class KVCompressionConfig:
         chunk: prompt tokens between two cuts of ``chunked`` prefill; a multiple of the block size.
         filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and covariance of the
             queries before RoPE, turned to the coming positions, times the norm of its value; ``rotary``: its projection on the
-            mean query, turned likewise; ``static``: its projection on one vector per KV head (the paper).
+            mean query, turned likewise; ``static``: its projection on one vector per KV head (the paper). None, the default,
+            becomes ``expected``, and ``static`` in page granularity, whose scores are final when a page is full.
         rank: of the covariance ``expected`` goes by; 0: the mean query alone, from the head size on: exact.
         observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none.
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this model,
@@ -67,12 +69,14 @@ class KVCompressionConfig:
     prefill: str = "chunked"
     scope: str = "all"
     chunk: int = 2048
-    filter: str = "expected"
+    filter: str | None = None
     rank: int = 8
     observed: int = 32
     filters: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.filter is None:
+            object.__setattr__(self, "filter", "static" if self.evicts_whole_pages else "expected")
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("filter", self.filter, FILTERS)
         _check_choice("granularity", self.granularity, GRANULARITIES)
@@ -90,6 +94,13 @@ class KVCompressionConfig:
                 raise ValueError(f"{name}={value!r}: give an integer >= {least}{unit}")
         if not isinstance(self.filters, str) or not self.filters:
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
+        if self.evicts_whole_pages and self.method == "qfilters" and self.filter != "static":
+            raise ValueError(
+                f"filter={self.filter!r} scores a token by where its sequence stands, but the score of a page is final when the "
+                "page is full: with granularity 'page' use filter 'static', or choose granularity 'layer' or 'head'"
+            )
+        if self.evicts_whole_pages and self.method == "keydiff":
+            raise ValueError("method='keydiff' scores a token by all keys of its sequence: choose granularity 'layer' or 'head'")
         if _is_int(self.budget):
             self._check_budget_holds("budget", self.budget)
 
@@ -113,9 +124,22 @@ class KVCompressionConfig:
         return dataclasses.asdict(self)
 
     @property
-    def min_budget(self) -> int:
-        """Fewest tokens a budget may have: after an eviction sinks and window must still fit."""
-        return min_budget(window=self.window, sinks=self.sinks, interval=self.interval)
+    def evicts_whole_pages(self) -> bool:
+        return self.granularity == "page"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether keys are scored as they are written."""
+        return self.method != "streaming"
+
+    def min_budget(self, block_size: int = 1) -> int:
+        """Fewest tokens a budget may have: after an eviction sinks and window must still fit.
+
+        Args:
+            block_size: tokens per page. Matters to page granularity: sinks and window each protect a page they end in.
+        """
+        ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
+        return min_budget(window=self.window, sinks=self.sinks + ends, interval=self.interval)
 
     @property
     def observed_queries(self) -> int:
@@ -132,7 +156,7 @@ class KVCompressionConfig:
         return self.prefill == "chunked" and self.scope == "all"
 
     def check_block_size(self, block_size: int) -> None:
-        """Raises ValueError unless whole pages can be freed with every eviction."""
+        """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
         for name in ("interval", "chunk"):
             value = getattr(self, name)
             if value % block_size:
@@ -140,14 +164,19 @@ class KVCompressionConfig:
                     f"{name}={value} is not a multiple of the block size {block_size}: set {name} to "
                     f"{max(1, round(value / block_size)) * block_size}, or change --block-size"
                 )
+        if _is_int(self.budget):
+            self._check_budget_holds("budget", self.budget, block_size)
 
-    def request_limits(self, extra_args: Mapping[str, Any] | None, prompt_tokens: int) -> RequestLimits | None:
+    def request_limits(
+        self, extra_args: Mapping[str, Any] | None, prompt_tokens: int, block_size: int = 1
+    ) -> RequestLimits | None:
         """The limits of one request, or None if compression is off for it.
 
         Args:
             extra_args: the request's ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP); ``kv_budget`` overrides
                 ``budget``, and 0 switches compression off.
             prompt_tokens: length of the prompt, for a budget that is a fraction of it.
+            block_size: tokens per page, see :meth:`min_budget`.
 
         Raises:
             ValueError: ``kv_budget`` is no budget this configuration allows.
@@ -157,15 +186,17 @@ class KVCompressionConfig:
             return None
         _check_budget(REQUEST_BUDGET_KEY, budget)
         if _is_int(budget):
-            self._check_budget_holds(REQUEST_BUDGET_KEY, budget)
+            self._check_budget_holds(REQUEST_BUDGET_KEY, budget, block_size)
         else:
-            budget = max(math.ceil(budget * prompt_tokens), self.min_budget)
+            budget = max(math.ceil(budget * prompt_tokens), self.min_budget(block_size))
         window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
         sinks = self.sinks
         if self.scope == "decode":
             # The prompt stays: it counts as sinks, and comes on top of the budget.
             sinks = max(sinks, prompt_tokens)
             budget += prompt_tokens
+        if self.evicts_whole_pages:
+            sinks = cdiv(sinks, block_size) * block_size
         return RequestLimits(
             budget=budget,
             window=window,
@@ -176,18 +207,20 @@ class KVCompressionConfig:
             recent_only=self.method == "streaming",
         )
 
-    def max_resident_tokens(self, max_model_len: int) -> int:
+    def max_resident_tokens(self, max_model_len: int, block_size: int = 1) -> int:
         """Most tokens one sequence can hold under the configured budget, its prefill included."""
         if not self.evicts_prompts_in_chunks:
             return max_model_len
-        limits = self.request_limits(None, prompt_tokens=max_model_len)
+        limits = self.request_limits(None, max_model_len, block_size)
         return min(max_model_len, limits.max_resident_tokens)
 
-    def _check_budget_holds(self, name: str, budget: int) -> None:
-        if budget < self.min_budget:
+    def _check_budget_holds(self, name: str, budget: int, block_size: int = 1) -> None:
+        least = self.min_budget(block_size)
+        if budget < least:
+            pages = f", in whole pages of {block_size}" if self.evicts_whole_pages else ""
             raise ValueError(
-                f"{name}={budget}: at least {self.min_budget} tokens are needed for window {self.window} + sinks {self.sinks} + "
-                f"interval {self.interval}; raise {name} or lower those"
+                f"{name}={budget}: at least {least} tokens are needed for window {self.window} + sinks {self.sinks} + "
+                f"interval {self.interval}{pages}; raise {name} or lower those"
             )
 
 

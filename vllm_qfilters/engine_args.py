@@ -6,6 +6,7 @@ from typing import Any
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
 
 SCHEDULER_CLS = "vllm_qfilters.core.scheduler.QFiltersScheduler"
+PAGE_SCHEDULER_CLS = "vllm_qfilters.core.page_scheduler.QFiltersPageScheduler"
 CPU_WORKER_CLS = "vllm_qfilters.worker.cpu_worker.QFiltersCPUWorker"
 GPU_WORKER_CLS = "vllm_qfilters.worker.gpu_worker.QFiltersGPUWorker"
 
@@ -33,7 +34,7 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
         )
     return {
         "additional_config": {ADDITIONAL_CONFIG_KEY: config.to_dict()},
-        "scheduler_cls": SCHEDULER_CLS,
+        "scheduler_cls": PAGE_SCHEDULER_CLS if config.evicts_whole_pages else SCHEDULER_CLS,
         "worker_cls": CPU_WORKER_CLS if current_platform.is_cpu() else GPU_WORKER_CLS,
     }
 

@@ -107,7 +107,7 @@ def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request:
         raise VLLMValidationError("KV compression does not support streaming input sessions")
     prompt_tokens = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
     try:
-        limits = config.request_limits(params.extra_args, prompt_tokens)
+        limits = config.request_limits(params.extra_args, prompt_tokens, vllm_config.cache_config.block_size)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
     num_blocks = vllm_config.cache_config.num_gpu_blocks

@@ -103,21 +103,9 @@ class QFiltersManager(FullAttentionManager):
         copied_pages = tuple((i, block.block_id) for i, block in zip(replaced, private))
 
         self._released.extend(blocks[i] for i in replaced)
-        self._released.extend(blocks[first_out:after_out])
         for i, block in zip(replaced, private):
             blocks[i] = block
-        del blocks[first_out:after_out]
-        self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
-        return RequestCompaction(
-            req_id=request_id,
-            position=request.num_computed_tokens,
-            resident_tokens=resident,
-            evicted_tokens=evicted_tokens,
-            sinks=limits.sinks,
-            window=window,
-            block_ids=tuple(block.block_id for block in blocks),
-            copied_pages=copied_pages,
-        )
+        return self._take_out(request, range(first_out, after_out), window, copied_pages)
 
     def release(self) -> int:
         """Returns the pages taken out by :meth:`compact` to the pool; a shared page only loses this reference.
@@ -130,3 +118,32 @@ class QFiltersManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(self._released))
         self._released = []
         return self.block_pool.get_num_free_blocks() - before
+
+    def _take_out(
+        self, request: Request, indices: Sequence[int], window: int, copied_pages: tuple[tuple[int, int], ...] = ()
+    ) -> RequestCompaction:
+        """Takes pages out of a sequence, which closes up; :meth:`release` returns them to the pool.
+
+        Args:
+            request: it is running.
+            indices: where in the sequence the pages are, in order.
+            window: last tokens that stay, in order.
+            copied_pages: see :class:`vllm_qfilters.plan.RequestCompaction`.
+        """
+        request_id = request.request_id
+        blocks, resident = self.req_to_blocks[request_id], self.resident_tokens(request)
+        self._released.extend(blocks[i] for i in indices)
+        for i in reversed(indices):
+            del blocks[i]
+        evicted_tokens = len(indices) * self.block_size
+        self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
+        return RequestCompaction(
+            req_id=request_id,
+            position=request.num_computed_tokens,
+            resident_tokens=resident,
+            evicted_tokens=evicted_tokens,
+            sinks=self.limits[request_id].sinks,
+            window=window,
+            block_ids=tuple(block.block_id for block in blocks),
+            copied_pages=copied_pages,
+        )

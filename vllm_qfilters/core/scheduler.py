@@ -11,7 +11,6 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -20,7 +19,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
-from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.core.page_manager import PageManager
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.metrics import KVCompressionStats, attach_stats
 from vllm_qfilters.plan import CompactionPlan, QFiltersSchedulerOutput
 
@@ -36,6 +36,7 @@ class QFiltersScheduler(AsyncScheduler):
         # Built-in specs first: the registry fills itself only while it is empty.
         KVCacheSpecRegistry._ensure_registered(vllm_config)
         KVCacheSpecRegistry.register(QFiltersSpec, QFiltersManager, FullAttentionSpec)
+        KVCacheSpecRegistry.register(QFiltersPageSpec, PageManager, FullAttentionSpec)
         super().__init__(vllm_config, *args, **kwargs)
         self.compression = KVCompressionConfig.from_vllm_config(self.vllm_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
@@ -46,12 +47,12 @@ class QFiltersScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
-        limits = self.compression.request_limits(extra_args, request.num_prompt_tokens)
+        limits = self.compression.request_limits(extra_args, request.num_prompt_tokens, self.block_size)
         if limits is not None:
             self.pages.limits[request.request_id] = limits
         super().add_request(request)
 
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+    def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         plan = self._plan_compaction()
         output = super().schedule(throttle_prefills)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.

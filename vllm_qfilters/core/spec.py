@@ -41,3 +41,8 @@ class QFiltersSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         tokens = min(vllm_config.model_config.max_model_len, self.max_resident_tokens)
         return cdiv(tokens, self.block_size) * self.page_size_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QFiltersPageSpec(QFiltersSpec):
+    """The same cache in page granularity: vLLM finds the block manager by the class of the specification."""

@@ -103,6 +103,30 @@ def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, des
     )
 
 
+def measure_scores(
+    runner: GPUModelRunner, scores: torch.Tensor, sequences: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each head's scores on this rank, from forward passes over ``sequences``.
+
+    Args:
+        runner: an idle model runner whose layers score the keys they write.
+        scores: where they do, shape ``[num_layers, num_blocks, num_kv_heads, block_size]``.
+        sequences: token ids; each is run from position 0.
+
+    Returns:
+        Two tensors of shape ``[num_layers, num_kv_heads]``, float32.
+    """
+    seen = []
+    for sequence in sequences:
+        for _ in _run(runner, list(sequence)):
+            pass
+        num_blocks = cdiv(len(sequence), scores.shape[3])
+        by_head = scores[:, 1 : num_blocks + 1].transpose(1, 2).flatten(2)  # [num_layers, num_kv_heads, slots]
+        seen.append(by_head[..., : len(sequence)].clone())
+    std, mean = torch.std_mean(torch.cat(seen, dim=-1), dim=-1, correction=0)
+    return mean, std
+
+
 def _run(runner: GPUModelRunner, token_ids: list[int]) -> Iterator[int]:
     """Prefills one sequence chunk by chunk through the runner, in pages from 1 on; yields the tokens of each chunk."""
     num_blocks = cdiv(len(token_ids), runner.cache_config.block_size)

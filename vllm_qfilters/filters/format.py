@@ -91,6 +91,10 @@ class Filters:
         """The filters of ``count`` KV heads from ``first`` on, as a tensor-parallel rank needs them."""
         return self.filters[:, first : first + count]
 
+    def score_statistics_of_heads(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``score_mean`` and ``score_std`` of the same KV heads, where the file has them."""
+        return self.score_mean[:, first : first + count], self.score_std[:, first : first + count]
+
 
 def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> None:
     """Writes a filters file, in one piece or not at all.

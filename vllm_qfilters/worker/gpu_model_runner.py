@@ -98,21 +98,22 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         if isinstance(scheduler_output, QFiltersSchedulerOutput) and scheduler_output.compaction.rows:
             rows = scheduler_output.compaction.rows
             indices = [self.req_states.req_id_to_index[row.req_id] for row in rows]
-            compactions = [
-                Compaction(
-                    old_row=index,
-                    position=row.position,
-                    resident_tokens=row.resident_tokens,
-                    evicted_tokens=row.evicted_tokens,
-                    sinks=row.sinks,
-                    window=row.window,
-                    new_pages=row.block_ids,
-                    copied_pages=row.copied_pages,
-                )
-                for index, row in zip(indices, rows, strict=True)
-            ]
-            recent_queries = [self.recent_queries(row) for row in rows]
-            self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
+            if not self.compression.evicts_whole_pages:  # else nothing moves
+                compactions = [
+                    Compaction(
+                        old_row=index,
+                        position=row.position,
+                        resident_tokens=row.resident_tokens,
+                        evicted_tokens=row.evicted_tokens,
+                        sinks=row.sinks,
+                        window=row.window,
+                        new_pages=row.block_ids,
+                        copied_pages=row.copied_pages,
+                    )
+                    for index, row in zip(indices, rows, strict=True)
+                ]
+                recent_queries = [self.recent_queries(row) for row in rows]
+                self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
             for index, row in zip(indices, rows, strict=True):
                 self.block_tables.append_block_ids(index, (list(row.block_ids),), overwrite=True)
                 self.evicted.add(row.req_id, row.evicted_tokens)

@@ -9,24 +9,30 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
-from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.filters.bank import FilterBank
-from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, random_sequences
+from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, measure_scores, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
+from vllm_qfilters.worker.page_scores import PageScorer
 from vllm_qfilters.worker.request_state import EvictedTokens
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -47,6 +53,7 @@ class CompressedModelRunner:
         self.evicted = EvictedTokens()
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
+        self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
 
     def bind_cache(self) -> None:
         """Finds out where the caches of ``layers`` lie."""
@@ -71,9 +78,10 @@ class CompressedModelRunner:
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {spec.block_size}"
                 )
             self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
-        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len)
+        spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
+        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, self.cache_config.block_size)
         num_planes = self.compression.num_planes
-        return {name: QFiltersSpec.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
+        return {name: spec_cls.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
@@ -97,8 +105,20 @@ class CompressedModelRunner:
         self.start_scoring(filters)
         for index, layer in enumerate(self.layers):
             layer.impl.index, layer.impl.recorder = index, self.recorder
+        if self.compression.evicts_whole_pages and self.compression.needs_scores:
+            self.page_scorer = self._page_scorer(filters)
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.page_scorer is not None:
+            self.page_scorer.score_filled_pages(scheduler_output)
+        return output
+
+    def sample_tokens(self, grammar_output: Any):
+        output = super().sample_tokens(grammar_output)
+        return output if self.page_scorer is None else self.page_scorer.attach(output)
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
@@ -113,9 +133,7 @@ class CompressedModelRunner:
 
     def static_filters(self, filters: Filters) -> torch.Tensor:
         """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
-        count, total = self.layers[0].num_kv_heads, self.model_config.get_total_num_kv_heads()
-        first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
-        return filters.of_heads(first, count)
+        return filters.of_heads(*self._kv_heads())
 
     def filter_bank(self, filters: Filters) -> FilterBank:
         """Of the query heads of this rank."""
@@ -143,15 +161,41 @@ class CompressedModelRunner:
         found = find_filters(self.compression.filters, model, needs_statistics)
         if found is not None:
             return found
-        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
-        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
-        description = f"{NUM_SEQUENCES} sequences of {num_tokens} random token ids"
-        sequences = random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+        sequences = self._random_sequences()
+        description = f"{len(sequences)} sequences of {len(sequences[0])} random token ids"
         filters = self.calibrate_filters(sequences, description)
         path = cache_path(model)
         if get_tensor_model_parallel_rank() == 0:
             save(path, filters, model)
         return filters, f"calibrated now ({description}), kept in {path}"
+
+    def _random_sequences(self) -> list[list[int]]:
+        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
+        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
+        return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+
+    def _kv_heads(self) -> tuple[int, int]:
+        """The first KV head of the model that this rank holds, and how many it holds."""
+        total = self.model_config.get_total_num_kv_heads()
+        first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+        return first, self.layers[0].num_kv_heads
+
+    def _page_scorer(self, filters: Filters | None) -> PageScorer:
+        scores = self.cache.scores
+        if filters is not None and filters.score_mean is not None and filters.score_std is not None:
+            mean, std = filters.score_statistics_of_heads(*self._kv_heads())
+        else:
+            # Published filters have no statistics, and other methods no filters.
+            sequences = self._random_sequences()
+            mean, std = measure_scores(self, scores, sequences)
+            if get_tensor_model_parallel_rank() == 0:
+                logger.info(
+                    "KV compression: page scores are normalised by what %d sequences of %d random token ids scored now",
+                    len(sequences),
+                    len(sequences[0]),
+                )
+        num_ranks = get_tensor_model_parallel_world_size()
+        return PageScorer(scores, mean, std, lambda values: tensor_model_parallel_all_reduce(values) / num_ranks)
 
 
 def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:

@@ -1,0 +1,59 @@
+"""The scheduler of page granularity: asks the workers for the scores of pages that a step fills, and evicts by them.
+
+Scores come back with the step's output: at once without async scheduling, one step late or more with it. Choosing among pages
+whose scores are still to come would make what is evicted a matter of timing. A sequence that would have to, which happens at the
+cuts of its prompt (or with a window of less than a few tokens), sits out the step, and is cut in the next one: it computes no
+token meanwhile, so it stays within its budget, and evictions are the same with and without async scheduling.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_qfilters.core.page_manager import PageManager
+from vllm_qfilters.core.scheduler import QFiltersScheduler
+from vllm_qfilters.plan import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+
+
+class QFiltersPageScheduler(QFiltersScheduler):
+    """Frees the lowest-scoring pages of sequences that reach their budget."""
+
+    pages: PageManager
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sitting_out: set[str] = set()  # requests that wait for scores in the step being scheduled
+
+    def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
+        self._sitting_out.clear()
+        output = super().schedule(throttle_prefills)
+        if self.compression.needs_scores:
+            filled = [self.pages.expect_scores(self.requests[name], n) for name, n in output.num_scheduled_tokens.items()]
+            output.pages_to_score = tuple(block_id for block_ids in filled for block_id in block_ids)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        # First: what follows may end requests, and their pages keep their scores for whoever finds them in the prefix cache.
+        assert isinstance(scheduler_output, QFiltersSchedulerOutput)
+        if scheduler_output.pages_to_score:
+            assert isinstance(model_runner_output, QFiltersModelRunnerOutput)
+            self.pages.receive_scores(scheduler_output.pages_to_score, model_runner_output.page_scores)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _evicted_tokens_due(self, request: Request) -> int:
+        evicted_tokens = super()._evicted_tokens_due(request)
+        if evicted_tokens and self.pages.awaits_scores(request, evicted_tokens):
+            self._sitting_out.add(request.request_id)
+            return 0
+        return evicted_tokens
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        # vLLM skips a running request, prefilling or decoding, for which this is 0.
+        if request.request_id in self._sitting_out:
+            return 0
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
