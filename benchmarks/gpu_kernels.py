@@ -129,16 +129,14 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     batch_is_kept = [rows.bool() for rows in batch.split(is_kept, NUM_LAYERS, NUM_KV_HEADS)]
     of = f"{num_sequences} x {RESIDENT} tokens, {NUM_LAYERS} layers"
     key_bytes = num_heads * num_tokens * HEAD_SIZE * DTYPE.itemsize
+    moved_bytes = num_heads * (2 * num_moved * row_bytes + num_tokens)
     score_bytes = NUM_LAYERS * NUM_HEADS * num_tokens * 4
     return {
         f"score resident keys, {of}": (lambda: score_resident(cache, batch, filters), key_bytes + score_bytes),
         f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
         f"select, {of}": (lambda: select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS), 5 * num_heads * num_tokens),
-        f"compact to {RESIDENT - EVICTED}, {of}": (
-            lambda: compact(cache, batch, is_kept, NUM_KV_HEADS),
-            num_heads * (2 * num_moved * row_bytes + num_tokens),
-        ),
-        f"compact to {RESIDENT - EVICTED}, {of}: PyTorch": (compact_pytorch, num_heads * (2 * num_moved * row_bytes + num_tokens)),
+        f"compact to {RESIDENT - EVICTED}, {of}": (lambda: compact(cache, batch, is_kept, NUM_KV_HEADS), moved_bytes),
+        f"compact to {RESIDENT - EVICTED}, {of}: PyTorch": (compact_pytorch, moved_bytes),
         f"whole compaction, heads together, {of}": (whole, num_heads * 2 * num_moved * row_bytes),
     }
 

@@ -39,7 +39,7 @@ class Compaction:
 
     @property
     def max_moves(self) -> int:
-        """Most tokens of one layer and head that change places: survivors in the pages taken out, into holes before the window."""
+        """Most tokens of one layer and head that change places: survivors in pages taken out, into holes before the window."""
         return min(self.evicted_tokens, self.resident_tokens - self.evicted_tokens - self.window)
 
 

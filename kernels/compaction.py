@@ -1,7 +1,7 @@
 """Compaction in place: whole pages leave sequences, and only the survivors in them move. Any number of sequences per launch.
 
-What :func:`vllm_qfilters.kernels.reference.compact` does to one sequence, in three launches: private copies of pages that may not
-be written, the pairing of survivors with holes, and the moves.
+What :func:`vllm_qfilters.kernels.reference.compact` does to one sequence, in three launches: private copies of pages that may
+not be written, the pairing of survivors with holes, and the moves.
 """
 
 import torch
@@ -64,7 +64,7 @@ def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
 
 @triton.jit
 def _taken_out(row, BLOCK_SIZE: tl.constexpr):
-    """The first token of the pages taken out, the first behind them, and the first behind the tokens that make room for sinks."""
+    """The first token of the pages taken out, the first behind them, and the first behind those that make room for sinks."""
     evicted = tl.load(row + _EVICTED)
     first_out = (tl.load(row + _RESIDENT) - evicted - tl.load(row + _WINDOW)) // BLOCK_SIZE * BLOCK_SIZE
     return first_out, first_out + evicted, tl.maximum(tl.load(row + _SINKS), first_out) + evicted

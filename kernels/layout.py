@@ -1,8 +1,8 @@
 """Where the bytes of a paged KV cache lie. The only file that knows strides.
 
-vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the view tells
-where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the business of the attention
-backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing known values
+vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the view
+tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the business of the
+attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing known values
 with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind the keys and values of all heads, each
 page carries one or more planes of float32 numbers, one per KV head and slot: the first holds scores or what they are made of.
 """
@@ -78,7 +78,7 @@ class PagedCache:
     """Keys, values and scores of all layers of one rank, addressed by (layer, page, KV head, slot).
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
             all of one allocation at a constant distance, each page followed by room for its planes.
         layout: of a page.
         num_planes: float32 numbers per token and KV head.
@@ -144,11 +144,11 @@ class PagedCache:
 class StridedCache:
     """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key | value``.
 
-    So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages outermost
-    in the allocation.
+    So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages
+    outermost in the allocation.
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
             all of one allocation at a constant distance, each page dense and followed by room for its planes.
         num_planes: float32 numbers per token and KV head.
 
@@ -171,7 +171,8 @@ class StridedCache:
         token_major = (content, self.num_kv_heads * content, 1)
         if not _has_strides(first, head_major) and not _has_strides(first, token_major):
             raise ValueError(
-                f"pages must be dense, head by head or token by token, got strides {first.stride()} for shape {tuple(first.shape)}"
+                f"pages must be dense, head by head or token by token, got strides {first.stride()} for shape "
+                f"{tuple(first.shape)}"
             )
         layer_stride = _layer_stride(kv_caches)
         self.rows = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))

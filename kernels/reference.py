@@ -225,7 +225,12 @@ def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Te
 
 
 def compact(
-    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+    cache: PagedCache | StridedCache,
+    old_pages: torch.Tensor,
+    new_pages: torch.Tensor,
+    is_kept: torch.Tensor,
+    sinks: int,
+    window: int,
 ) -> None:
     """Takes whole pages out of a sequence; the survivors in them fill the holes before the window.
 

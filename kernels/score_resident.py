@@ -110,7 +110,7 @@ def score_resident(
     key_scales: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> torch.Tensor:
-    """``<k, R f> + sum_r <k, R g_r>^2`` of every resident key ``k``, for the filter ``f`` and factors ``g_r`` of every query head.
+    """``<k, R f> + sum_r <k, R g_r>^2`` of every resident key ``k``, for the filter ``f`` and factors ``g_r`` of each query head.
 
     Args:
         cache: of this rank.

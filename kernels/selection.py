@@ -1,4 +1,4 @@
-"""Which tokens stay: scores of resident tokens, made comparable between heads where they share a selection, and the best of them.
+"""Which tokens stay: scores of resident tokens, made comparable between heads that share a selection, and the best of them.
 
 Many sequences in one launch, see :mod:`vllm_qfilters.kernels.batch` for how they lie in flat tensors.
 """
@@ -144,7 +144,9 @@ def mean_standardised(scores: torch.Tensor, batch: CompactionBatch, num_layers: 
         float32, flat: ``[num_layers, 1, resident_tokens]`` per row.
     """
     moments = torch.empty(batch.num_rows, num_layers * num_heads, 2, dtype=torch.float32, device=scores.device)
-    _head_moments_kernel[(batch.num_rows, num_layers * num_heads)](scores, batch.rows, moments, num_layers * num_heads, TILE=1024)
+    _head_moments_kernel[(batch.num_rows, num_layers * num_heads)](
+        scores, batch.rows, moments, num_layers * num_heads, TILE=1024
+    )
     shared = torch.empty(num_layers * batch.num_tokens, dtype=torch.float32, device=scores.device)
     tile = 1024
     _mean_standardised_kernel[(batch.num_rows, num_layers, triton.cdiv(batch.max_resident, tile))](
@@ -175,8 +177,8 @@ def _select_kept_kernel(
     start_of_row = tl.load(row + _TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     scores = scores_ptr + start_of_row
 
-    # The digits of the lowest score that stays, 8 bits at a time from the highest: each time those of the tokens that agree with
-    # it so far are counted.
+    # The digits of the lowest score that stays, 8 bits at a time from the highest: each time those of the tokens that agree
+    # with it so far are counted.
     digits = tl.arange(0, 256)
     threshold = tl.zeros([], tl.uint32)
     remaining = (last - first - tl.load(row + _EVICTED)).to(tl.int32)

@@ -8,8 +8,8 @@ import triton.language as tl
 
 
 class Score(enum.IntEnum):
-    """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a number drawn
-    from its bits, or the norm of its value. The other planes get zeros."""
+    """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a number
+    drawn from its bits, or the norm of its value. The other planes get zeros."""
 
     NONE = 0
     PROJECTION = 1

@@ -39,12 +39,15 @@ if [ "${1:-}" = --dry-run ]; then
   exit
 fi
 
-"$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_available())" || { echo "PyTorch sees no GPU: use --dry-run"; exit 1; }
+if ! "$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
+  echo "PyTorch sees no GPU: use --dry-run"
+  exit 1
+fi
 "$PYTHON" benchmarks/identity.py "${MODEL:-models/SmolLM2-135M-Instruct}"
 write_config $BUILD/model 32 32 8 128 4096 14336 128256 131072
 for load in "8k 8192 16" "32k 32768 8" "128k 130000 2"; do
   read -r name context sequences <<< "$load"
-  "$PYTHON" benchmarks/decode.py $BUILD/model --context "$context" --budget 2048 --sequences "$sequences" --steps 256 --rounds 1 \
-      --kv-cache-memory-bytes 0 --llm '{"load_format": "dummy", "skip_tokenizer_init": true}' \
+  "$PYTHON" benchmarks/decode.py $BUILD/model --context "$context" --budget 2048 --sequences "$sequences" --steps 256 \
+      --rounds 1 --kv-cache-memory-bytes 0 --llm '{"load_format": "dummy", "skip_tokenizer_init": true}' \
       --output "benchmarks/results/gpu_decode_$name.json"
 done

@@ -73,14 +73,13 @@ def launch_all(has_fp8: bool) -> None:
         shared = mean_standardised(scores, batch, cache.num_layers, heads)
         compact(cache, batch, select_kept(shared, batch, cache.num_layers, 1), 1)
         compact(cache, batch, select_kept(scores, batch, cache.num_layers, heads), heads)
-        for group, rank in ((1, 0), (4, 0), (4, 8)):
-            filters = torch.zeros(1, cache.num_layers, heads * group, size)
-            factors = torch.zeros(1, *filters.shape[1:3], rank, size) if rank else None
-            score_resident(cache, batch, filters, factors)
-            cos = torch.zeros(batch.num_rows, 1, size).expand(-1, cache.num_layers, -1)
-            turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
-            logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
-            mean_softmax(logits, batch, cache.num_layers, heads, group)
+        filters = torch.zeros(1, cache.num_layers, heads * 4, size)
+        score_resident(cache, batch, filters)
+        cos = torch.zeros(batch.num_rows, 1, size).expand(-1, cache.num_layers, -1)
+        turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
+        factors = torch.zeros(1, *filters.shape[1:3], 8, size)
+        logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
+        mean_softmax(logits, batch, cache.num_layers, heads, 4)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 
 

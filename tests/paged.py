@@ -24,7 +24,9 @@ class Geometry:
     num_planes: int = 2
 
 
-def make_cache(geometry: Geometry, seed: int = 0, device: torch.device = DEVICE) -> tuple[torch.Tensor, list[torch.Tensor], StridedCache]:
+def make_cache(
+    geometry: Geometry, seed: int = 0, device: torch.device = DEVICE
+) -> tuple[torch.Tensor, list[torch.Tensor], StridedCache]:
     """A cache as vLLM lays it out: its bytes, the views of its layers, and our view of it. Full of small integers."""
     g = geometry
     content, element = 2 * g.head_size, g.dtype.itemsize

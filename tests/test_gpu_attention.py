@@ -23,7 +23,9 @@ from vllm_qfilters.worker.model_runner import CompressedModelRunner
 NUM_LAYERS, NUM_BLOCKS = 3, 5
 
 
-def allocate(layout: KVCacheLayout, block_size: int, dtype: torch.dtype, num_planes: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def allocate(
+    layout: KVCacheLayout, block_size: int, dtype: torch.dtype, num_planes: int = 1
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     full = FullAttentionSpec(block_size=block_size, num_kv_heads=3, head_size=40, dtype=dtype)
     spec = QFiltersSpec.from_full_attention(full, max_resident_tokens=1 << 20, num_planes=num_planes)
     layer_stride, block_stride, *_ = compute_layout_strides(spec, NUM_BLOCKS, NUM_LAYERS, layout)
@@ -69,7 +71,9 @@ def test_vllm_writes_until_there_is_something_to_score():
     assert impl.written_by_vllm == arguments
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.uint8), ("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("auto", torch.uint8), ("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)]
+)
 def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
     impl, calls = Scoring(), []
     impl.kv_cache_dtype, impl.planes = name, torch.zeros(1)
@@ -92,7 +96,8 @@ class Runner:
 class CompressedRunner(CompressedModelRunner, Runner):
     def __init__(self, block_size: int, kernel_block_sizes: list):
         self.spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        backend = SimpleNamespace(get_name=lambda: "SOME_ATTN", get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes)
+        backend = SimpleNamespace(get_name=lambda: "SOME_ATTN")
+        backend.get_supported_kernel_block_sizes = lambda spec: kernel_block_sizes
         layer = SimpleNamespace(get_attn_backend=lambda: backend)
         self.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
         self.compression, self.model_config = KVCompressionConfig(), SimpleNamespace(max_model_len=1 << 20)

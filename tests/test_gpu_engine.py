@@ -10,7 +10,9 @@ import torch
 from tests.engines import tokens_and_logprobs
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt
 
-LLM = dict(block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128)
+LLM = dict(
+    block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128
+)
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64)
 STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
@@ -20,8 +22,8 @@ BATCHES = [
     [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
 ]
 SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=6), dict(prompt=random_prompt(20, seed=5), max_tokens=8)]
-# Eight pages: full when the third, which takes four at first, has evicted and the others each want one more.
-CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=12) for length in (60, 61, 150)]
+# Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
+CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=12) for length in (60, 61, 62, 150)]
 CALIBRATION = [random_prompt(40, seed=6)]
 
 
@@ -31,7 +33,7 @@ def runs(tiny_model, tiny_filters):
         dict(compression=None, llm=LLM, requests=SHORT),
         dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
-        dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=9), requests=CROWD),
+        dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -77,7 +79,7 @@ def test_a_preempted_sequence_starts_again_with_nothing_evicted(runs, engines):
     """With the filters of the paper, scored as keys are written; heads select for themselves."""
     result = runs[3]
     assert result["preemptions"] > 0 and result["evicted_tokens"] >= 3 * 32
-    assert_like_v1(engines.get(num_blocks=9, max_model_len=512, max_batched=128, **STATIC), [CROWD], result)
+    assert_like_v1(engines.get(num_blocks=12, max_model_len=512, max_batched=128, **STATIC), [CROWD], result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):

@@ -83,7 +83,8 @@ class BatchRotaryFilterScorer(BatchScorer):
             raise ValueError("KV compression on GPUs needs rotary embeddings of one style in all layers: use filter 'static'")
 
     def resident_scores(self, batch, recent_queries):
-        return score_resident(self.cache, batch, self.mean_of_group, key_scales=self.key_scales, turns=self.turns(batch.positions))
+        turns = self.turns(batch.positions)
+        return score_resident(self.cache, batch, self.mean_of_group, key_scales=self.key_scales, turns=turns)
 
     def turns(self, positions: torch.Tensor) -> Turns:
         """What turns filters to ``positions``, shape ``[num_rows]``, on the device."""
@@ -113,9 +114,8 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         self.observes = cache.planes.shape[2] > 1
 
     def resident_scores(self, batch, recent_queries):
-        logits = score_resident(
-            self.cache, batch, self.means, self.factors, key_scales=self.key_scales, turns=self.turns(batch.positions)
-        )
+        turns = self.turns(batch.positions)
+        logits = score_resident(self.cache, batch, self.means, self.factors, key_scales=self.key_scales, turns=turns)
         attention = mean_softmax(logits, batch, self.cache.num_layers, self.cache.num_kv_heads, self.group)
         if self.observes:
             attention.lerp_(self._observed(batch, recent_queries), ExpectedAttentionScorer.OBSERVED_SHARE)

@@ -36,8 +36,9 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
         and vllm_config.kv_events_config.enable_kv_cache_events,
         "speculative decoding; drop --speculative-config": vllm_config.speculative_config is not None,
-        f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): is_quantized_kv_cache(cache.cache_dtype)
-        and not (has_fp8 and cache.cache_dtype in FP8_DTYPES),
+        f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): (
+            is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_DTYPES)
+        ),
         "pipeline parallelism; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

@@ -41,7 +41,7 @@ class Rotation:
         return moved
 
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``cos_t`` and ``sin_t``, signs included, each float32 of shape ``[len(positions), head_size]``, where the rotation is."""
+        """``cos_t`` and ``sin_t``, signs included, float32, shape ``[len(positions), head_size]``, on the rotation's device."""
         device = self.partner.device
         if self._rotary_emb is None:
             shape = (positions.shape[0], self.head_size)
