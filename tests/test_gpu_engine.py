@@ -14,6 +14,7 @@ LLM = dict(
     block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128
 )
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64)
+PAGES = dict(EVICTING, budget=128, granularity="page")
 STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
 # Two at once, both evict; then one that begins like the first.
@@ -34,6 +35,7 @@ def runs(tiny_model, tiny_filters):
         dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
         dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
+        dict(compression=PAGES, llm=LLM, requests=BATCHES),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -80,6 +82,12 @@ def test_a_preempted_sequence_starts_again_with_nothing_evicted(runs, engines):
     result = runs[3]
     assert result["preemptions"] > 0 and result["evicted_tokens"] >= 3 * 32
     assert_like_v1(engines.get(num_blocks=12, max_model_len=512, max_batched=128, **STATIC), [CROWD], result)
+
+
+def test_frees_the_pages_the_cpu_path_frees(runs, engines):
+    result = runs[4]
+    assert result["evicted_tokens"] >= 3 * 32
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), BATCHES, result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):
