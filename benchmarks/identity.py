@@ -32,7 +32,9 @@ def main() -> None:
     numbers = random.Random(0)
     requests = [dict(prompt=[numbers.randrange(3, 500) for _ in range(length)], max_tokens=NEW_TOKENS) for length in LENGTHS]
     llm = {"max_model_len": BUDGET, "skip_tokenizer_init": True, "enforce_eager": False, **arguments.llm}
+    print("plain vLLM ...", file=sys.stderr)
     plain = run_engine(arguments.model, requests, None, **llm)
+    print("with KV compression ...", file=sys.stderr)
     compressed = run_engine(arguments.model, requests, dict(method="qfilters", budget=BUDGET), **llm)
     tokens = sum(len(result["token_ids"]) for result in plain)
     if compressed != plain:

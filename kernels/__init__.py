@@ -3,7 +3,7 @@
 ``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
 alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is: ``write_and_score`` for a step's
 keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident`` and
-``page_scores``.
+``score_pages``.
 """
 
 from vllm_qfilters.kernels import cpu

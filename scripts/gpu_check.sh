@@ -6,7 +6,7 @@
 # --dry-run: under Triton's interpreter on the CPU, small shapes; its times mean nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=$(command -v "${PYTHON:-python3}")
+PYTHON=$(realpath --no-symlinks "$(command -v "${PYTHON:-python3}")")
 ROOT=$PWD
 if [ "${1:-}" != --dry-run ] && ! "$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
   echo "PyTorch sees no GPU: use --dry-run"

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
 from vllm_qfilters.kernels.compaction import compact, copy_pages
-from vllm_qfilters.kernels.page_scores import page_scores
+from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score

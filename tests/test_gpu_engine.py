@@ -19,12 +19,12 @@ STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
 # Two at once, both evict; then one that begins like the first.
 BATCHES = [
-    [dict(prompt=LONG, max_tokens=14), dict(prompt=random_prompt(100, seed=2), max_tokens=14)],
+    [dict(prompt=LONG, max_tokens=12), dict(prompt=random_prompt(100, seed=2), max_tokens=12)],
     [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
 ]
-SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=6), dict(prompt=random_prompt(20, seed=5), max_tokens=8)]
+SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
-CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=12) for length in (60, 61, 62, 150)]
+CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
 CALIBRATION = [random_prompt(40, seed=6)]
 
 

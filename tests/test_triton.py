@@ -26,7 +26,7 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.page_scores import page_scores
+from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
