@@ -185,7 +185,7 @@ def test_statistics():
         statistics.paired_increase([1.0], [1.0, 2.0])
 
 
-def loss_task(name="streaming", budgets=(64, 128), num_texts=2, tokens=600, loss_from=256, chunk=64):
+def loss_task(name="streaming", budgets=(96, 128), num_texts=2, tokens=600, loss_from=256, chunk=64):
     sequences = [TextSequence(f"text{index}", list(range(tokens))) for index in range(num_texts)]
     return LossTask(name, list(budgets), sequences, chunk, loss_from, {"tokens": tokens, "loss_from": loss_from})
 
@@ -241,8 +241,8 @@ def test_engine_options():
     [
         ("qfilters:chunk=128", loss_task(), "chunk is set by streaming itself"),
         ("qfilters:prefill=full", loss_task("prompt-1"), "prefill is set by prompt-1 itself"),
-        ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=64: at least 100 tokens"),
-        ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are needed"),
+        ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=96: at least 100 tokens"),
+        ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are"),
         ("knorm:interval=48", retrieval_task(), "interval=48 is not a multiple of the block size 32"),
         ("knorm", loss_task(chunk=48), "chunk=48 is not a multiple of the block size 32"),
     ],
@@ -292,10 +292,10 @@ def test_every_cell_is_measured_once(tmp_path):
     results = run(tmp_path / "r.json", engine)
     assert [start["method"] for start in engine.starts] == ["qfilters", "qfilters", "streaming", "streaming"]
     assert len(engine.requests) == 2 * (1 + 2 * 2) + 4 * (1 + 2), "the full cache once"
-    assert results.methods("streaming") == ["qfilters", "streaming"] and results.budgets("streaming") == [64, 128]
-    cell, full = results.get("streaming", "streaming", 64), results.get("streaming", FULL, 0)
+    assert results.methods("streaming") == ["qfilters", "streaming"] and results.budgets("streaming") == [96, 128]
+    cell, full = results.get("streaming", "streaming", 96), results.get("streaming", FULL, 0)
     assert loss_increase(cell, full) == (1.0, 0.0)
-    assert ratio_to_reference(results, "streaming", results.get("streaming", "qfilters", 64)) == 0.5
+    assert ratio_to_reference(results, "streaming", results.get("streaming", "qfilters", 96)) == 0.5
     written = json.loads((tmp_path / "r.json").read_text())
     engine_of_cell = written["engines"][cell["engine"]]
     assert engine_of_cell["kv_compression"]["method"] == "streaming" and engine_of_cell["evicted_tokens"] == 1234
@@ -324,8 +324,8 @@ def test_added_methods_and_budgets_alone_are_measured(tmp_path):
     results = run(path, engine, [*METHODS, Method.parse("knorm")], [loss_task(budgets=(128, 256))])
     budgets = [request.kv_budget for request in engine.requests]
     assert sorted(budgets) == [128] * 2 + [256] * 6
-    assert results.budgets("streaming") == [64, 128, 256]
-    assert "-" in report(results), "knorm was not measured at 64"
+    assert results.budgets("streaming") == [96, 128, 256]
+    assert "-" in report(results), "knorm was not measured at 96"
 
 
 def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
@@ -364,7 +364,8 @@ def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     from vllm_qfilters.evaluation.plots import draw
 
-    paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]))
+    chosen = [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]
+    paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, chosen))
     assert [path.name for path in paths] == ["r-loss.png", "r-retrieval.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

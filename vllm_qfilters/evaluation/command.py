@@ -59,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tasks", **several, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
     add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
     add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
-    add("--budgets", **several, **count, default=[256, 512, 1024], help="tokens, for streaming and generation; default 256 512 1024")
+    budgets = {**count, "default": [256, 512, 1024]}
+    add("--budgets", **several, **budgets, help="of streaming and generation, tokens; default 256 512 1024")
     fractions = {"type": _fraction, "metavar": "F", "default": [0.5, 0.25, 0.125]}
     add("--fractions", **several, **fractions, help="budgets of the other tasks, fractions of the prompt; default .5 .25 .125")
     described = "; ".join(f"{name}: {text}" for name, text in texts.DESCRIPTIONS.items())
@@ -148,8 +149,9 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
     if "generation" in args.tasks:
         chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, args.budgets))
     for task in chosen:
-        if task.max_length > model_config.max_model_len:
-            raise ValueError(f"{task.name} needs {task.max_length} tokens, the model takes {model_config.max_model_len}: ask for shorter ones")
+        most = model_config.max_model_len
+        if task.max_length > most:
+            raise ValueError(f"{task.name} needs {task.max_length} tokens, the model takes {most}: ask for less")
     return chosen
 
 

@@ -11,15 +11,16 @@ from vllm_qfilters.evaluation.texts import leading_tokens
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is applied
 _SENTENCE_END_REACH = 40  # tokens
 _ADJECTIVES = (
-    "amber ancient bitter brave bright broken calm clever cold crimson dark dusty early eager faint fancy foreign frozen gentle giant "
-    "golden green hidden hollow humble jolly late little lonely lucky mellow narrow noble old pale plain proud quick quiet rapid rough "
-    "royal rusty sacred sharp shy silent silver simple sleepy small smooth soft stern strange sunny sweet tall tender tiny warm wild wise"
+    "amber ancient bitter brave bright broken calm clever cold crimson dark dusty early eager faint fancy foreign frozen "
+    "gentle giant golden green hidden hollow humble jolly late little lonely lucky mellow narrow noble old pale plain proud "
+    "quick quiet rapid rough royal rusty sacred sharp shy silent silver simple sleepy small smooth soft stern strange sunny "
+    "sweet tall tender tiny warm wild wise"
 ).split()
 _NOUNS = (
-    "anchor apple arrow badge barrel basket beacon bell boat book bottle bridge bucket button candle castle chair clock cloud coin comet "
-    "crown desk drum eagle falcon feather fiddle forest garden harbor hammer island jacket kettle ladder lamp lantern lion marble meadow "
-    "mirror needle orchard otter paddle parrot pebble pencil piano pillow planet pocket rabbit ribbon river saddle shovel spoon table "
-    "temple tiger tower tunnel valley violin wagon whistle window"
+    "anchor apple arrow badge barrel basket beacon bell boat book bottle bridge bucket button candle castle chair clock "
+    "cloud coin comet crown desk drum eagle falcon feather fiddle forest garden harbor hammer island jacket kettle ladder "
+    "lamp lantern lion marble meadow mirror needle orchard otter paddle parrot pebble pencil piano pillow planet pocket "
+    "rabbit ribbon river saddle shovel spoon table temple tiger tower tunnel valley violin wagon whistle window"
 ).split()
 
 
@@ -101,7 +102,7 @@ def key_value(frame: PromptFrame, length: int, depth: float, rng: random.Random)
         if taken >= length:
             break
     else:
-        raise ValueError(f"a prompt of {length} tokens is longer than a table of all {len(keys)} keys there are: give a shorter length")
+        raise ValueError(f"a table of all {len(keys)} keys there are is shorter than {length} tokens: give a shorter length")
     while lines:
         asked = min(round(depth * len(lines)), len(lines) - 1)
         tail = frame.tail(f"\n\nWhat is the number of the {keys[asked]}?", f"The number of the {keys[asked]} is")

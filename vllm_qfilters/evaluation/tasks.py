@@ -174,8 +174,9 @@ class GenerationTask:
         return max(map(len, self.prompts)) + self.max_tokens
 
     def requests(self, budget: int | float) -> list[EvalRequest]:
+        sampling = {"temperature": 0.7, "top_p": 0.95}
         return [
-            EvalRequest(prompt, budget, self.max_tokens, sampling={"temperature": 0.7, "top_p": 0.95, "seed": self.seed + index})
+            EvalRequest(prompt, budget, self.max_tokens, sampling={**sampling, "seed": self.seed + index})
             for index, prompt in enumerate(self.prompts)
         ]
 
@@ -189,14 +190,15 @@ class GenerationTask:
 
 
 def passkey_task(
-    tokenizer: Any, filler: str, lengths: int, depths: Sequence[float], trials: int, seed: int, budgets: Sequence[float]
+    tokenizer: Any, filler: str, length: int, depths: Sequence[float], trials: int, seed: int, budgets: Sequence[float]
 ) -> RetrievalTask:
     """Filler and arguments as for :func:`needles.passkey`; ``trials`` per depth."""
     frame = PromptFrame(tokenizer)
     token_ids = frame.encode(filler)
-    if len(token_ids) < lengths:
-        raise ValueError(f"the text to hide a pass key in has {len(token_ids)} tokens, {lengths} are needed: give a longer one first")
-    return _retrieval_task("passkey", functools.partial(needles.passkey, frame, token_ids), lengths, depths, trials, seed, budgets)
+    if len(token_ids) < length:
+        raise ValueError(f"the text to hide a pass key in has {len(token_ids)} tokens, {length} are needed: give a longer one")
+    make = functools.partial(needles.passkey, frame, token_ids)
+    return _retrieval_task("passkey", make, length, depths, trials, seed, budgets)
 
 
 def key_value_task(
