@@ -127,10 +127,10 @@ def test_passkey(has_template, depth):
     made = needles.passkey(frame, FILLER, 1500, depth, random.Random(1))
     text = decode(made.token_ids)
     assert len(made.token_ids) == 1500 and len(made.answer) == 5
-    assert text.count(made.answer) == 2 and text.endswith("The pass key is")
+    assert text.count(made.answer) == 2 and text.endswith("The pass key is the number")
     assert text.startswith("<user>There is") if has_template else text.startswith("There is")
-    assert ("</user>\n<assistant>The pass key is" in text) == has_template
-    before, _, after = text.partition(f"\nThe pass key is {made.answer}.")
+    assert ("</user>\n<assistant>The pass key is the number" in text) == has_template
+    before, _, after = text.partition(f"\nThe pass key is the number {made.answer}.")
     filler_before, filler_after = before.count("Some words."), after.count("Some words.")
     assert filler_before / (filler_before + filler_after) == pytest.approx(depth, abs=0.02)
     if 0 < depth < 1:
@@ -141,20 +141,22 @@ def test_passkey(has_template, depth):
 @pytest.mark.parametrize("depth", [0, 0.5, 1])
 def test_key_value(has_template, depth):
     frame = PromptFrame(CharacterTokenizer(has_template))
-    made = needles.key_value(frame, 1500, depth, random.Random(1))
+    made = needles.key_value(frame, FILLER, 1500, depth, random.Random(1))
     text = decode(made.token_ids)
-    assert 1440 < len(made.token_ids) <= 1500
+    assert len(made.token_ids) == 1500
     lines = [line for line in text.splitlines() if line.startswith("The number of the ") and line.endswith(".")]
-    assert len(set(lines)) == len(lines) > 20
+    assert len(set(lines)) == len(lines) == needles.NUM_KEYS
     asked = text.rpartition("The number of the ")[2].removesuffix(" is")
     (place,) = (i for i, line in enumerate(lines) if line == f"The number of the {asked} is {made.answer}.")
-    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.05)
+    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.1)
+    if depth == 0.5:
+        assert 0.4 < text.index(lines[place]) / len(text) < 0.7
 
 
-@pytest.mark.parametrize("make", [lambda *args: needles.passkey(args[0], FILLER, *args[1:]), needles.key_value])
+@pytest.mark.parametrize("make", [needles.passkey, needles.key_value])
 def test_prompts_too_short_for_a_needle_are_refused(make):
     with pytest.raises(ValueError, match="give a longer length"):
-        make(PromptFrame(CharacterTokenizer()), 100, 0.5, random.Random(0))
+        make(PromptFrame(CharacterTokenizer()), FILLER, 100, 0.5, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_the_first_number_counts(text, is_answered):
 
 def test_needles_are_the_same_in_every_run_and_differ_by_seed():
     def answers(seed):
-        task = tasks.key_value_task(CharacterTokenizer(), 1500, [0, 1], 3, seed, [0.5])
+        task = tasks.retrieval_task("kv", CharacterTokenizer(), "Some words. " * 300, 1500, [0, 1], 3, seed, [0.5])
         return [needle.answer for _, needle in task.needles]
 
     assert answers(0) == answers(0) != answers(1)

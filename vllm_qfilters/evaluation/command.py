@@ -26,7 +26,7 @@ TASKS = {
     "streaming": "loss over long texts, the cache cut to the budget after every --chunk tokens",
     "prompt": "loss of the tokens after a prompt that was cut to a fraction",
     "passkey": "a number hidden in a text, asked for at the end of the prompt",
-    "kv": "one of many numbers in a table, asked for at the end of the prompt",
+    "kv": "one of several numbers hidden in a text, asked for at the end of the prompt",
     "generation": "repetition and endings of long generations",
 }
 CONTINUATION_TOKENS = 256
@@ -140,12 +140,10 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
             chosen.append(
                 _loss_task(f"prompt-{length}", tokenizer, read, args.prompts, tokens, length, length, args.fractions)
             )
-        if "passkey" in args.tasks:
-            chosen.append(
-                tasks.passkey_task(tokenizer, read[0].content, length, args.depths, args.trials, seed, args.fractions)
-            )
-        if "kv" in args.tasks:
-            chosen.append(tasks.key_value_task(tokenizer, length, args.depths, args.trials, seed, args.fractions))
+        for name in ("passkey", "kv"):
+            if name in args.tasks:
+                trials, filler = (args.depths, args.trials, seed), read[0].content
+                chosen.append(tasks.retrieval_task(name, tokenizer, filler, length, *trials, args.fractions))
     if "generation" in args.tasks:
         chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, args.budgets))
     for task in chosen:

@@ -148,7 +148,7 @@ def _check_budget(config: KVCompressionConfig, request: EvalRequest) -> None:
     config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens)
     if isinstance(budget, float) and math.ceil(budget * prompt_tokens) < config.min_budget:  # the engine would take the least
         raise ValueError(
-            f"{budget} of a prompt of {prompt_tokens} tokens is {math.ceil(budget * prompt_tokens)}, at least {config.min_budget} "
-            f"are needed for window {config.window} + sinks {config.sinks} + interval {config.interval}: raise --fractions or "
-            "--lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {math.ceil(budget * prompt_tokens)}, at least "
+            f"{config.min_budget} are needed for window {config.window} + sinks {config.sinks} + interval {config.interval}: "
+            "raise --fractions or --lengths"
         )
