@@ -387,7 +387,7 @@ def evaluate(model_with_tokenizer, tmp_path):
 def test_eval_in_a_process_of_its_own(evaluate, command, tmp_path):
     done = command(*evaluate, "--methods", "streaming", "--tasks", "streaming", "--no-plots")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("streaming: full cache ")
+    assert "streaming: full cache " in done.stdout
     values = json.loads((tmp_path / "quality.json").read_text())
     assert [(cell["method"], cell["budget"]) for cell in values["cells"]] == [("full", 0), ("streaming", 96)]
 
@@ -409,7 +409,7 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     assert [cell["task"] for cell in first["cells"] if (cell["method"], cell["budget"]) == ("full", 0)] == list(names)
     assert len(first["cells"]) == 10
     streaming, prompt, rest = first["engines"]
-    assert streaming["evicted_tokens"] == 2 * 384, "to 96 tokens at the last cut, at 448"
+    assert streaming["evicted_tokens"] == 2 * (448 - 96), "at 448 is the last cut"
     assert prompt["evicted_tokens"] == 160 and rest["evicted_tokens"] >= 4 * 160
     assert [engine["kv_compression"]["chunk"] for engine in first["engines"]] == [64, 320, 2048]
     assert streaming["block_size"] == streaming["kv_compression"]["interval"] == 32
