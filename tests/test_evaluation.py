@@ -243,6 +243,7 @@ def test_engine_options():
     [
         ("qfilters:chunk=128", loss_task(), "chunk is set by streaming itself"),
         ("qfilters:prefill=full", loss_task("prompt-1"), "prefill is set by prompt-1 itself"),
+        ("qfilters:granularity=page", loss_task(), "qfilters:granularity=page, streaming: kv_budget=96: at least"),
         ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=96: at least 100 tokens"),
         ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are"),
         ("knorm:interval=48", retrieval_task(), "interval=48 is not a multiple of the block size 32"),

@@ -71,7 +71,7 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
         config.check_block_size(block_size)
         for budget in task.budgets:
             for request in task.requests(budget):
-                _check_budget(config, request)
+                _check_budget(config, request, block_size)
     except ValueError as error:
         raise ValueError(f"{method.label}, {task.name}: {error}") from error
     return options
@@ -143,12 +143,12 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
                 )
 
 
-def _check_budget(config: KVCompressionConfig, request: EvalRequest) -> None:
+def _check_budget(config: KVCompressionConfig, request: EvalRequest, block_size: int) -> None:
     budget, prompt_tokens = request.kv_budget, len(request.token_ids)
-    config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens)
-    if isinstance(budget, float) and math.ceil(budget * prompt_tokens) < config.min_budget:  # the engine would take the least
+    config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
+    least = config.min_budget(block_size)
+    if isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least:  # the engine would take the least
         raise ValueError(
-            f"{budget} of a prompt of {prompt_tokens} tokens is {math.ceil(budget * prompt_tokens)}, at least "
-            f"{config.min_budget} are needed for window {config.window} + sinks {config.sinks} + interval {config.interval}: "
-            "raise --fractions or --lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {config.window} "
+            f"+ sinks {config.sinks} + interval {config.interval}: raise --fractions or --lengths"
         )
