@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
 from vllm_qfilters import cli
+from vllm_qfilters.evaluation.engine import serve
 from vllm_qfilters.filters.format import load
 from vllm_qfilters.offline import Refusal, Request
 
@@ -373,31 +373,55 @@ def test_calibrate_then_generate_then_continue(model_with_tokenizer, command, tm
     assert output.read_bytes() == whole
 
 
-def test_eval_then_more_of_it(model_with_tokenizer, tiny_filters, command, tmp_path):
-    text, output = tmp_path / "words.txt", tmp_path / "quality.json"
+@pytest.fixture
+def evaluate(model_with_tokenizer, tmp_path):
+    """Arguments of an evaluation on the tiny model; the file of results is quality.json."""
+    text = tmp_path / "words.txt"
     text.write_text(" ".join(f"w{3 + (7 * i + i * i // 50) % (VOCAB - 3)}" for i in range(2000)))
-    method = f"qfilters:filters={tiny_filters[0]}"
-    evaluate = ["eval", model_with_tokenizer, "--text", text, "-o", output, "--sequences", 2, "--tokens", 500, "--loss-from", 200]
-    evaluate += ["--chunk", 64, "--lengths", 320, "--trials", 1, "--depths", 0, 1, "--generations", 1, "--generation-tokens", 150]
-    evaluate += ["--budgets", 96, "--fractions", 0.5, "--no-plots"]
-    done = command(*evaluate, "--methods", "streaming", "--tasks", "streaming", "passkey", "kv", "generation")
+    argv = ["eval", model_with_tokenizer, "--text", text, "-o", tmp_path / "quality.json", "--sequences", 2, "--tokens", 500]
+    argv += ["--loss-from", 200, "--chunk", 64, "--lengths", 320, "--prompts", 1, "--trials", 1, "--depths", 0, 1]
+    argv += ["--generations", 1, "--generation-tokens", 150, "--budgets", 96, "--fractions", 0.5]
+    return [str(argument) for argument in argv]
+
+
+def test_eval_in_a_process_of_its_own(evaluate, command, tmp_path):
+    done = command(*evaluate, "--methods", "streaming", "--tasks", "streaming", "--no-plots")
     assert done.returncode == 0, done.stderr
-    assert "streaming: full cache 6." in done.stdout and "passkey-320: share found by budget" in done.stdout
-    first = json.loads(output.read_text())
-    assert [(cell["task"], cell["method"], cell["budget"]) for cell in first["cells"]].count(("streaming", "full", 0)) == 1
-    assert len(first["cells"]) == 8
-    streaming, rest = first["engines"]
-    cuts = (500 - 96) // 64  # the last tokens are not followed by a cut
-    assert streaming["evicted_tokens"] == 2 * 64 * cuts and rest["evicted_tokens"] > 0
-    assert (streaming["kv_compression"]["chunk"], rest["kv_compression"]["chunk"]) == (64, 2048)
+    assert "streaming: full cache " in done.stdout
+    values = json.loads((tmp_path / "quality.json").read_text())
+    assert [(cell["method"], cell["budget"]) for cell in values["cells"]] == [("full", 0), ("streaming", 96)]
+
+
+def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, capsys):
+    starts = []
+
+    def run_here(engine_args, requests):
+        starts.append(engine_args)
+        return serve(engine_args, requests)
+
+    monkeypatch.setattr("vllm_qfilters.evaluation.command.run_engine", run_here)
+    evaluate += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
+    assert cli.main([*evaluate, "--methods", "streaming", "--no-plots"]) == 0
+    printed = capsys.readouterr().out
+    names = ("streaming", "prompt-320", "passkey-320", "kv-320", "generation")
+    assert all(f"{name}: " in printed for name in names)
+    first = json.loads((tmp_path / "quality.json").read_text())
+    assert [cell["task"] for cell in first["cells"] if (cell["method"], cell["budget"]) == ("full", 0)] == list(names)
+    assert len(first["cells"]) == 10
+    streaming, prompt, rest = first["engines"]
+    assert streaming["evicted_tokens"] == 2 * (448 - 96), "at 448 is the last cut"
+    assert prompt["evicted_tokens"] == 160 and rest["evicted_tokens"] >= 4 * 160
+    assert [engine["kv_compression"]["chunk"] for engine in first["engines"]] == [64, 320, 2048]
     assert streaming["block_size"] == streaming["kv_compression"]["interval"] == 32
 
-    done = command(*evaluate, "--methods", "streaming", method, "--tasks", "streaming")
-    assert done.returncode == 0, done.stderr
-    more = json.loads(output.read_text())
-    assert more["cells"][:8] == first["cells"] and len(more["cells"]) == 9 and len(more["engines"]) == 3
-    (cell,) = more["cells"][8:]
-    assert cell["method"] == method and pathlib.Path(more["engines"][2]["kv_compression"]["filters"]) == tiny_filters[0]
-    full = next(cell for cell in first["cells"] if cell["method"] == "full" and cell["task"] == "streaming")
+    method = f"qfilters:filters={tiny_filters[0]}"
+    assert cli.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming"]) == 0
+    assert method in capsys.readouterr().out and tmp_path.joinpath("quality-loss.png").exists()
+    more = json.loads((tmp_path / "quality.json").read_text())
+    assert more["cells"][:10] == first["cells"] and len(more["cells"]) == 11 and len(more["engines"]) == 4
+    cell, full = more["cells"][10], more["cells"][0]
+    assert cell["method"] == method and more["engines"][3]["kv_compression"]["filters"] == str(tiny_filters[0])
     assert 0.001 < abs(cell["loss"] - full["loss"]) < 1
-    assert method in done.stdout
+    assert len(starts) == 4
+    assert cli.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming", "--tokens", "600"]) == 2
+    assert "has streaming with other settings (tokens)" in capsys.readouterr().err and len(starts) == 4

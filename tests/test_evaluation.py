@@ -127,10 +127,10 @@ def test_passkey(has_template, depth):
     made = needles.passkey(frame, FILLER, 1500, depth, random.Random(1))
     text = decode(made.token_ids)
     assert len(made.token_ids) == 1500 and len(made.answer) == 5
-    assert text.count(made.answer) == 2 and text.endswith("The pass key is")
+    assert text.count(made.answer) == 2 and text.endswith("The pass key is the number")
     assert text.startswith("<user>There is") if has_template else text.startswith("There is")
-    assert ("</user>\n<assistant>The pass key is" in text) == has_template
-    before, _, after = text.partition(f"\nThe pass key is {made.answer}.")
+    assert ("</user>\n<assistant>The pass key is the number" in text) == has_template
+    before, _, after = text.partition(f"\nThe pass key is the number {made.answer}.")
     filler_before, filler_after = before.count("Some words."), after.count("Some words.")
     assert filler_before / (filler_before + filler_after) == pytest.approx(depth, abs=0.02)
     if 0 < depth < 1:
@@ -141,20 +141,22 @@ def test_passkey(has_template, depth):
 @pytest.mark.parametrize("depth", [0, 0.5, 1])
 def test_key_value(has_template, depth):
     frame = PromptFrame(CharacterTokenizer(has_template))
-    made = needles.key_value(frame, 1500, depth, random.Random(1))
+    made = needles.key_value(frame, FILLER, 1500, depth, random.Random(1))
     text = decode(made.token_ids)
-    assert 1440 < len(made.token_ids) <= 1500
+    assert len(made.token_ids) == 1500
     lines = [line for line in text.splitlines() if line.startswith("The number of the ") and line.endswith(".")]
-    assert len(set(lines)) == len(lines) > 20
+    assert len(set(lines)) == len(lines) == needles.NUM_KEYS
     asked = text.rpartition("The number of the ")[2].removesuffix(" is")
     (place,) = (i for i, line in enumerate(lines) if line == f"The number of the {asked} is {made.answer}.")
-    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.05)
+    assert place / (len(lines) - 1) == pytest.approx(depth, abs=0.1)
+    if depth == 0.5:
+        assert 0.4 < text.index(lines[place]) / len(text) < 0.7
 
 
-@pytest.mark.parametrize("make", [lambda *args: needles.passkey(args[0], FILLER, *args[1:]), needles.key_value])
+@pytest.mark.parametrize("make", [needles.passkey, needles.key_value])
 def test_prompts_too_short_for_a_needle_are_refused(make):
     with pytest.raises(ValueError, match="give a longer length"):
-        make(PromptFrame(CharacterTokenizer()), 100, 0.5, random.Random(0))
+        make(PromptFrame(CharacterTokenizer()), FILLER, 100, 0.5, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_the_first_number_counts(text, is_answered):
 
 def test_needles_are_the_same_in_every_run_and_differ_by_seed():
     def answers(seed):
-        task = tasks.key_value_task(CharacterTokenizer(), 1500, [0, 1], 3, seed, [0.5])
+        task = tasks.retrieval_task("kv", CharacterTokenizer(), "Some words. " * 300, 1500, [0, 1], 3, seed, [0.5])
         return [needle.answer for _, needle in task.needles]
 
     assert answers(0) == answers(0) != answers(1)
@@ -185,7 +187,7 @@ def test_statistics():
         statistics.paired_increase([1.0], [1.0, 2.0])
 
 
-def loss_task(name="streaming", budgets=(64, 128), num_texts=2, tokens=600, loss_from=256, chunk=64):
+def loss_task(name="streaming", budgets=(96, 128), num_texts=2, tokens=600, loss_from=256, chunk=64):
     sequences = [TextSequence(f"text{index}", list(range(tokens))) for index in range(num_texts)]
     return LossTask(name, list(budgets), sequences, chunk, loss_from, {"tokens": tokens, "loss_from": loss_from})
 
@@ -241,8 +243,9 @@ def test_engine_options():
     [
         ("qfilters:chunk=128", loss_task(), "chunk is set by streaming itself"),
         ("qfilters:prefill=full", loss_task("prompt-1"), "prefill is set by prompt-1 itself"),
-        ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=64: at least 100 tokens"),
-        ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are needed"),
+        ("qfilters:granularity=page", loss_task(), "qfilters:granularity=page, streaming: kv_budget=96: at least"),
+        ("qfilters:window=64", loss_task(), "qfilters:window=64, streaming: kv_budget=96: at least 100 tokens"),
+        ("qfilters:window=200", retrieval_task(), "0.5 of a prompt of 400 tokens is 200, at least 236 are"),
         ("knorm:interval=48", retrieval_task(), "interval=48 is not a multiple of the block size 32"),
         ("knorm", loss_task(chunk=48), "chunk=48 is not a multiple of the block size 32"),
     ],
@@ -292,10 +295,10 @@ def test_every_cell_is_measured_once(tmp_path):
     results = run(tmp_path / "r.json", engine)
     assert [start["method"] for start in engine.starts] == ["qfilters", "qfilters", "streaming", "streaming"]
     assert len(engine.requests) == 2 * (1 + 2 * 2) + 4 * (1 + 2), "the full cache once"
-    assert results.methods("streaming") == ["qfilters", "streaming"] and results.budgets("streaming") == [64, 128]
-    cell, full = results.get("streaming", "streaming", 64), results.get("streaming", FULL, 0)
+    assert results.methods("streaming") == ["qfilters", "streaming"] and results.budgets("streaming") == [96, 128]
+    cell, full = results.get("streaming", "streaming", 96), results.get("streaming", FULL, 0)
     assert loss_increase(cell, full) == (1.0, 0.0)
-    assert ratio_to_reference(results, "streaming", results.get("streaming", "qfilters", 64)) == 0.5
+    assert ratio_to_reference(results, "streaming", results.get("streaming", "qfilters", 96)) == 0.5
     written = json.loads((tmp_path / "r.json").read_text())
     engine_of_cell = written["engines"][cell["engine"]]
     assert engine_of_cell["kv_compression"]["method"] == "streaming" and engine_of_cell["evicted_tokens"] == 1234
@@ -324,8 +327,8 @@ def test_added_methods_and_budgets_alone_are_measured(tmp_path):
     results = run(path, engine, [*METHODS, Method.parse("knorm")], [loss_task(budgets=(128, 256))])
     budgets = [request.kv_budget for request in engine.requests]
     assert sorted(budgets) == [128] * 2 + [256] * 6
-    assert results.budgets("streaming") == [64, 128, 256]
-    assert "-" in report(results), "knorm was not measured at 64"
+    assert results.budgets("streaming") == [96, 128, 256]
+    assert "-" in report(results), "knorm was not measured at 96"
 
 
 def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
@@ -364,7 +367,8 @@ def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     from vllm_qfilters.evaluation.plots import draw
 
-    paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]))
+    chosen = [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]
+    paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, chosen))
     assert [path.name for path in paths] == ["r-loss.png", "r-retrieval.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

@@ -525,7 +525,7 @@ class Layers:
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=lambda tensor, dim: tensor))
+    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=lambda tensor, dim: tensor))
 
 
 GROUPS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (6, 1)], ids=["MHA", "GQA2", "MQA6"])
@@ -582,7 +582,7 @@ def test_made_filters_keep_the_moments_of_the_queries(one_rank):
 )
 def test_all_ranks_together_make_the_filters_of_one(monkeypatch, num_ranks, num_kv_heads):
     def use(all_gather):
-        monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(all_gather=all_gather))
+        monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=all_gather))
 
     layers = Layers(num_kv_heads=num_kv_heads)
     num_heads = layers.queries.shape[2] // num_ranks

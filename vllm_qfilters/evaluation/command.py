@@ -26,7 +26,7 @@ TASKS = {
     "streaming": "loss over long texts, the cache cut to the budget after every --chunk tokens",
     "prompt": "loss of the tokens after a prompt that was cut to a fraction",
     "passkey": "a number hidden in a text, asked for at the end of the prompt",
-    "kv": "one of many numbers in a table, asked for at the end of the prompt",
+    "kv": "one of several numbers hidden in a text, asked for at the end of the prompt",
     "generation": "repetition and endings of long generations",
 }
 CONTINUATION_TOKENS = 256
@@ -59,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tasks", **several, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
     add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
     add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
-    add("--budgets", **several, **count, default=[256, 512, 1024], help="tokens, for streaming and generation; default 256 512 1024")
+    budgets = {**count, "default": [256, 512, 1024]}
+    add("--budgets", **several, **budgets, help="of streaming and generation, tokens; default 256 512 1024")
     fractions = {"type": _fraction, "metavar": "F", "default": [0.5, 0.25, 0.125]}
     add("--fractions", **several, **fractions, help="budgets of the other tasks, fractions of the prompt; default .5 .25 .125")
     described = "; ".join(f"{name}: {text}" for name, text in texts.DESCRIPTIONS.items())
@@ -91,14 +92,15 @@ def run(args: argparse.Namespace, engine_args: "EngineArgs") -> None:
     try:
         methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
         results = Results(args.output, args.model)
-        chosen = make_tasks(args, engine_args.create_model_config(), engine_args.seed)
+        model_config = engine_args.create_model_config()
+        chosen = make_tasks(args, model_config, engine_args.seed)
         results.check_settings(chosen)
         jobs = plan(methods, chosen, results, engine_args.block_size)
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if jobs:
         if engine_args.max_model_len is None:
-            engine_args.max_model_len = max(task.max_length for task in chosen)
+            engine_args.max_model_len = _max_model_len(model_config, chosen)
         results.start_run(describe_run())
         try:
             evaluate(jobs, results, engine_args, run_engine)
@@ -128,29 +130,36 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
 
     tokenizer = cached_tokenizer_from_config(model_config)
     read = texts.read_texts(args.text)
+    budgets, fractions = list(dict.fromkeys(args.budgets)), list(dict.fromkeys(args.fractions))
     chosen: list[tasks.Task] = []
     if "streaming" in args.tasks:
         chosen.append(
-            _loss_task("streaming", tokenizer, read, args.sequences, args.tokens, args.chunk, args.loss_from, args.budgets)
+            _loss_task("streaming", tokenizer, read, args.sequences, args.tokens, args.chunk, args.loss_from, budgets)
         )
     for length in dict.fromkeys(args.lengths):
         if "prompt" in args.tasks:
             tokens = length + CONTINUATION_TOKENS
             chosen.append(
-                _loss_task(f"prompt-{length}", tokenizer, read, args.prompts, tokens, length, length, args.fractions)
+                _loss_task(f"prompt-{length}", tokenizer, read, args.prompts, tokens, length, length, fractions)
             )
-        if "passkey" in args.tasks:
-            chosen.append(
-                tasks.passkey_task(tokenizer, read[0].content, length, args.depths, args.trials, seed, args.fractions)
-            )
-        if "kv" in args.tasks:
-            chosen.append(tasks.key_value_task(tokenizer, length, args.depths, args.trials, seed, args.fractions))
+        for name in ("passkey", "kv"):
+            if name in args.tasks:
+                trials, filler = (args.depths, args.trials, seed), read[0].content
+                chosen.append(tasks.retrieval_task(name, tokenizer, filler, length, *trials, fractions))
     if "generation" in args.tasks:
-        chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, args.budgets))
+        chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, budgets))
     for task in chosen:
-        if task.max_length > model_config.max_model_len:
-            raise ValueError(f"{task.name} needs {task.max_length} tokens, the model takes {model_config.max_model_len}: ask for shorter ones")
+        most = model_config.max_model_len
+        if task.max_length > most:
+            raise ValueError(f"{task.name} needs {task.max_length} tokens, the model takes {most}: ask for less")
     return chosen
+
+
+def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:
+    """No more than is needed; calibrated filters stay for other engines, so there is room for whole calibration sequences."""
+    from vllm_qfilters.filters.calibrate import SEQUENCE_TOKENS
+
+    return min(model_config.max_model_len, max(SEQUENCE_TOKENS + 1, *(task.max_length for task in chosen)))
 
 
 def _loss_task(
@@ -173,7 +182,7 @@ def _loss_task(
         "texts": {text.name: hashlib.sha256(text.content.encode()).hexdigest()[:16] for text in read[:num_sequences]},
     }
     sequences = texts.cut(read, tokenizer, num_sequences, num_tokens)
-    return tasks.LossTask(name, list(dict.fromkeys(budgets)), sequences, chunk, loss_from, settings)
+    return tasks.LossTask(name, budgets, sequences, chunk, loss_from, settings)
 
 
 def _fraction(text: str) -> float:

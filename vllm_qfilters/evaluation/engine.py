@@ -53,7 +53,7 @@ def run_engine(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> It
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # for the child, whose log would break up the progress bar
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(engine_args, requests, sender), name="vllm-qfilters-eval")
+    process = context.Process(target=_run_child, args=(engine_args, requests, sender), name="vllm-qfilters-eval")
     process.start()
     sender.close()
     try:
@@ -75,25 +75,33 @@ def run_engine(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> It
         process.join()
 
 
-def _serve(engine_args: "EngineArgs", requests: Sequence[EvalRequest], sender: Connection) -> None:
-    """The child process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is read from below, and its errors arrive as they are
+def serve(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> Iterator[EngineEvent]:
+    """As :func:`run_engine`, in this process.
+
+    Raises:
+        ValueError, OSError: the engine does not start, or refuses a request.
+    """
     from vllm import LLM
 
+    llm = LLM.from_engine_args(engine_args)
+    yield EngineStarted(_configuration(llm))
+    for index, request in enumerate(requests):
+        _add(llm, index, request)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                yield RequestFinished(int(output.request_id), _answer(output))
+    yield EngineFinished(llm.llm_engine.engine_core.engine_core.scheduler.compression_stats.evicted_tokens)
+
+
+def _run_child(engine_args: "EngineArgs", requests: Sequence[EvalRequest], sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is read from, and errors arrive as they are
     try:
-        llm = LLM.from_engine_args(engine_args)
-        sender.send(EngineStarted(_configuration(llm)))
-        for index, request in enumerate(requests):
-            _add(llm, index, request)
-        while llm.llm_engine.has_unfinished_requests():
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    sender.send(RequestFinished(int(output.request_id), _answer(output)))
+        for event in serve(engine_args, requests):
+            sender.send(event)
     except (ValueError, OSError) as error:
         sender.send(EngineError(" ".join(str(error).split())))
-        return
-    sender.send(EngineFinished(llm.llm_engine.engine_core.engine_core.scheduler.compression_stats.evicted_tokens))
 
 
 def _add(llm: "LLM", index: int, request: EvalRequest) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -17,6 +18,7 @@ def describe_run() -> dict[str, Any]:
     """Date, machine, versions, commit and command of this run, as JSON."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_gpu(),
         "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         **{package: _version(package) for package in ("vllm", "torch", "transformers", "vllm-qfilters")},
@@ -28,6 +30,14 @@ def describe_run() -> dict[str, Any]:
 def _cpu() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+
+
+def _gpu() -> dict[str, str]:
+    """Card and driver, where there is one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return {"gpu": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Goes through methods and tasks: one engine at a time, results written cell by cell, what is there already not measured again."""
+"""Goes through methods and tasks, one engine at a time: results are written cell by cell, and not measured again."""
 
 import copy
 import dataclasses
@@ -62,14 +62,16 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
     """
     both = sorted(set(method.options) & set(task.cuts))
     if both:
-        raise ValueError(f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of --tasks")
+        raise ValueError(
+            f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of --tasks"
+        )
     options = {"interval": block_size, **method.options, **task.cuts, "budget": 1.0}
     config = KVCompressionConfig.from_dict({"method": method.name, **options})
     try:
         config.check_block_size(block_size)
         for budget in task.budgets:
             for request in task.requests(budget):
-                _check_budget(config, request)
+                _check_budget(config, request, block_size)
     except ValueError as error:
         raise ValueError(f"{method.label}, {task.name}: {error}") from error
     return options
@@ -141,11 +143,12 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
                 )
 
 
-def _check_budget(config: KVCompressionConfig, request: EvalRequest) -> None:
-    budget, num_tokens = request.kv_budget, len(request.token_ids)
-    config.request_limits({REQUEST_BUDGET_KEY: budget}, num_tokens)
-    if isinstance(budget, float) and math.ceil(budget * num_tokens) < config.min_budget:
+def _check_budget(config: KVCompressionConfig, request: EvalRequest, block_size: int) -> None:
+    budget, prompt_tokens = request.kv_budget, len(request.token_ids)
+    config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
+    least = config.min_budget(block_size)
+    if isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least:  # the engine would take the least
         raise ValueError(
-            f"{budget} of a prompt of {num_tokens} tokens is {math.ceil(budget * num_tokens)}, at least {config.min_budget} are "
-            f"needed for window {config.window} + sinks {config.sinks} + interval {config.interval}: raise --fractions or --lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {config.window} "
+            f"+ sinks {config.sinks} + interval {config.interval}: raise --fractions or --lengths"
         )

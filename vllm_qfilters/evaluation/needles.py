@@ -8,18 +8,20 @@ from typing import Any
 
 from vllm_qfilters.evaluation.texts import leading_tokens
 
+NUM_KEYS = 8
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is applied
 _SENTENCE_END_REACH = 40  # tokens
 _ADJECTIVES = (
-    "amber ancient bitter brave bright broken calm clever cold crimson dark dusty early eager faint fancy foreign frozen gentle giant "
-    "golden green hidden hollow humble jolly late little lonely lucky mellow narrow noble old pale plain proud quick quiet rapid rough "
-    "royal rusty sacred sharp shy silent silver simple sleepy small smooth soft stern strange sunny sweet tall tender tiny warm wild wise"
+    "amber ancient bitter brave bright broken calm clever cold crimson dark dusty early eager faint fancy foreign frozen "
+    "gentle giant golden green hidden hollow humble jolly late little lonely lucky mellow narrow noble old pale plain proud "
+    "quick quiet rapid rough royal rusty sacred sharp shy silent silver simple sleepy small smooth soft stern strange sunny "
+    "sweet tall tender tiny warm wild wise"
 ).split()
 _NOUNS = (
-    "anchor apple arrow badge barrel basket beacon bell boat book bottle bridge bucket button candle castle chair clock cloud coin comet "
-    "crown desk drum eagle falcon feather fiddle forest garden harbor hammer island jacket kettle ladder lamp lantern lion marble meadow "
-    "mirror needle orchard otter paddle parrot pebble pencil piano pillow planet pocket rabbit ribbon river saddle shovel spoon table "
-    "temple tiger tower tunnel valley violin wagon whistle window"
+    "anchor apple arrow badge barrel basket beacon bell boat book bottle bridge bucket button candle castle chair clock "
+    "cloud coin comet crown desk drum eagle falcon feather fiddle forest garden harbor hammer island jacket kettle ladder "
+    "lamp lantern lion marble meadow mirror needle orchard otter paddle parrot pebble pencil piano pillow planet pocket "
+    "rabbit ribbon river saddle shovel spoon table temple tiger tower tunnel valley violin wagon whistle window"
 ).split()
 
 
@@ -60,7 +62,7 @@ class PromptFrame:
 
 
 def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
-    """A number within a text.
+    """One number within a text.
 
     Args:
         frame: of the prompt.
@@ -73,42 +75,27 @@ def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float
         ValueError: ``length`` is too short for the question.
     """
     key = str(rng.randrange(10_000, 100_000))
-    head = frame.head + frame.encode("There is a pass key hidden in the text below. Find and remember it.\n\n")
-    needle = frame.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
-    tail = frame.tail("\n\nWhat is the pass key mentioned in the text above?", "The pass key is")
-    room = length - len(head) - len(needle) - len(tail)
-    if room <= 0:
-        raise ValueError(f"instruction and question alone take {length - room} of {length} tokens: give a longer length")
-    first = rng.randrange(len(filler) - room + 1)
-    text = list(filler[first : first + room])
-    place = _sentence_end(frame, text, round(depth * room))
-    return Needle(head + text[:place] + needle + text[place:] + tail, key)
+    head = "There is a pass key hidden in the text below. Find and remember it.\n\n"
+    facts = [(depth, f"\nThe pass key is the number {key}. Remember it. {key} is the pass key.\n")]
+    tail = frame.tail("\n\nWhat is the pass key mentioned in the text above?", "The pass key is the number")
+    return Needle(_hide(frame, filler, length, head, facts, tail, rng), key)
 
 
-def key_value(frame: PromptFrame, length: int, depth: float, rng: random.Random) -> Needle:
-    """A table of keys and numbers, one of which is asked for: nothing tells it from the others before the question.
+def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
+    """``NUM_KEYS`` named numbers within a text, evenly; before the question nothing tells which one it will ask for.
 
-    Args, Raises: as for :func:`passkey`; the prompt is up to one line of the table shorter than ``length``.
+    Args, Raises: as for :func:`passkey`; ``depth`` is the place among the numbers.
     """
-    keys = [f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
-    rng.shuffle(keys)
-    head = frame.head + frame.encode("Below is a table of names and their numbers.\n\n")
-    lines, numbers, taken = [], [], len(head)
-    for key in keys:
-        numbers.append(str(rng.randrange(10_000, 100_000)))
-        lines.append(frame.encode(f"The number of the {key} is {numbers[-1]}.\n"))
-        taken += len(lines[-1])
-        if taken >= length:
-            break
-    else:
-        raise ValueError(f"a prompt of {length} tokens is longer than a table of all {len(keys)} keys there are: give a shorter length")
-    while lines:
-        asked = min(round(depth * len(lines)), len(lines) - 1)
-        tail = frame.tail(f"\n\nWhat is the number of the {keys[asked]}?", f"The number of the {keys[asked]} is")
-        if taken + len(tail) <= length:
-            return Needle([*head, *(token for line in lines for token in line), *tail], numbers[asked])
-        taken -= len(lines.pop())
-    raise ValueError(f"no line of the table fits in {length} tokens: give a longer length")
+    names = rng.sample([f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS], NUM_KEYS)
+    numbers = [str(number) for number in rng.sample(range(10_000, 100_000), NUM_KEYS)]
+    head = "There are numbers of things hidden in the text below. Find and remember them.\n\n"
+    facts = [
+        (index / (NUM_KEYS - 1), f"\nThe number of the {name} is {number}.\n")
+        for index, (name, number) in enumerate(zip(names, numbers))
+    ]
+    asked = round(depth * (NUM_KEYS - 1))
+    tail = frame.tail(f"\n\nWhat is the number of the {names[asked]}?", f"The number of the {names[asked]} is")
+    return Needle(_hide(frame, filler, length, head, facts, tail, rng), numbers[asked])
 
 
 def is_answered(text: str, answer: str) -> bool:
@@ -119,6 +106,32 @@ def is_answered(text: str, answer: str) -> bool:
 
 def _key_value_tail(frame: PromptFrame, key: str) -> list[int]:
     return frame.tail(f"\n\nWhat is the number of the {key}?", f"The number of the {key} is")
+
+
+def _hide(
+    frame: PromptFrame,
+    filler: Sequence[int],
+    length: int,
+    head: str,
+    facts: Sequence[tuple[float, str]],
+    tail: Sequence[int],
+    rng: random.Random,
+) -> list[int]:
+    """A prompt of exactly ``length`` tokens: ``head``, a part of ``filler`` with ``facts`` at their depths, ``tail``."""
+    token_ids = frame.head + frame.encode(head)
+    encoded = [(depth, frame.encode(fact)) for depth, fact in facts]
+    taken = len(token_ids) + sum(len(fact) for _, fact in encoded) + len(tail)
+    room = length - taken
+    if room <= 0:
+        raise ValueError(f"instruction, question and what is hidden take {taken} of {length} tokens: give a longer length")
+    first = rng.randrange(len(filler) - room + 1)
+    text = filler[first : first + room]
+    start = 0
+    for depth, fact in encoded:
+        place = max(start, _sentence_end(frame, text, round(depth * room)))
+        token_ids += [*text[start:place], *fact]
+        start = place
+    return [*token_ids, *text[start:], *tail]
 
 
 def _sentence_end(frame: PromptFrame, text: Sequence[int], place: int) -> int:

@@ -62,9 +62,11 @@ def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
         budgets = [0, *reversed(results.budgets(task))]
         for panel, method in zip(row, columns):
             cells = [results.get(task, FULL if budget == 0 else method, budget) for budget in budgets]
-            image = panel.imshow([list(_by_depth(cell, len(depths))) for cell in cells], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            shares = [list(_by_depth(cell, len(depths))) for cell in cells]
+            image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            labels = ["full" if budget == 0 else f"{budget:g}" for budget in budgets]
             panel.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize="x-small")
-            panel.set_yticks(range(len(budgets)), ["full" if budget == 0 else f"{budget:g}" for budget in budgets], fontsize="x-small")
+            panel.set_yticks(range(len(budgets)), labels, fontsize="x-small")
             panel.set_title(method.replace(":", ":\n", 1).replace(",", ",\n"), fontsize="x-small")
         row[0].set_ylabel(f"{task}\nbudget (fraction of the prompt)", fontsize="small")
     figure.supxlabel("depth", fontsize="small")

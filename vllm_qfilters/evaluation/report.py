@@ -83,8 +83,8 @@ def _loss_tables(results: Results, task: str) -> Iterable[str]:
         return ["-"] * len(texts) if cell is None else [f"{loss_increase(cell, full, text).mean:+.4f}" for text in texts]
 
     title = (
-        f"{task}: full cache {full['loss']:.4f} nats per token (perplexity {math.exp(full['loss']):.3f}); increase over it by budget (standard "
-        f"error), ratio to {REFERENCE}"
+        f"{task}: full cache {full['loss']:.4f} nats per token (perplexity {math.exp(full['loss']):.3f}); "
+        f"increase over it by budget (standard error), ratio to {REFERENCE}"
     )
     header = ["", *map(str, budgets)]
     tables = [table(title, header, [[method, *(increase(method, budget) for budget in budgets)] for method in methods])]
@@ -120,7 +120,8 @@ def _generation_tables(results: Results, task: str) -> Iterable[str]:
 
     budgets = results.budgets(task)
     rows = [[m, *(numbers(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
-    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length; full cache {numbers(results.get(task, FULL, 0))}"
+    full = numbers(results.get(task, FULL, 0))
+    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length; full cache {full}"
     return [table(title, ["", *map(str, budgets)], rows)]
 
 

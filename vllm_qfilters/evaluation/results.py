@@ -15,8 +15,8 @@ _VERSION = 1
 class Results:
     """The cells of one model.
 
-    The file is JSON: ``cells`` hold the measurements, and each the index of its engine; ``engines`` tell their configuration, and
-    each the index of its run; ``runs`` tell machine, versions, commit and command; ``tasks`` the settings of each task.
+    The file is JSON: ``cells`` hold the measurements, and each the index of its engine; ``engines`` tell their configuration,
+    and each the index of its run; ``runs`` tell machine, versions, commit and command; ``tasks`` the settings of each task.
 
     Args:
         path: of the file; what is there already is continued.
@@ -42,9 +42,7 @@ class Results:
             before, now = self._values["tasks"].get(task.name), json.loads(json.dumps(task.settings))
             if before is not None and before != now:
                 changed = ", ".join(sorted(key for key in {*before, *now} if before.get(key) != now.get(key)))
-                raise ValueError(
-                    f"{self.path} has {task.name} with other settings ({changed}): choose another --output, or delete it to start over"
-                )
+                raise ValueError(f"{self.path} has {task.name} with other settings ({changed}): choose another --output")
 
     def start_run(self, run: Mapping[str, Any]) -> None:
         """Of what is added from now on; ``run`` says where and how it is measured."""

