@@ -162,7 +162,7 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
         rows = torch.stack(rows).unflatten(0, (-1, group)).mean(1)
         if rule.filter == "expected":
             if observed is not None:
-                rows = 0.75 * rows + 0.25 * observed[index]
+                rows = (rows + observed[index]) / 2
             rows = rows * values.norm(dim=-1)
         scores.append(rows)
     return scores

@@ -151,7 +151,7 @@ class ExpectedAttentionScorer(Scorer):
     """
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
-    OBSERVED_SHARE = 0.25
+    OBSERVED_SHARE = 0.5
     POOL = 7  # neighbours observed attention is averaged over
 
     def __init__(self, cache: PagedCache, bank: FilterBank, scale: float) -> None:
