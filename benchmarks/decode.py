@@ -8,17 +8,16 @@ writes them with machine, versions and commit to benchmarks/results/.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+
+from vllm_qfilters.evaluation.environment import describe_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 CASES = ("plain", "compressed", "limit")
@@ -92,30 +91,6 @@ def _text() -> str:
     return "\n".join(topics.topics.values())
 
 
-def machine() -> dict:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    packages = ("vllm", "torch", "transformers")
-    return {
-        "date": datetime.date.today().isoformat(),
-        **gpu(),
-        "cpu": f"{cpu}, {len(__import__('os').sched_getaffinity(0))} cores",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit + ("+changes" if changed else ""),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def gpu() -> dict[str, str]:
-    """Card and driver, where there is one."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    return {"gpu": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -146,7 +121,7 @@ def main() -> None:
             rounds.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
 
     by_case = {case: [r for r in rounds if r["case"] == case] for case in CASES}
-    result = {"machine": machine(), "load": job, "rounds": rounds, "ratios": ratios(by_case)}
+    result = {"machine": describe_run(), "load": job, "rounds": rounds, "ratios": ratios(by_case)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result, by_case)

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from decode import ROOT, machine
+from decode import ROOT
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_qfilters import kernels
+from vllm_qfilters.evaluation.environment import describe_run
 from vllm_qfilters.kernels import PagedCache, cpu, probe_page_layout, reference
 
 NUM_LAYERS, NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 30, 9, 3, 64, 128
@@ -118,7 +119,7 @@ def main() -> None:
         "selection shared by heads, all layers": select_calls(cache, shared_by_heads=True),
         "compaction of 1024 to 896 tokens, all layers": compact_calls(cache),
     }
-    result = {"machine": {**machine(), "threads": arguments.threads}, "us_per_call": {}}
+    result = {"machine": {**describe_run(), "threads": arguments.threads}, "us_per_call": {}}
     for name, calls in cases.items():
         fast, slow = median_us(calls, arguments.calls)
         result["us_per_call"][name] = {"C++": round(fast, 1), "PyTorch": round(slow, 1), "ratio": round(slow / fast, 1)}

@@ -14,7 +14,9 @@ import pathlib
 import statistics
 import time
 
-from decode import ROOT, _text, machine
+from decode import ROOT, _text
+
+from vllm_qfilters.evaluation.environment import describe_run
 
 PARTS = {
     "keys scored at the write": ("scorer", "write"),
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "page_scores.json")
     arguments = parser.parse_args()
     load = {name: getattr(arguments, name) for name in ("model", "context", "budget", "sequences", "steps")}
-    result = {"machine": machine(), "load": load, **measure(arguments)}
+    result = {"machine": describe_run(), "load": load, **measure(arguments)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
