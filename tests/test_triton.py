@@ -120,6 +120,8 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
             write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters, **scale)
         else:
             reference.write_and_score(key, value, view, cache.scores[0], slots, filters, 0.5, 2.0)
+            for plane in range(1, geometry.num_planes):
+                reference.write_scores(torch.zeros(key.shape[:2], device=DEVICE), cache.planes[0][:, plane], slots)
         buffers.append(cache.scores.clone())
         cache.scores.zero_()
         buffers.append(buffer)
@@ -322,7 +324,8 @@ SCORERS = ["rotary", "rotary, two rotations", "expected", "expected, rank 0", "e
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"])
-def test_scorers_of_batches_match_those_of_sequences(case, name):
+def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
+    monkeypatch.setattr("vllm_qfilters.scorers.expected_attention", reference.expected_attention)  # of any layout
     geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
     slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))

@@ -79,9 +79,13 @@ class CompressedModelRunner:
                 )
             self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
-        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, self.cache_config.block_size)
-        num_planes = self.compression.num_planes
-        return {name: spec_cls.from_full_attention(spec, max_resident_tokens, num_planes) for name, spec in specs.items()}
+        max_model_len, num_planes = self.model_config.max_model_len, self.compression.num_planes
+        return {
+            name: spec_cls.from_full_attention(
+                spec, self.compression.max_resident_tokens(max_model_len, spec.block_size), num_planes
+            )
+            for name, spec in specs.items()
+        }
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
