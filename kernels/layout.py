@@ -74,7 +74,32 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
     return PageLayout(keys=where(0), values=where(1))
 
 
-class PagedCache:
+class _Planes:
+    """Reads and writes the planes of a cache by sequence.
+
+    Attributes:
+        planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
+        scores: the first plane.
+    """
+
+    def __init__(self, planes: torch.Tensor) -> None:
+        self.planes = planes
+        self.scores = planes[:, :, 0]
+
+    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
+        found = self.planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
+        return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
+
+    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
+        num_tokens, block_size = numbers.shape[-1], self.planes.shape[-1]
+        page = pages.repeat_interleave(block_size)[:num_tokens]
+        slot = torch.arange(block_size, device=self.planes.device).repeat(pages.shape[0])[:num_tokens]
+        self.planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)
+
+
+class PagedCache(_Planes):
     """Keys, values and scores of all layers of one rank, addressed by (layer, page, KV head, slot).
 
     Args:
@@ -107,8 +132,7 @@ class PagedCache:
             (self.num_layers, num_blocks, num_kv_heads, page_elements),
             (layer_stride, first.stride(0), page_elements, 1),
         )
-        self.planes = _planes(first, self.num_layers, layer_stride, num_planes)
-        self.scores = self.planes[:, :, 0]
+        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes))
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
         """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
@@ -132,16 +156,8 @@ class PagedCache:
         keys = self.pages[layer, pages].transpose(0, 1).gather(2, offsets)  # [num_kv_heads, num_pages, block_size * head_size]
         return keys.view(self.num_kv_heads, -1, self.layout.keys.shape[1])[:, :num_tokens].to(torch.float32)
 
-    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
-        return _resident_plane(self.planes, plane, pages, num_tokens)
 
-    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
-        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
-        _set_resident_plane(self.planes, plane, pages, numbers)
-
-
-class StridedCache:
+class StridedCache(_Planes):
     """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key | value``.
 
     So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages
@@ -176,8 +192,7 @@ class StridedCache:
             )
         layer_stride = _layer_stride(kv_caches)
         self.rows = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
-        self.planes = _planes(first, self.num_layers, layer_stride, num_planes)
-        self.scores = self.planes[:, :, 0]
+        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes))
         element_size = first.element_size()
         num_bytes = self.num_kv_heads * self.block_size * (content * element_size + 4 * num_planes)
         self.words = torch.empty(0, dtype=torch.int32, device=first.device).set_(
@@ -203,26 +218,6 @@ class StridedCache:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
         keys = self.rows[layer, pages, ..., : self.head_size]  # [num_pages, num_kv_heads, block_size, head_size]
         return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens].to(torch.float32)
-
-    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
-        return _resident_plane(self.planes, plane, pages, num_tokens)
-
-    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
-        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
-        _set_resident_plane(self.planes, plane, pages, numbers)
-
-
-def _resident_plane(planes: torch.Tensor, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    found = planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
-    return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
-
-
-def _set_resident_plane(planes: torch.Tensor, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
-    num_tokens, block_size = numbers.shape[-1], planes.shape[-1]
-    page = pages.repeat_interleave(block_size)[:num_tokens]
-    slot = torch.arange(block_size, device=planes.device).repeat(pages.shape[0])[:num_tokens]
-    planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)
 
 
 def _has_strides(cache: torch.Tensor, inner: tuple[int, ...]) -> bool:

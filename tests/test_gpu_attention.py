@@ -120,14 +120,15 @@ for name in ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfe
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_qfilters.attention.gpu import BACKENDS, ScoringAttention
+from vllm_qfilters.attention.watched import WatchedAttention
 
 for backend, path in BACKENDS.items():
     original, ours = resolve_obj_by_qualname(backend.value), resolve_obj_by_qualname(path)
     assert issubclass(ours, original) and ours.get_name() == backend.name == original.get_name()
     assert not ours.forward_includes_kv_cache_update
     mro = ours.get_impl_cls().__mro__
-    assert mro[1:3] == (ScoringAttention, original.get_impl_cls()), mro
-    assert "do_kv_cache_update" in vars(mro[2]) and "forward" in vars(mro[2])
+    assert mro[1:4] == (ScoringAttention, WatchedAttention, original.get_impl_cls()), mro
+    assert "do_kv_cache_update" in vars(mro[3]) and "forward" in vars(mro[3])
 print("checked", *BACKENDS)
 """
 

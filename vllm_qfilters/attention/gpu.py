@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_qfilters.attention.recent_queries import QueryRecorder
-from vllm_qfilters.filters.statistics import LayerStatistics
+from vllm_qfilters.attention.watched import WatchedAttention
 
 FP8_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -40,24 +39,18 @@ class KeyWriter(Protocol):
         """:func:`vllm_qfilters.kernels.write_and_score.write_and_score` with what it scores bound to it."""
 
 
-class ScoringAttention:
+class ScoringAttention(WatchedAttention):
     """Goes before an ``AttentionImpl``.
 
     Attributes, set by the model runner once the cache exists and before CUDA graphs are captured:
-        index: of the layer.
         write_and_score: writes keys and values and leaves numbers beside them; None: vLLM writes, and there are none.
         planes: where those go, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``.
-        recorder: keeps the last queries of prompts; None: nobody asks for them.
-        statistics: while filters are calibrated, sees every query and key.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.index = 0
         self.write_and_score: KeyWriter | None = None
         self.planes: torch.Tensor | None = None
-        self.recorder: QueryRecorder | None = None
-        self.statistics: LayerStatistics | None = None
 
     def do_kv_cache_update(
         self,
@@ -80,21 +73,3 @@ class ScoringAttention:
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
         )
-
-    def forward(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if self.statistics is not None and attn_metadata is not None:
-            num_tokens = attn_metadata.num_actual_tokens
-            self.statistics.observe(query[:num_tokens], key[:num_tokens])
-        if self.recorder is not None:
-            self.recorder.record(self.index, query)
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
