@@ -5,7 +5,7 @@ queries like.
 """
 
 import torch
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 
@@ -83,10 +83,16 @@ def expected_attention(
 
 
 def observed_attention(
-    cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, queries: torch.Tensor, num_newer: int, pool: int
-) -> torch.Tensor:
-    """How much attention the last queries of a prompt pay to each token of a sequence, smoothed over neighbours (as SnapKV,
-    arXiv 2404.14469).
+    cache: PagedCache | StridedCache,
+    pages: torch.Tensor,
+    num_tokens: int,
+    queries: torch.Tensor,
+    num_newer: int,
+    mean_pool: int,
+    peak_pool: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much attention the last queries of a prompt pay to each token of a sequence and its neighbours (after SnapKV,
+    arXiv 2404.14469): on the whole, and at most.
 
     Args:
         cache: whose keys are read.
@@ -94,24 +100,27 @@ def observed_attention(
         num_tokens: it holds.
         queries: after RoPE, times the scale of the logits, shape ``[num_layers, num_heads, num_queries, head_size]``, float32.
         num_newer: of its last tokens came after the last query.
-        pool: tokens averaged over, odd.
+        mean_pool, peak_pool: neighbours, the token among them, odd.
 
     Returns:
-        float32, shape ``[num_layers, num_kv_heads, num_tokens]``, the mean over queries and the query heads of a KV head; 0 for
-        newer tokens.
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; 0 for newer tokens.
+
+        mean: over queries, the query heads of a KV head, and neighbours.
+        peak: the most that any query of the layer, of any head, pays to a neighbour: the same for its KV heads.
     """
     num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
-    attention = torch.zeros(num_layers, num_kv_heads, num_tokens)
+    mean, peak = torch.zeros(2, num_layers, num_kv_heads, num_tokens)
     is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(num_seen - num_queries + 1)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
         logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
         logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
-        mean = logits.softmax(-1).mean((1, 2))
-        attention[layer, :, :num_seen] = avg_pool1d(mean, pool, stride=1, padding=pool // 2)
-    return attention
+        attention = logits.softmax(-1)
+        mean[layer, :, :num_seen] = avg_pool1d(attention.mean((1, 2)), mean_pool, stride=1, padding=mean_pool // 2)
+        peak[layer, :, :num_seen] = max_pool1d(attention.amax((0, 1, 2))[None], peak_pool, stride=1, padding=peak_pool // 2)
+    return mean, peak
 
 
 def write_and_score(

@@ -51,9 +51,12 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
             if evicted:
                 window = resident - evicted - sinks if rule.method == "streaming" else rule.window
                 if rule.observed and not is_observed_after_prompt:
-                    observed = seen.attention(cache, newer=max(0, position - len(prompt)))
-                    is_observed_after_prompt = position > len(prompt)
-                scores = score(model, cache, filters, rule, position, observed)
+                    observed, peaks = seen.attention(cache, newer=max(0, position - len(prompt)))
+                    is_observed_after_prompt = position >= len(prompt)
+                    looked_at = peaks if is_observed_after_prompt else observed
+                else:
+                    looked_at = observed
+                scores = score(model, cache, filters, rule, position, looked_at)
                 if rule.whole_pages:
                     evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
@@ -113,8 +116,9 @@ class _Queries:
             self.rows[layer] = torch.cat((self.rows[layer], new), 1)[:, -self.count :]
 
     def attention(self, cache, newer: int) -> list[torch.Tensor]:
-        """Per layer ``[kv_heads, resident]``: what the last queries pay, averaged over 7 neighbours; 0 to newer tokens."""
-        found = []
+        """Per layer, 0 to newer tokens: what the last queries pay, averaged over 7 neighbours, ``[kv_heads, resident]``; the most
+        that one of them pays, in any head, to one of 13 neighbours, ``[resident]``."""
+        means, peaks = [], []
         for layer, rows in zip(cache.layers, self.rows, strict=True):
             keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
             num_kv_heads, seen, size = keys.shape
@@ -123,11 +127,12 @@ class _Queries:
             logits = queries @ keys[:, None].mT / size**0.5  # [kv_heads, group, n, seen]
             for i in range(n):
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
-            paid = logits.softmax(-1).mean((1, 2))
-            padded = torch.nn.functional.pad(paid, (3, 3))
-            pooled = sum(padded[:, shift : shift + seen] for shift in range(7)) / 7
-            found.append(torch.nn.functional.pad(pooled, (0, newer)))
-        return found
+            paid = torch.nn.functional.pad(logits.softmax(-1), (6, 6 + newer))
+            mean = sum(paid[..., 6 + shift : 6 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
+            means.append(torch.nn.functional.pad(mean, (0, newer)))
+            peak = paid.unfold(-1, 13, 1).amax((0, 1, 2, 4))
+            peaks.append(torch.nn.functional.pad(peak[:seen], (0, newer)))
+        return means, peaks
 
 
 def score(model, cache, filters, rule: Rule, position: int, observed) -> list[torch.Tensor]:

@@ -129,7 +129,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
                 continue
             pages, num_newer = batch.pages(index, self.cache.block_size), compaction.position - recent.end
             queries = self.scale * recent.queries.to(torch.float32)
-            pool = ExpectedAttentionScorer.POOL
-            observed = observed_attention(self.cache, pages, compaction.resident_tokens, queries, num_newer, pool)
-            self.cache.set_resident_plane(plane, pages, observed)
+            pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
+            mean, peak = observed_attention(self.cache, pages, compaction.resident_tokens, queries, num_newer, *pools)
+            self.cache.set_resident_plane(plane, pages, mean)
         return gather_scores(self.cache.planes[:, :, plane], batch)

@@ -27,10 +27,16 @@ class RecentQueries:
     Attributes:
         queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
         end: the position after the last one.
+        num_prompt_tokens: of the whole prompt, which may not have been read to its end.
     """
 
     queries: torch.Tensor
     end: int
+    num_prompt_tokens: int
+
+    def have_read_prompt_at(self, position: int) -> bool:
+        """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks for."""
+        return position >= self.num_prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,7 @@ class ResidentTokens:
         pages: it holds, shape ``[num_pages]``, int64.
         num_tokens: it holds.
         position: of its next token.
-        recent_queries: of its prompt; None once they have been used after its end.
+        recent_queries: of its prompt; None after its first eviction behind the prompt.
     """
 
     pages: torch.Tensor
@@ -142,7 +148,9 @@ class ExpectedAttentionScorer(Scorer):
 
     The attention is expected from the queries' statistics before RoPE, turned to the coming positions (Q-Filters' fixed statistics
     in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is mixed with the attention the prompt's
-    last queries pay, which stays beside them from the first eviction after the prompt on.
+    last queries pay: what they pay on the whole, a sample of the queries to come, which stays beside the tokens from then on. In
+    the first eviction after the prompt they are its question: there it is mixed with the most that any of them pays, so that what
+    is asked for stays although few of them look at it.
 
     Args:
         cache: with a second plane if the last queries of prompts are kept.
@@ -152,7 +160,8 @@ class ExpectedAttentionScorer(Scorer):
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
     OBSERVED_SHARE = 0.5
-    POOL = 7  # neighbours observed attention is averaged over
+    MEAN_POOL = 7  # neighbours that attention is averaged over
+    PEAK_POOL = 13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
 
     def __init__(self, cache: PagedCache, bank: FilterBank, scale: float) -> None:
         super().__init__(cache)
@@ -176,6 +185,8 @@ class ExpectedAttentionScorer(Scorer):
             return plane
         queries = self.scale * recent.queries.to(torch.float32)
         num_newer = tokens.position - recent.end
-        observed = observed_attention(self.cache, tokens.pages, tokens.num_tokens, queries, num_newer, self.POOL)
-        self.cache.set_resident_plane(self.OBSERVED, tokens.pages, observed)
-        return observed
+        mean, peak = observed_attention(
+            self.cache, tokens.pages, tokens.num_tokens, queries, num_newer, self.MEAN_POOL, self.PEAK_POOL
+        )
+        self.cache.set_resident_plane(self.OBSERVED, tokens.pages, mean)
+        return peak if recent.have_read_prompt_at(tokens.position) else mean

@@ -18,7 +18,7 @@ class QueryRecorder:
     def __init__(self, num_layers: int, num_queries: int) -> None:
         self.num_queries = num_queries
         self._layers: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]  # [num_queries, num_heads, head_size]
-        self._ends: dict[str, int] = {}
+        self._ends: dict[str, tuple[int, int]] = {}  # the position after the last query, and the prompt's length
         self._rows: list[tuple[str, int, int]] = []
 
     def start_step(
@@ -38,7 +38,7 @@ class QueryRecorder:
             end = min(position + num_tokens, num_prompt)
             if end > position:
                 self._rows.append((req_id, start, start + end - position))
-                self._ends[req_id] = end
+                self._ends[req_id] = end, num_prompt
             start += num_tokens
 
     def record(self, layer: int, query: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ class QueryRecorder:
         if req_id not in self._ends:
             return None
         queries = torch.stack([layer[req_id] for layer in self._layers])
-        return RecentQueries(queries.transpose(1, 2), self._ends[req_id])
+        return RecentQueries(queries.transpose(1, 2), *self._ends[req_id])
 
     def forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:

@@ -153,9 +153,9 @@ class CompressedModelRunner:
             self.recorder.forget(req_ids)
 
     def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
-        """What is left of the prompt's queries; handed out for the last time when the first generated tokens are there."""
+        """The last of the prompt's queries so far; handed out for the last time at the first eviction after the prompt."""
         recent = self.recorder.get(row.req_id) if self.recorder is not None else None
-        if recent is not None and recent.end < row.position:
+        if recent is not None and recent.have_read_prompt_at(row.position):
             self.recorder.forget([row.req_id])
         return recent
 
