@@ -29,6 +29,9 @@ def load() -> bool:
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
     )
     torch.library.register_fake(
+        "vllm_qfilters::page_scores", lambda score_plane, pages, *arguments: score_plane.new_empty(pages.shape)
+    )
+    torch.library.register_fake(
         "vllm_qfilters::expected_attention",
         lambda pages, key_offsets, page_table, num_tokens, means, factors: means.new_empty(
             pages.shape[0], pages.shape[2], num_tokens
@@ -58,6 +61,11 @@ def expected_attention(
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.select_kept`."""
     return OPERATORS.select_kept.default(scores, kept, sinks, window, shared_by_heads)
+
+
+def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.page_scores`."""
+    return OPERATORS.page_scores.default(plane, pages, mean, deviation)
 
 
 def compact(
