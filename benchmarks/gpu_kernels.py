@@ -3,8 +3,10 @@
     python benchmarks/gpu_kernels.py [--sequences 16] [--dry-run]
 
 Beside each stands what it is to be compared with: the same write without scores, the write and then the scores in PyTorch, and
-the PyTorch reference. Needs PyTorch and Triton alone. Prints a table and writes it, with card, driver, versions and commit, to
-benchmarks/results/. ``--dry-run`` runs small shapes once under Triton's interpreter on a CPU: its times mean nothing.
+the PyTorch reference; and what compaction is for: decode attention of xformers, where it is installed, over whole caches and
+over compacted ones. Needs PyTorch and Triton alone. Prints a table and writes it, with card, driver, versions and commit, to
+benchmarks/results/. ``--dry-run`` runs small shapes once under Triton's interpreter on a CPU: its times mean nothing, and are
+only written where ``--output`` says.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -22,14 +26,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 IS_DRY_RUN = "--dry-run" in sys.argv
 if IS_DRY_RUN:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+sys.path.append(str(ROOT))  # for tests/paged_attention.py
 
 import torch
 import triton
+from decode import RESULTS, check_output
 
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.observation import Observation, observe
+from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
@@ -37,17 +45,20 @@ from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 DEVICE = "cpu" if IS_DRY_RUN else "cuda"
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, DTYPE = 32, 32, 8, 128, 16, torch.bfloat16
 RESIDENT, EVICTED, SINKS, WINDOW = 2048, 128, 4, 1024
+RANK, OBSERVED = 8, 32
+CONTEXT, BUDGET, ATTENTION_BLOCK = 32768, 2048, 64  # of the decode attention; xformers is at its best with pages of 64
 STEPS = (1, 64, 2048, 8192)  # tokens written at once
 if IS_DRY_RUN:
     NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, RESIDENT, EVICTED, WINDOW, STEPS = 2, 4, 2, 16, 128, 16, 32, (1, 5)
+    CONTEXT, BUDGET, DTYPE = 512, 128, torch.float16  # Triton 3.7's interpreter cannot multiply bfloat16
 
 
-def make_cache(num_blocks: int, num_layers: int = NUM_LAYERS) -> StridedCache:
+def make_cache(num_blocks: int, num_layers: int = NUM_LAYERS, block_size: int = BLOCK_SIZE) -> StridedCache:
     """As FLASH_ATTN gets it: token by token, layers outermost, scores behind each page."""
     content = 2 * HEAD_SIZE
-    page = NUM_KV_HEADS * BLOCK_SIZE * (content + 4 // DTYPE.itemsize)
+    page = NUM_KV_HEADS * block_size * (content + 4 // DTYPE.itemsize)
     buffer = torch.zeros(num_layers * num_blocks * page, dtype=DTYPE, device=DEVICE)
-    shape = (num_layers, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, content)
+    shape = (num_layers, num_blocks, NUM_KV_HEADS, block_size, content)
     strides = (num_blocks * page, page, content, NUM_KV_HEADS * content, 1)
     cache = StridedCache(buffer.as_strided(shape, strides).unbind())
     cache.rows.normal_()
@@ -94,34 +105,47 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
     return cases
 
 
-def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """All layers of several sequences, each to lose its share."""
-    num_pages = RESIDENT // BLOCK_SIZE
-    cache = make_cache(num_sequences * num_pages)
+def make_batch(num_sequences: int, resident: int, evicted: int, window: int, block_size: int) -> CompactionBatch:
+    """Sequences scattered over a cache of just their pages, each to lose its share."""
+    num_pages = resident // block_size
     pages = torch.randperm(num_sequences * num_pages).view(num_sequences, num_pages)
-    first_out = (RESIDENT - EVICTED - WINDOW) // BLOCK_SIZE
+    first_out = (resident - evicted - window) // block_size
     compactions = []
     for index, row in enumerate(pages.tolist()):
-        new_pages = row[:first_out] + row[first_out + EVICTED // BLOCK_SIZE :]
-        compactions.append(Compaction(index, RESIDENT, RESIDENT, EVICTED, SINKS, WINDOW, new_pages))
-    block_table = pages.to(DEVICE, torch.int32)
-    batch = CompactionBatch.make(compactions, block_table)
+        new_pages = row[:first_out] + row[first_out + evicted // block_size :]
+        compactions.append(Compaction(index, resident, resident, evicted, SINKS, window, new_pages))
+    return CompactionBatch.make(compactions, pages.to(DEVICE, torch.int32))
+
+
+def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """All layers of several sequences, each to lose its share."""
+    cache = make_cache(num_sequences * RESIDENT // BLOCK_SIZE)
+    batch = make_batch(num_sequences, RESIDENT, EVICTED, WINDOW, BLOCK_SIZE)
+    block_table = batch.block_table
 
     scores = gather_scores(cache.scores, batch)
     is_kept = select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS)
     filters = torch.randn(1, NUM_LAYERS, NUM_HEADS, HEAD_SIZE, device=DEVICE)
+    factors = torch.randn(1, NUM_LAYERS, NUM_HEADS, RANK, HEAD_SIZE, device=DEVICE)
+    queries = torch.randn(NUM_LAYERS, NUM_HEADS, OBSERVED, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+    observations = [Observation(index, queries, 0, is_question=True) for index in range(num_sequences)]
+    full_pages = block_table.flatten()[: 8 * num_sequences].long()
+    mean, deviation = (torch.ones(NUM_LAYERS, NUM_KV_HEADS, device=DEVICE) for _ in range(2))
     num_heads, num_tokens = NUM_LAYERS * NUM_KV_HEADS, num_sequences * RESIDENT
     # Of the tokens between sinks and window as many lie in the pages taken out as are evicted, and most of those survive.
     num_moved = num_sequences * EVICTED * (RESIDENT - EVICTED - SINKS - WINDOW) // (RESIDENT - SINKS - WINDOW)
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize + 4
 
+    def observe_queries():
+        observe(cache, batch, observations, cache.scores, HEAD_SIZE**-0.5, 7, 13)
+
     def whole():
-        batch = CompactionBatch.make(compactions, block_table)
-        scores = mean_standardised(gather_scores(cache.scores, batch), batch, NUM_LAYERS, NUM_KV_HEADS)
-        compact(cache, batch, select_kept(scores, batch, NUM_LAYERS, 1), 1)
+        again = CompactionBatch.make(batch.compactions, block_table)
+        scores = mean_standardised(gather_scores(cache.scores, again), again, NUM_LAYERS, NUM_KV_HEADS)
+        compact(cache, again, select_kept(scores, again, NUM_LAYERS, 1), 1)
 
     def compact_pytorch():
-        for index, compaction in enumerate(compactions):
+        for index, compaction in enumerate(batch.compactions):
             new_pages = torch.tensor(compaction.new_pages, device=DEVICE)
             kept = batch_is_kept[index]
             reference.compact(cache, block_table[index].long(), new_pages, kept, SINKS, WINDOW)
@@ -131,14 +155,48 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     key_bytes = num_heads * num_tokens * HEAD_SIZE * DTYPE.itemsize
     moved_bytes = num_heads * (2 * num_moved * row_bytes + num_tokens)
     score_bytes = NUM_LAYERS * NUM_HEADS * num_tokens * 4
+    page_bytes = full_pages.numel() * num_heads * BLOCK_SIZE * 4
     return {
         f"score resident keys, {of}": (lambda: score_resident(cache, batch, filters), key_bytes + score_bytes),
+        f"score resident keys, rank {RANK}, {of}": (
+            lambda: score_resident(cache, batch, filters, factors),
+            key_bytes + score_bytes,
+        ),
+        f"attention of the last {OBSERVED} queries, {of}": (observe_queries, 2 * key_bytes),
         f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
+        f"scores of {full_pages.numel()} pages": (lambda: page_scores(cache.scores, full_pages, mean, deviation), page_bytes),
         f"select, {of}": (lambda: select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS), 5 * num_heads * num_tokens),
         f"compact to {RESIDENT - EVICTED}, {of}": (lambda: compact(cache, batch, is_kept, NUM_KV_HEADS), moved_bytes),
         f"compact to {RESIDENT - EVICTED}, {of}: PyTorch": (compact_pytorch, moved_bytes),
         f"whole compaction, heads together, {of}": (whole, num_heads * 2 * num_moved * row_bytes),
     }
+
+
+def attention_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """One layer's decode attention with xformers: what every step costs before and after a compaction."""
+    from tests.paged_attention import attend, keys_and_values, paged_bias
+
+    group = NUM_HEADS // NUM_KV_HEADS
+    cache = make_cache(num_sequences * CONTEXT // ATTENTION_BLOCK, num_layers=1, block_size=ATTENTION_BLOCK)
+    batch = make_batch(num_sequences, CONTEXT, CONTEXT - BUDGET, min(WINDOW, BUDGET // 2), ATTENTION_BLOCK)
+    query = torch.randn(1, num_sequences, NUM_KV_HEADS, group, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
+    before, after = (batch.block_table.tolist(), CONTEXT), ([row.new_pages for row in batch.compactions], BUDGET)
+    key, value = keys_and_values(cache.rows[0], group)
+    scores = gather_scores(cache.scores, batch)
+    compact(cache, batch, select_kept(scores, batch, 1, NUM_KV_HEADS), NUM_KV_HEADS)
+    compacted_key, compacted_value = keys_and_values(cache.rows[0], group)
+    cases = {}
+    for name, (pages, length), tensors in (
+        ("whole", before, (key, value)),
+        ("compacted", after, (compacted_key, compacted_value)),
+    ):
+        bias = paged_bias(pages, [length] * num_sequences, 1, ATTENTION_BLOCK, torch.device(DEVICE))
+        num_bytes = num_sequences * length * NUM_KV_HEADS * 2 * HEAD_SIZE * DTYPE.itemsize
+        cases[f"xformers decode attention, {num_sequences} x {length} tokens, one layer: {name}"] = (
+            lambda tensors=tensors, bias=bias: attend(query, *tensors, bias),
+            num_bytes,
+        )
+    return cases
 
 
 def copy_bandwidth() -> float:
@@ -148,44 +206,60 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, object]:
     def output(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    card = "none (interpreter): times mean nothing"
+    card, driver = "none: Triton's interpreter, times mean nothing", None
     if not IS_DRY_RUN:
+        card = torch.cuda.get_device_name()
         driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        card = f"{torch.cuda.get_device_name()}, driver {driver}"
     changes = "+changes" if output("git", "status", "--porcelain", "-uno") else ""
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "card": card,
-        **{name: importlib.metadata.version(name) for name in ("torch", "triton")},
+        "driver": driver,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton", "xformers")},
         "commit": output("git", "rev-parse", "--short", "HEAD") + changes,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=2 if IS_DRY_RUN else 16, help="compacted at once (268 MB each)")
     parser.add_argument("--dry-run", action="store_true", help="small shapes, once, without a GPU")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "gpu_kernels.json")
+    parser.add_argument("--output", type=pathlib.Path, default=None if IS_DRY_RUN else RESULTS / "gpu_kernels.json")
     arguments = parser.parse_args()
+    check_output(parser, arguments)
     torch.manual_seed(0)
     copied = copy_bandwidth()
-    result = {"machine": machine(), "copy_GB_per_s": round(copied, 1), "cases": {}}
+    result = {"dry_run": IS_DRY_RUN, "machine": machine(), "copy_GB_per_s": round(copied, 1), "cases": {}, "skipped": {}}
     for key, value in (result["machine"] | {"copy GB/s": result["copy_GB_per_s"]}).items():
         print(f"{key}: {value}")
     print(f"\n{'':76}{'ms':>10}{'GB/s':>10}{'% of copy':>12}")
-    for cases in (write_cases, lambda: compaction_cases(arguments.sequences)):
-        for name, (call, num_bytes) in cases().items():
+    groups = [write_cases, lambda: compaction_cases(arguments.sequences), lambda: attention_cases(arguments.sequences)]
+    if version("xformers") is None:
+        result["skipped"]["xformers decode attention"] = "xformers is not installed"
+        groups.pop()
+    for make_cases in groups:
+        for name, (call, num_bytes) in make_cases().items():
             ms = median_ms(call)
             row = {"ms": round(ms, 4), "GB_per_s": round(num_bytes / ms / 1e6, 1)}
             row["percent_of_copy"] = round(100 * row["GB_per_s"] / copied, 1)
             result["cases"][name] = row
             print(f"{name:76}{row['ms']:>10}{row['GB_per_s']:>10}{row['percent_of_copy']:>12}")
-    if not IS_DRY_RUN:
+    for name, reason in result["skipped"].items():
+        print(f"{name}: skipped, {reason}")
+    if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "checks.h"
 #include "lanes.h"
 #include "operators.h"
 
@@ -120,18 +121,11 @@ at::Tensor expected_attention(
   TORCH_CHECK(
       pages.dim() == 4 && means.dim() == 3 && factors.dim() == 4, "pages have 4 dimensions, means 3, factors 4, found ",
       pages.dim(), ", ", means.dim(), ", ", factors.dim());
-  const int64_t num_blocks = pages.size(1), num_kv_heads = pages.size(2), head_size = means.size(2);
   TORCH_CHECK(pages.stride(3) == 1, "the elements of a page must lie side by side");
-  TORCH_CHECK(
-      key_offsets.dim() == 2 && key_offsets.is_contiguous() && key_offsets.scalar_type() == at::kLong &&
-          key_offsets.size(1) == head_size && 2 * key_offsets.numel() == pages.size(3),
-      "offsets must be contiguous int64 for keys of ", head_size, " elements, half of the ", pages.size(3),
-      " elements of a page, found ", key_offsets.scalar_type(), key_offsets.sizes());
-  TORCH_CHECK(
-      page_table.dim() == 1 && page_table.is_contiguous() && page_table.scalar_type() == at::kLong && num_tokens > 0 &&
-          page_table.size(0) * key_offsets.size(0) >= num_tokens,
-      "the page table must be contiguous int64 for ", num_tokens, " tokens, found ", page_table.scalar_type(),
-      page_table.sizes());
+  TORCH_CHECK(num_tokens > 0, "no attention can be expected for ", num_tokens, " tokens");
+  check_offsets(key_offsets, key_offsets.size(0), pages.size(3));
+  const int64_t num_kv_heads = pages.size(2), head_size = key_offsets.size(1);
+  check_page_table(page_table, pages.size(1), key_offsets.size(0), num_tokens);
   for (const at::Tensor& statistics : {means, factors}) {
     TORCH_CHECK(
         statistics.is_contiguous() && statistics.scalar_type() == at::kFloat && statistics.size(0) == pages.size(0) &&
@@ -139,10 +133,6 @@ at::Tensor expected_attention(
         "means and factors must be contiguous and float32 for query heads in groups of the ", num_kv_heads,
         " KV heads, found ", statistics.scalar_type(), statistics.sizes());
   }
-  const int64_t* table = page_table.const_data_ptr<int64_t>();
-  TORCH_CHECK_INDEX(
-      std::all_of(table, table + page_table.size(0), [&](int64_t page) { return 0 <= page && page < num_blocks; }),
-      "the page table names a page beyond the ", num_blocks, " there are");
   at::Tensor attention = at::zeros({pages.size(0), num_kv_heads, num_tokens}, means.options());
   switch (pages.scalar_type()) {
     case at::kFloat:

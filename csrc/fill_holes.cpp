@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "operators.h"
 
 namespace vllm_qfilters {
@@ -101,14 +102,6 @@ void fill_holes_of(
   });
 }
 
-void check_offsets(const at::Tensor& offsets, const at::Tensor& pages, int64_t block_size) {
-  TORCH_CHECK(
-      offsets.dim() == 2 && offsets.is_contiguous() && offsets.scalar_type() == at::kLong && offsets.size(0) == block_size &&
-          2 * offsets.numel() == pages.size(3),
-      "offsets must be contiguous int64 for ", block_size, " slots, half of the ", pages.size(3), " elements of a page, found ",
-      offsets.scalar_type(), offsets.sizes());
-}
-
 }  // namespace
 
 void fill_holes(
@@ -123,26 +116,18 @@ void fill_holes(
       planes.scalar_type() == at::kFloat && planes.sizes().slice(0, 2) == pages.sizes().slice(0, 2) &&
           planes.size(3) == pages.size(2),
       "planes must be float32 for the pages ", pages.sizes(), ", found ", planes.scalar_type(), planes.sizes());
-  const int64_t num_blocks = pages.size(1), block_size = planes.size(4), resident = is_kept.size(2);
-  check_offsets(key_offsets, pages, block_size);
-  check_offsets(value_offsets, pages, block_size);
+  const int64_t block_size = planes.size(4), resident = is_kept.size(2);
+  check_offsets(key_offsets, block_size, pages.size(3));
+  check_offsets(value_offsets, block_size, pages.size(3));
   TORCH_CHECK(
       is_kept.is_contiguous() && is_kept.scalar_type() == at::kBool && is_kept.size(0) == pages.size(0) &&
           is_kept.size(1) == pages.size(2),
       "flags must be contiguous and bool for the layers and heads of the pages ", pages.sizes(), ", found ", is_kept.sizes());
-  TORCH_CHECK(
-      page_table.dim() == 1 && page_table.is_contiguous() && page_table.scalar_type() == at::kLong &&
-          page_table.size(0) * block_size >= resident,
-      "the page table must be contiguous int64 for ", resident, " tokens, found ", page_table.scalar_type(),
-      page_table.sizes());
+  check_page_table(page_table, pages.size(1), block_size, resident);
   TORCH_CHECK(
       0 <= first_out && first_out <= after_out && after_out <= after_displaced && after_displaced <= resident,
       "tokens taken out and displaced must be resident");
   const Bounds bounds{first_out, after_out, after_displaced};
-  const int64_t* table = page_table.const_data_ptr<int64_t>();
-  TORCH_CHECK_INDEX(
-      std::all_of(table, table + page_table.size(0), [&](int64_t page) { return 0 <= page && page < num_blocks; }),
-      "the page table names a page beyond the ", num_blocks, " there are");
   switch (pages.element_size()) {
     case 1:
       return fill_holes_of<uint8_t>(pages, planes, key_offsets, value_offsets, page_table, is_kept, bounds);

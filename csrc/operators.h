@@ -23,6 +23,12 @@ at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tok
     int64_t window,
     bool shared_by_heads);
 
+at::Tensor page_scores(               // [num_pages] float32
+    const at::Tensor& score_plane,    // [num_layers, num_blocks, num_kv_heads, block_size] float32
+    const at::Tensor& pages,          // [num_pages] int64
+    const at::Tensor& mean,           // [num_layers, num_kv_heads] float32
+    const at::Tensor& deviation);     // [num_layers, num_kv_heads] float32
+
 at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] float32
     const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
     const at::Tensor& key_offsets,    // [block_size, head_size] int64

@@ -2,22 +2,22 @@
 
 ``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
 alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is: ``write_and_score`` for a step's
-keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident`` and
-``score_pages``.
+keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident``,
+``observation`` and ``score_pages``.
 """
 
-from vllm_qfilters.kernels import cpu
+from vllm_qfilters.kernels import cpu, reference
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import observed_attention, page_scores, write_scores
+from vllm_qfilters.kernels.reference import observed_attention, write_scores
 
-if cpu.load():
-    from vllm_qfilters.kernels.cpu import compact, expected_attention, score_and_store, select_kept, store_value_norms
+_implementation, IMPLEMENTATION = (cpu, "C++") if cpu.load() else (reference, "PyTorch")
 
-    IMPLEMENTATION = "C++"
-else:
-    from vllm_qfilters.kernels.reference import compact, expected_attention, score_and_store, select_kept, store_value_norms
-
-    IMPLEMENTATION = "PyTorch"
+compact = _implementation.compact
+expected_attention = _implementation.expected_attention
+page_scores = _implementation.page_scores
+score_and_store = _implementation.score_and_store
+select_kept = _implementation.select_kept
+store_value_norms = _implementation.store_value_norms
 
 __all__ = [
     "IMPLEMENTATION",

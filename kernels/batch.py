@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-# Columns of CompactionBatch.rows, as the kernels index them.
-OLD_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW, NEW_START, TOKEN_START, MOVE_START, NUM_COLUMNS = range(10)
+from vllm_qfilters.kernels.columns import NUM_COLUMNS, POSITION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class CompactionBatch:
 
     Attributes:
         block_table: the pages of all sequences before, shape ``[max_num_sequences, max_num_pages]``, int32.
-        rows: shape ``[num_rows, NUM_COLUMNS]``, int64.
+        rows: shape ``[num_rows, NUM_COLUMNS]``, int64, see :mod:`vllm_qfilters.kernels.columns`.
         new_pages: the pages of the rows afterwards, one row behind the other, int64.
         copied_pages: shape ``[num_copies, 3]``, int64: row and place in the block table, new page.
         compactions: as given.
@@ -96,7 +95,7 @@ class CompactionBatch:
         rows, new_pages, copied_pages = numbers.split([len(rows), len(new_pages), len(copied_pages)])
         return cls(
             block_table=block_table,
-            rows=rows.view(-1, NUM_COLUMNS),
+            rows=rows.view(-1, NUM_COLUMNS.value),
             new_pages=new_pages,
             copied_pages=copied_pages.view(-1, 3),
             compactions=tuple(compactions),
@@ -113,7 +112,7 @@ class CompactionBatch:
     @property
     def positions(self) -> torch.Tensor:
         """Of the rows' next tokens, shape ``[num_rows]``, int64."""
-        return self.rows[:, POSITION]
+        return self.rows[:, POSITION.value]
 
     def pages(self, index: int, block_size: int) -> torch.Tensor:
         """The pages that hold the resident tokens of a row, int64."""

@@ -8,19 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels import batch as columns
 from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.columns import (
+    EVICTED,
+    MOVE_START,
+    NEW_START,
+    NUM_COLUMNS,
+    OLD_ROW,
+    RESIDENT,
+    SINKS,
+    TOKEN_START,
+    WINDOW,
+)
 from vllm_qfilters.kernels.layout import StridedCache
-
-_OLD_ROW: tl.constexpr = tl.constexpr(columns.OLD_ROW)
-_RESIDENT: tl.constexpr = tl.constexpr(columns.RESIDENT)
-_EVICTED: tl.constexpr = tl.constexpr(columns.EVICTED)
-_SINKS: tl.constexpr = tl.constexpr(columns.SINKS)
-_WINDOW: tl.constexpr = tl.constexpr(columns.WINDOW)
-_NEW_START: tl.constexpr = tl.constexpr(columns.NEW_START)
-_TOKEN_START: tl.constexpr = tl.constexpr(columns.TOKEN_START)
-_MOVE_START: tl.constexpr = tl.constexpr(columns.MOVE_START)
-_NUM_COLUMNS: tl.constexpr = tl.constexpr(columns.NUM_COLUMNS)
 
 
 @triton.jit
@@ -65,15 +65,15 @@ def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
 @triton.jit
 def _taken_out(row, BLOCK_SIZE: tl.constexpr):
     """The first token of the pages taken out, the first behind them, and the first behind those that make room for sinks."""
-    evicted = tl.load(row + _EVICTED)
-    first_out = (tl.load(row + _RESIDENT) - evicted - tl.load(row + _WINDOW)) // BLOCK_SIZE * BLOCK_SIZE
-    return first_out, first_out + evicted, tl.maximum(tl.load(row + _SINKS), first_out) + evicted
+    evicted = tl.load(row + EVICTED)
+    first_out = (tl.load(row + RESIDENT) - evicted - tl.load(row + WINDOW)) // BLOCK_SIZE * BLOCK_SIZE
+    return first_out, first_out + evicted, tl.maximum(tl.load(row + SINKS), first_out) + evicted
 
 
 @triton.jit
 def _max_moves(row):
-    evicted = tl.load(row + _EVICTED)
-    return tl.minimum(evicted, tl.load(row + _RESIDENT) - evicted - tl.load(row + _WINDOW))
+    evicted = tl.load(row + EVICTED)
+    return tl.minimum(evicted, tl.load(row + RESIDENT) - evicted - tl.load(row + WINDOW))
 
 
 @triton.jit
@@ -87,16 +87,16 @@ def _pair_moves_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
     first_out, after_out, after_displaced = _taken_out(row, BLOCK_SIZE)
-    is_kept_ptr += tl.load(row + _TOKEN_START) * num_layer_selections + tl.program_id(1) * resident
-    moves_start = tl.load(row + _MOVE_START) * num_layer_selections + tl.program_id(1) * _max_moves(row)
+    is_kept_ptr += tl.load(row + TOKEN_START) * num_layer_selections + tl.program_id(1) * resident
+    moves_start = tl.load(row + MOVE_START) * num_layer_selections + tl.program_id(1) * _max_moves(row)
     num_sources = 0
     num_holes = 0
-    for start in range(0, resident - tl.load(row + _WINDOW), TILE):
+    for start in range(0, resident - tl.load(row + WINDOW), TILE):
         token = start + tl.arange(0, TILE)
-        is_token = token < resident - tl.load(row + _WINDOW)
+        is_token = token < resident - tl.load(row + WINDOW)
         is_kept = tl.load(is_kept_ptr + token, mask=is_token, other=0) != 0
         is_out = (token >= first_out) & (token < after_out)
         is_displaced = (token >= after_out) & (token < after_displaced)
@@ -149,7 +149,7 @@ def _move_kernel(
     if first_tile >= num_tiles:
         return
 
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
     first_out, after_out, after_displaced = _taken_out(row, BLOCK_SIZE)
     if after_displaced == after_out:
         num_tiles = first_tile + 1
@@ -157,10 +157,10 @@ def _move_kernel(
         return
     # Where sinks displace tokens, a later move reads what an earlier one writes to: one program does all, from the last on.
 
-    old_pages = block_table_ptr + tl.load(row + _OLD_ROW) * block_table_stride
-    new_pages = new_pages_ptr + tl.load(row + _NEW_START)
-    pages_out = tl.load(row + _EVICTED) // BLOCK_SIZE
-    moves = tl.load(row + _MOVE_START) * num_layers * num_selections + layer_selection * _max_moves(row)
+    old_pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    new_pages = new_pages_ptr + tl.load(row + NEW_START)
+    pages_out = tl.load(row + EVICTED) // BLOCK_SIZE
+    moves = tl.load(row + MOVE_START) * num_layers * num_selections + layer_selection * _max_moves(row)
     cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
     planes = planes_ptr + layer * planes_layer_stride + head * planes_head_stride
     plane = tl.arange(0, PLANES)

@@ -13,15 +13,21 @@ OPERATORS = torch.ops.vllm_qfilters
 
 
 def load() -> bool:
-    """Loads the operators. False: the library is not built, or not for this PyTorch (then it warns)."""
+    """Loads the operators. False: the library is not built, or not for this PyTorch or these sources (then it warns)."""
     if not LIBRARY.is_file():
         return False
     try:
         torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        reason = f"the C++ ones do not load, reinstall to rebuild them: {error.__cause__}"
+        _register_fakes()
+    except (OSError, RuntimeError) as error:
+        reason = f"the C++ ones do not load, reinstall to rebuild them: {error.__cause__ or error}"
         warnings.warn(f"PyTorch kernels are used; {reason}", stacklevel=2)
         return False
+    return True
+
+
+def _register_fakes() -> None:
+    """RuntimeError: the library is of other sources, and lacks an operator."""
     torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
     torch.library.register_fake("vllm_qfilters::store_value_norms", lambda *arguments: None)
     torch.library.register_fake("vllm_qfilters::fill_holes", lambda *arguments: None)
@@ -29,12 +35,14 @@ def load() -> bool:
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
     )
     torch.library.register_fake(
+        "vllm_qfilters::page_scores", lambda score_plane, pages, *arguments: score_plane.new_empty(pages.shape)
+    )
+    torch.library.register_fake(
         "vllm_qfilters::expected_attention",
         lambda pages, key_offsets, page_table, num_tokens, means, factors: means.new_empty(
             pages.shape[0], pages.shape[2], num_tokens
         ),
     )
-    return True
 
 
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -58,6 +66,11 @@ def expected_attention(
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.select_kept`."""
     return OPERATORS.select_kept.default(scores, kept, sinks, window, shared_by_heads)
+
+
+def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.page_scores`."""
+    return OPERATORS.page_scores.default(plane, pages, mean, deviation)
 
 
 def compact(

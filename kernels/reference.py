@@ -72,7 +72,7 @@ def expected_attention(
     """
     num_layers, num_heads, rank, head_size = factors.shape
     num_kv_heads = cache.num_kv_heads
-    attention = torch.empty(num_layers, num_kv_heads, num_tokens)
+    attention = torch.empty(num_layers, num_kv_heads, num_tokens, device=means.device)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_tokens)
         logits = means[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT  # [num_kv_heads, group, num_tokens]
@@ -111,7 +111,7 @@ def observed_attention(
     num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
-    mean, peak = torch.zeros(2, num_layers, num_kv_heads, num_tokens)
+    mean, peak = torch.zeros(2, num_layers, num_kv_heads, num_tokens, device=queries.device)
     is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(num_seen - num_queries + 1)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)

@@ -1,4 +1,4 @@
-"""Scores of resident keys under filters of the moment: the paged keys of many sequences are read once per KV head."""
+"""Scores of resident keys under filters of the moment: the paged keys of many sequences are read once for all query heads."""
 
 import dataclasses
 
@@ -6,19 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels import batch as columns
+from vllm_qfilters.kernels import dots
 from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.dots import split
 from vllm_qfilters.kernels.layout import StridedCache
-
-_OLD_ROW: tl.constexpr = tl.constexpr(columns.OLD_ROW)
-_RESIDENT: tl.constexpr = tl.constexpr(columns.RESIDENT)
-_TOKEN_START: tl.constexpr = tl.constexpr(columns.TOKEN_START)
-_NUM_COLUMNS: tl.constexpr = tl.constexpr(columns.NUM_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """A linear map ``R`` per row and layer, such that ``(R^T k)_i = cos_i k_i + sin_i k_partner(i)``: rotary embeddings.
+    """A linear map ``R`` per row and layer, ``(R f)_i = cos_i f_i + sin_i f_partner(i)``: rotary embeddings.
 
     Attributes:
         cos, sin: float32, shape ``[num_rows, num_layers, head_size]``, of the same strides.
@@ -28,6 +25,18 @@ class Turns:
     cos: torch.Tensor
     sin: torch.Tensor
     partner: torch.Tensor
+
+
+@triton.jit
+def _load_vectors(filters, factors, dim, slot, member, GROUP: tl.constexpr, RANK: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Some dimensions of the filter (slot 0) and the factors (slots 1 to RANK) of each query head; 0 elsewhere."""
+    is_member = (member < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+    at = filters + member[:, None] * HEAD_SIZE + dim[None, :]
+    vectors = tl.load(at, mask=is_member & (slot == 0)[:, None], other=0.0)
+    if RANK > 0:
+        at = factors + (member * RANK + slot - 1)[:, None] * HEAD_SIZE + dim[None, :]
+        vectors += tl.load(at, mask=is_member & ((slot > 0) & (slot <= RANK))[:, None], other=0.0)
+    return vectors
 
 
 @triton.jit
@@ -54,52 +63,72 @@ def _score_resident_kernel(
     cache_head_stride,
     cache_slot_stride,
     GROUP: tl.constexpr,  # query heads per KV head
+    MEMBERS: tl.constexpr,  # of them at once
     RANK: tl.constexpr,
+    SLOTS: tl.constexpr,  # of the filter and the factors, at once
     IS_SCALED: tl.constexpr,
     IS_TURNED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,  # multiplied at once
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    DIMS: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     if tl.program_id(2) * TILE >= resident:
         return
-    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    head = tl.program_id(1) % num_kv_heads
-    dim = tl.arange(0, DIMS)
-    pages = block_table_ptr + tl.load(row + _OLD_ROW) * block_table_stride
+    parts: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
+    layer = (tl.program_id(1) // (num_kv_heads * parts)).to(tl.int64)
+    head = tl.program_id(1) // parts % num_kv_heads
+    members = tl.program_id(1) % parts * MEMBERS + tl.arange(0, MEMBERS)
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
-    at = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
-    at += page * cache_block_stride + token % BLOCK_SIZE * cache_slot_stride
-    key = tl.load(at[:, None] + dim[None, :], mask=is_token[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0).to(tl.float32)
-    if IS_TURNED:
-        # <k, R f> = <R^T k, f>: one key is turned instead of every filter.
-        turn = tl.program_id(0) * turn_row_stride + layer * turn_layer_stride + dim
-        partner = tl.load(partner_ptr + dim, mask=dim < HEAD_SIZE, other=0)
-        other = tl.load(at[:, None] + partner[None, :], mask=is_token[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0)
-        cos = tl.load(cos_ptr + turn, mask=dim < HEAD_SIZE, other=0.0)
-        sin = tl.load(sin_ptr + turn, mask=dim < HEAD_SIZE, other=0.0)
-        key = key * cos[None, :] + other.to(tl.float32) * sin[None, :]
-    if IS_SCALED:
-        key *= tl.load(key_scales_ptr + layer)
+    key_at = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
+    key_at += page * cache_block_stride + token % BLOCK_SIZE * cache_slot_stride
 
+    # The vectors of several query heads are the rows of one matrix, the keys the columns of another.
     num_heads = num_kv_heads * GROUP
-    scores = scores_ptr + tl.load(row + _TOKEN_START) * num_layers * num_heads
-    for member in range(GROUP):
-        layer_head = layer * num_heads + head * GROUP + member
-        filters = filters_ptr + tl.program_id(0) * filters_row_stride + layer_head * HEAD_SIZE
-        score = tl.sum(key * tl.load(filters + dim, mask=dim < HEAD_SIZE, other=0.0)[None, :], axis=1)
-        if RANK > 0:
-            factors = factors_ptr + tl.program_id(0) * factors_row_stride + layer_head * RANK * HEAD_SIZE
-            for index in range(RANK):
-                factor = tl.load(factors + index * HEAD_SIZE + dim, mask=dim < HEAD_SIZE, other=0.0)
-                projection = tl.sum(key * factor[None, :], axis=1)
-                score += projection * projection
-        tl.store(scores + layer_head * resident + token, score, mask=is_token)
+    layer_head = layer * num_heads + head * GROUP
+    filters = filters_ptr + tl.program_id(0) * filters_row_stride + layer_head * HEAD_SIZE
+    factors = factors_ptr
+    if RANK > 0:
+        factors += tl.program_id(0) * factors_row_stride + layer_head * RANK * HEAD_SIZE
+    turn = tl.program_id(0) * turn_row_stride + layer * turn_layer_stride
+    vector = tl.arange(0, MEMBERS * SLOTS)
+    member = tl.program_id(1) % parts * MEMBERS + vector // SLOTS
+    score = tl.zeros([MEMBERS, TILE], tl.float32)
+    for first_slot in range(0, 1 + RANK, SLOTS):
+        slot = first_slot + vector % SLOTS
+        projections = tl.zeros([MEMBERS * SLOTS, TILE], tl.float32)
+        for first in range(0, HEAD_SIZE, DIMS):
+            dim = first + tl.arange(0, DIMS)
+            is_dim = dim < HEAD_SIZE
+            keys = tl.load(key_at[None, :] + dim[:, None], mask=is_token[None, :] & is_dim[:, None], other=0.0).to(OPERAND)
+            vectors = _load_vectors(filters, factors, dim, slot, member, GROUP, RANK, HEAD_SIZE)
+            if IS_TURNED:
+                partner = tl.load(partner_ptr + dim, mask=is_dim, other=HEAD_SIZE)
+                others = _load_vectors(filters, factors, partner, slot, member, GROUP, RANK, HEAD_SIZE)
+                cos = tl.load(cos_ptr + turn + dim, mask=is_dim, other=0.0)
+                sin = tl.load(sin_ptr + turn + dim, mask=is_dim, other=0.0)
+                vectors = vectors * cos[None, :] + others * sin[None, :]
+            if IS_SPLIT:
+                high, low = split(vectors)
+                projections = tl.dot(high.to(OPERAND), keys, projections)
+                projections = tl.dot(low.to(OPERAND), keys, projections)
+            else:
+                projections = tl.dot(vectors, keys, projections, input_precision="tf32x3")
+        if IS_SCALED:
+            projections *= tl.load(key_scales_ptr + layer)
+        terms = tl.where((slot == 0)[:, None], projections, projections * projections)
+        score += tl.sum(tl.reshape(terms, [MEMBERS, SLOTS, TILE]), axis=1)
+
+    scores = scores_ptr + tl.load(row + TOKEN_START) * num_layers * num_heads + layer_head * resident
+    mask = (members < GROUP)[:, None] & is_token[None, :]
+    tl.store(scores + members[:, None] * resident + token[None, :], score, mask=mask)
 
 
 def score_resident(
@@ -110,7 +139,7 @@ def score_resident(
     key_scales: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> torch.Tensor:
-    """``<k, R f> + sum_r <k, R g_r>^2`` of every resident key ``k``, for the filter ``f`` and factors ``g_r`` of each query head.
+    """``<k, R f> + sum_r <k, R g_r>^2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each query head.
 
     Args:
         cache: of this rank.
@@ -140,8 +169,12 @@ def score_resident(
         assert turns.cos.shape == turns.sin.shape == (batch.num_rows, num_layers, head_size)
         assert turns.cos.stride() == turns.sin.stride() and turns.cos.stride(2) == 1
     scores = torch.empty(num_layers * num_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
-    tile = 32
-    _score_resident_kernel[(batch.num_rows, num_layers * cache.num_kv_heads, triton.cdiv(batch.max_resident, tile))](
+    # At ranks up to 15 all query heads of eight share one read of the keys.
+    group, slots = num_heads // cache.num_kv_heads, min(triton.next_power_of_2(1 + rank), 128)
+    members = max(min(triton.next_power_of_2(group), 128 // slots), dots.SMALLEST // slots)
+    tile = min(256, (1 << 14) // (members * slots))
+    num_parts = num_layers * cache.num_kv_heads * triton.cdiv(group, members)
+    _score_resident_kernel[(batch.num_rows, num_parts, triton.cdiv(batch.max_resident, tile))](
         rows,
         batch.block_table,
         batch.rows,
@@ -160,14 +193,20 @@ def score_resident(
         0 if turns is None else turns.cos.stride(0),
         0 if turns is None else turns.cos.stride(1),
         *rows.stride()[:4],
-        GROUP=num_heads // cache.num_kv_heads,
+        GROUP=group,
+        MEMBERS=members,
         RANK=rank,
+        SLOTS=slots,
         IS_SCALED=key_scales is not None,
         IS_TURNED=turns is not None,
+        IS_SPLIT=dots.is_narrow(rows.dtype),
+        OPERAND=dots.operand_dtype(rows.dtype),
         HEAD_SIZE=head_size,
+        DIMS=dots.dims_at_once(rows.dtype),
         BLOCK_SIZE=cache.block_size,
         TILE=tile,
-        DIMS=triton.next_power_of_2(head_size),
+        num_warps=8,
+        num_stages=2,
     )
     return scores
 
@@ -180,9 +219,9 @@ def _softmax_terms_kernel(
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
-    logits = logits_ptr + tl.load(row + _TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
+    logits = logits_ptr + tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     largest = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, resident, TILE):
         token = start + tl.arange(0, TILE)
@@ -207,11 +246,11 @@ def _mean_softmax_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
-    start = tl.load(row + _TOKEN_START) * num_layer_kv_heads + tl.program_id(1) * resident
+    start = tl.load(row + TOKEN_START) * num_layer_kv_heads + tl.program_id(1) * resident
     terms = terms_ptr + (tl.program_id(0).to(tl.int64) * num_layer_kv_heads + tl.program_id(1)) * GROUP * 2
     total = tl.zeros([TILE], tl.float32)
     for member in range(GROUP):

@@ -7,16 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels import batch as columns
 from vllm_qfilters.kernels.batch import CompactionBatch
-
-_OLD_ROW: tl.constexpr = tl.constexpr(columns.OLD_ROW)
-_RESIDENT: tl.constexpr = tl.constexpr(columns.RESIDENT)
-_EVICTED: tl.constexpr = tl.constexpr(columns.EVICTED)
-_SINKS: tl.constexpr = tl.constexpr(columns.SINKS)
-_WINDOW: tl.constexpr = tl.constexpr(columns.WINDOW)
-_TOKEN_START: tl.constexpr = tl.constexpr(columns.TOKEN_START)
-_NUM_COLUMNS: tl.constexpr = tl.constexpr(columns.NUM_COLUMNS)
+from vllm_qfilters.kernels.columns import EVICTED, NUM_COLUMNS, OLD_ROW, RESIDENT, SINKS, TOKEN_START, WINDOW
 
 
 @triton.jit
@@ -34,16 +26,16 @@ def _gather_scores_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     head = tl.program_id(1) % num_kv_heads
-    pages = block_table_ptr + tl.load(row + _OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
     at = plane_ptr + layer * plane_layer_stride + page * plane_block_stride + head * plane_head_stride + token % BLOCK_SIZE
-    start = tl.load(row + _TOKEN_START) * num_layers * num_kv_heads + tl.program_id(1) * resident
+    start = tl.load(row + TOKEN_START) * num_layers * num_kv_heads + tl.program_id(1) * resident
     tl.store(scores_ptr + start + token, tl.load(at, mask=is_token, other=0.0), mask=is_token)
 
 
@@ -84,11 +76,11 @@ def _head_moments_kernel(
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
-    first = tl.load(row + _SINKS)
-    last = resident - tl.load(row + _WINDOW)
-    scores = scores_ptr + tl.load(row + _TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
+    first = tl.load(row + SINKS)
+    last = resident - tl.load(row + WINDOW)
+    scores = scores_ptr + tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     # Two passes: the variance of scores far from zero would drown in the square of their mean.
     total = tl.zeros([TILE], tl.float32)
     for start in range(first, last, TILE):
@@ -116,10 +108,10 @@ def _mean_standardised_kernel(
     num_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
     layer = tl.program_id(1).to(tl.int64)
-    resident = tl.load(row + _RESIDENT)
-    token_start = tl.load(row + _TOKEN_START)
+    resident = tl.load(row + RESIDENT)
+    token_start = tl.load(row + TOKEN_START)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     scores = scores_ptr + (token_start * num_layers + layer * resident) * num_heads
@@ -159,7 +151,7 @@ def mean_standardised(scores: torch.Tensor, batch: CompactionBatch, num_layers: 
 def _ordered_bits(score):
     """uint32 in the order of the floats."""
     bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
@@ -170,18 +162,18 @@ def _select_kept_kernel(
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * _NUM_COLUMNS
-    resident = tl.load(row + _RESIDENT)
-    first = tl.load(row + _SINKS)
-    last = resident - tl.load(row + _WINDOW)
-    start_of_row = tl.load(row + _TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
+    first = tl.load(row + SINKS)
+    last = resident - tl.load(row + WINDOW)
+    start_of_row = tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     scores = scores_ptr + start_of_row
 
     # The digits of the lowest score that stays, 8 bits at a time from the highest: each time those of the tokens that agree
     # with it so far are counted.
     digits = tl.arange(0, 256)
     threshold = tl.zeros([], tl.uint32)
-    remaining = (last - first - tl.load(row + _EVICTED)).to(tl.int32)
+    remaining = (last - first - tl.load(row + EVICTED)).to(tl.int32)
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
         for start in range(first, last, TILE):

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Checks the Triton kernels on this machine's GPU against PyTorch, then times them. Needs PyTorch, Triton and pytest, not vLLM.
+# Checks the Triton kernels on this machine's GPU against PyTorch, and against xformers where it is installed, then times them.
+# Needs PyTorch, Triton, numpy and pytest, not vLLM. Results go to benchmarks/results/gpu_kernels.json.
 #
 #   PYTHON=python3 scripts/gpu_check.sh [--dry-run]
 #
-# --dry-run: under Triton's interpreter on the CPU, small shapes; its times mean nothing.
+# --dry-run: under Triton's interpreter on the CPU, fewer and smaller cases, some three minutes; its times mean nothing, and go
+# to build/gpu_check/gpu_kernels.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(realpath --no-symlinks "$(command -v "${PYTHON:-python3}")")
@@ -19,10 +21,14 @@ rm -rf "$BUILD"
 mkdir -p "$BUILD/tests"
 cp -r vllm_qfilters "$BUILD"
 cp -r kernels "$BUILD/vllm_qfilters"
-cp tests/__init__.py tests/paged.py tests/test_triton.py "$BUILD/tests"
+cp tests/__init__.py tests/paged.py tests/paged_attention.py tests/test_triton.py tests/test_xformers.py "$BUILD/tests"
 export PYTHONPATH=$BUILD
+TESTS=(-m pytest -q -rs -p no:cacheprovider tests/test_triton.py tests/test_xformers.py)
 if [ "${1:-}" = --dry-run ]; then
   export CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1
+  (cd "$BUILD" && "$PYTHON" "${TESTS[@]}" -k "not random")
+  "$PYTHON" benchmarks/gpu_kernels.py --dry-run --output "$BUILD/gpu_kernels.json"
+else
+  (cd "$BUILD" && "$PYTHON" "${TESTS[@]}")
+  "$PYTHON" benchmarks/gpu_kernels.py
 fi
-(cd "$BUILD" && "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton.py)
-"$PYTHON" benchmarks/gpu_kernels.py "$@"

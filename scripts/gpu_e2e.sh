@@ -6,7 +6,8 @@
 # First whether a budget nobody reaches leaves the output as it is, then the time of decode steps at 8k, 32k and 128k tokens of
 # context with a budget of 2,048: Llama-3.1-8B's shape with dummy weights, since speed needs no others. Needs 80 GB; MODEL names
 # another model for the first part (default: the demo model). Results go to benchmarks/results/gpu_decode_*.json.
-# --dry-run: the same with a small model, on whatever vLLM runs on here; its numbers mean nothing and are not kept.
+# --dry-run: the same with a small model, on whatever vLLM runs on here, some two minutes; its numbers mean nothing, and go to
+# build/gpu_e2e/decode.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(command -v "${PYTHON:-.venv/bin/python}")
@@ -31,10 +32,11 @@ PY
 }
 
 if [ "${1:-}" = --dry-run ]; then
+  export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_CI_ENV=1  # one process per engine, and no warm-up
   write_config $BUILD/model 2 4 2 32 128 256 512 4096
   DUMMY='{"load_format": "dummy", "skip_tokenizer_init": true, "enforce_eager": true, "block_size": 32}'
   "$PYTHON" benchmarks/identity.py $BUILD/model --llm "${DUMMY%\}}, \"kv_cache_memory_bytes\": 67108864}"
-  "$PYTHON" benchmarks/decode.py $BUILD/model --context 600 --budget 256 --sequences 2 --steps 40 --rounds 1 \
+  "$PYTHON" benchmarks/decode.py $BUILD/model --context 600 --budget 256 --sequences 2 --steps 20 --rounds 1 --dry-run \
       --kv-cache-memory-bytes 67108864 --options '{"interval": 32, "chunk": 256}' --llm "$DUMMY" --output $BUILD/decode.json
   exit
 fi

@@ -5,6 +5,7 @@
 Prints JSON: per compute capability and kernel, the most registers, bytes of shared memory and bytes spilled of any case.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
 from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
@@ -79,6 +81,12 @@ def launch_all(has_fp8: bool) -> None:
         turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
         factors = torch.zeros(1, *filters.shape[1:3], 8, size)
         logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
+        score_resident(cache, batch, filters[:, :, :heads].contiguous(), turns=turns)
+        if has_fp8 and geometry.dtype == torch.bfloat16:
+            narrow = Sequences(sequences.evictions, dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=0)
+            score_resident(narrow.cache, narrow.batch, filters, factors, torch.ones(cache.num_layers), turns)
+        queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
+        observe(cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 

@@ -18,6 +18,7 @@ from vllm_qfilters.scorers import StaticFilterScorer
 
 PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
 
+OPERATORS = ("score_and_store", "store_value_norms", "select_kept", "expected_attention", "fill_holes", "page_scores")
 needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpu.LIBRARY} is not built")
 
 
@@ -265,6 +266,46 @@ def test_fill_holes_refuses(position, value, message):
         cpu.OPERATORS.fill_holes(*arguments)
 
 
+def page_arguments() -> list:
+    _, cache = make_cache(Geometry(num_kv_heads=3))
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation = torch.randn(3, 3, generator=generator), torch.rand(3, 3, generator=generator) + 0.1
+    return [cache.scores, torch.tensor([4, 0, 4]), mean, deviation]
+
+
+@needs_library
+@pytest.mark.parametrize("num_pages", [0, 1, 5])
+@pytest.mark.parametrize(("num_heads", "block_size"), [(1, 16), (3, 24), (8, 128)])
+def test_page_scores_match_reference(num_heads, block_size, num_pages):
+    _, cache = make_cache(Geometry(num_kv_heads=num_heads, block_size=block_size))
+    scores = cache.scores.mul_(3).add_(100)  # far from zero, as the means
+    generator = torch.Generator().manual_seed(0)
+    mean = 100 + torch.randn(3, num_heads, generator=generator)
+    deviation = 0.1 + torch.rand(3, num_heads, generator=generator)
+    deviation[1, 0] = torch.inf  # has no say
+    pages = torch.randint(6, (num_pages,), generator=generator)
+    found = cpu.page_scores(scores, pages, mean, deviation)
+    torch.testing.assert_close(found, reference.page_scores(scores, pages, mean, deviation), atol=1e-4, rtol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        pytest.param(0, torch.zeros(3, 6, 3, 16, dtype=torch.float64), "scores must be float32", id="double"),
+        pytest.param(1, torch.tensor([6]), "beyond the 6 there are", id="page-beyond"),
+        pytest.param(1, torch.tensor([4], dtype=torch.int32), "pages must be contiguous int64", id="int32"),
+        pytest.param(2, torch.zeros(3, 2), "for 3 layers of 3 heads", id="means-of-other-heads"),
+        pytest.param(3, torch.zeros(2, 3), "for 3 layers of 3 heads", id="deviations-of-other-layers"),
+    ],
+)
+def test_page_scores_refuses(position, value, message):
+    arguments = page_arguments()
+    arguments[position] = value
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.OPERATORS.page_scores(*arguments)
+
+
 def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and factors of logits a few units wide."""
     generator = torch.Generator().manual_seed(rank)
@@ -314,10 +355,11 @@ def attention_arguments() -> list:
 
 
 @needs_library
-@pytest.mark.parametrize("operator", ["score_and_store", "store_value_norms", "select_kept", "expected_attention", "fill_holes"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_schemas_say_what_operators_do(operator):
     key, score_plane, slots = make_step(10, 3, 64, 16, torch.bfloat16, is_strided=True)
     arguments = {
+        "page_scores": page_arguments(),
         "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
         "store_value_norms": [key.clone(), torch.zeros(score_plane.shape[0], 2, *score_plane.shape[1:]), slots],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],

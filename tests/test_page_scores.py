@@ -61,7 +61,7 @@ def test_a_head_whose_scores_never_varied_has_no_say():
     _, cache = make_cache(GEOMETRY)
     mean, std = make_statistics()
     std[1, 0] = 0
-    scorer = PageScorer(cache.scores, mean, std, lambda values: values)
+    scorer = PageScorer(page_scores, cache.scores, mean, std, lambda values: values)
     scorer.score_filled_pages(step(PAGES))
     found = torch.tensor(scorer.attach(make_output()).page_scores)
     assert bool(found.isfinite().all())
@@ -74,7 +74,7 @@ def test_a_head_whose_scores_never_varied_has_no_say():
 def test_scores_travel_with_the_output_of_their_step(is_async):
     _, cache = make_cache(GEOMETRY)
     mean, std = make_statistics()
-    scorer = PageScorer(cache.scores, mean, std, lambda values: values / 2)
+    scorer = PageScorer(page_scores, cache.scores, mean, std, lambda values: values / 2)
     expected = [score / 2 for score in by_loops(cache.scores, PAGES, mean, std)]
     scorer.score_filled_pages(step(PAGES))
     output = scorer.attach(Later() if is_async else make_output())

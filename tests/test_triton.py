@@ -4,6 +4,7 @@ Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where on
 """
 
 import contextlib
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import score_resident
 from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
@@ -319,7 +321,10 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
     return FilterBank(filters, rotation_of_layer, slice(0, num_heads), rank, scale=0.1)
 
 
-SCORERS = ["rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed", "keydiff"]
+SCORERS = [
+    "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed", "expected, observed after the prompt",
+    "keydiff",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -345,8 +350,9 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
             scorer = ExpectedAttentionScorer(slow.cache, banks[1], scale=0.1)
     if "observed" in name:
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
-        recent[0] = RecentQueries(queries, end=slow.compactions[0].position - 3)
-    on_device = [None if r is None else RecentQueries(r.queries.to(DEVICE), r.end) for r in recent]
+        end = slow.compactions[0].position - 3
+        recent[0] = RecentQueries(queries, end, num_prompt_tokens=end if "after" in name else 1 << 20)
+    on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
     flat = batch_scorer.resident_scores(fast.batch, on_device)
     for index, found in enumerate(fast.batch.split(flat, 2, 2)):
         resident, position = slow.evictions[index].resident, slow.compactions[index].position
@@ -381,7 +387,19 @@ def test_score_resident_matches_reference(case, group, rank):
         expected = reference.score_resident(
             keys[:, :, : sequences.evictions[index].resident], filters[row], factors[row] if rank else None
         )
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        # For keys in bfloat16, vectors are the sum of two numbers of 8 bits.
+        torch.testing.assert_close(found, expected, atol=2e-3 if dtype == torch.bfloat16 else 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("group", "rank"), [(20, 15), (2, 130)])
+def test_score_resident_takes_any_group_and_rank(group, rank):
+    sequences = Sequences([Eviction(300, 16, 0, 0)], Geometry(num_layers=1, num_kv_heads=1, head_size=40), seed=0)
+    cache = sequences.cache
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    filters, factors = random_tensor(1, 1, group, 40, seed=1), random_tensor(1, 1, group, rank, 40, seed=2)
+    (found,) = sequences.batch.split(score_resident(cache, sequences.batch, filters, factors), 1, group)
+    keys = cache.rows[:, sequences.old_pages[0], ..., :40].transpose(1, 2).flatten(2, 3)[:, :, :300]
+    torch.testing.assert_close(found, reference.score_resident(keys, filters[0], factors[0]), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.skipif(not HAS_FP8, reason="this GPU has no fp8")
@@ -395,6 +413,43 @@ def test_score_resident_reads_fp8_keys_with_the_scale_of_their_layer():
     keys = cache.rows.float()[:, sequences.old_pages[0], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
     expected = reference.score_resident(keys[:, :, :40] * scales[:, None, None, None], filters[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+OBSERVATIONS = {
+    # Of two of three sequences: queries kept and tokens that came after them, per sequence.
+    "bf16": (Geometry(head_size=20, dtype=torch.bfloat16, layout="LBNHC"), 4, {0: (32, 0), 2: (7, 40)}),
+    "fp16": (Geometry(head_size=16, dtype=torch.float16, layout="BLHNC"), 3, {1: (32, 1), 2: (32, 3)}),
+    "fp32": (Geometry(head_size=8, num_kv_heads=1, layout="LBHNC"), 1, {0: (1, 0), 1: (5, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_observed_attention_matches_reference(name, monkeypatch):
+    geometry, group, observed = OBSERVATIONS[name]
+    monkeypatch.setattr("vllm_qfilters.kernels.observation._SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
+    sequences = Sequences([Eviction(70, 16, 4, 20), Eviction(137, 32, 4, 33), Eviction(96, 16, 0, 0)], geometry, seed=1)
+    cache, batch = sequences.cache, sequences.batch
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    before = cache.planes.clone()
+    shape = (cache.num_layers, cache.num_kv_heads * group)
+    observations, judged_by = [], {}
+    for index, (num_queries, num_newer) in observed.items():
+        queries = random_tensor(*shape, num_queries, cache.head_size, seed=index, dtype=geometry.dtype)
+        observations.append(Observation(index, queries, num_newer, is_question=len(observations) == 0))
+        pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
+        mean, peak = reference.observed_attention(cache, pages, resident, 0.2 * queries.float(), num_newer, 7, 13)
+        cache.set_resident_plane(1, pages, mean)
+        judged_by[index] = peak if observations[-1].is_question else mean
+    expected = cache.planes.clone()
+    cache.planes.copy_(before)
+    with forbidden_waiting():
+        found = observe(cache, batch, observations, cache.planes[:, :, 1], scale=0.2, mean_pool=7, peak_pool=13)
+    torch.testing.assert_close(cache.planes, expected, atol=1e-6, rtol=1e-4)
+    assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
+    for index, row in enumerate(batch.split(found, cache.num_layers, cache.num_kv_heads)):
+        pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
+        of_row = judged_by[index] if index in judged_by else cache.resident_plane(1, pages, resident)
+        torch.testing.assert_close(row, of_row, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)

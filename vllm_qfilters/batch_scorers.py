@@ -10,7 +10,7 @@ import torch
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.reference import observed_attention
+from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores
 from vllm_qfilters.kernels.write_and_score import Score
@@ -91,13 +91,12 @@ class BatchRotaryFilterScorer(BatchScorer):
         tables = [rotation.table(positions) for rotation in self._rotations]
         cos, sin = (torch.stack(part, dim=1) for part in zip(*tables))  # [num_rows, num_rotations, head_size]
         length = (cos.square() + sin.square()).sqrt()
-        partner = self._rotations[0].partner
-        cos, sin = cos / length, (sin / length)[..., partner]
+        cos, sin = cos / length, sin / length
         if len(tables) == 1:
             cos, sin = (part.expand(-1, self.cache.num_layers, -1) for part in (cos, sin))
         else:
             cos, sin = cos[:, self._rotation_of_layer], sin[:, self._rotation_of_layer]
-        return Turns(cos, sin, partner)
+        return Turns(cos, sin, self._rotations[0].partner)
 
 
 class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
@@ -122,14 +121,17 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         return attention * gather_scores(self.cache.planes[:, :, ExpectedAttentionScorer.VALUE_NORMS], batch)
 
     def _observed(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
-        """Reads what was observed, and observes what comes from prompts: once per prompt and cut, in PyTorch."""
-        plane = ExpectedAttentionScorer.OBSERVED
-        for index, (compaction, recent) in enumerate(zip(batch.compactions, recent_queries, strict=True)):
-            if recent is None:
-                continue
-            pages, num_newer = batch.pages(index, self.cache.block_size), compaction.position - recent.end
-            queries = self.scale * recent.queries.to(torch.float32)
-            pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
-            mean, peak = observed_attention(self.cache, pages, compaction.resident_tokens, queries, num_newer, *pools)
-            self.cache.set_resident_plane(plane, pages, mean)
-        return gather_scores(self.cache.planes[:, :, plane], batch)
+        """Reads what was observed, and observes what comes from prompts: once per prompt and cut."""
+        observations = [
+            Observation(
+                index,
+                recent.queries,
+                num_newer=compaction.position - recent.end,
+                is_question=recent.have_read_prompt_at(compaction.position),
+            )
+            for index, (compaction, recent) in enumerate(zip(batch.compactions, recent_queries, strict=True))
+            if recent is not None
+        ]
+        plane = self.cache.planes[:, :, ExpectedAttentionScorer.OBSERVED]
+        pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
+        return observe(self.cache, batch, observations, plane, self.scale, *pools)

@@ -21,7 +21,7 @@ def describe_run() -> dict[str, Any]:
         **_gpu(),
         "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("vllm", "torch", "transformers", "vllm-qfilters")},
+        **{package: _version(package) for package in ("vllm", "torch", "triton", "transformers", "vllm-qfilters")},
         "commit": _commit(),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_qfilters.filters.format import Filters
-from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, probe_page_layout
+from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, page_scores, probe_page_layout
 from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.scorers import (
     ExpectedAttentionScorer,
@@ -30,6 +30,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     """Compacts sequence by sequence."""
 
     kernels = IMPLEMENTATION
+    page_scores = staticmethod(page_scores)
 
     def bind_cache(self) -> None:
         first = self.layers[0]

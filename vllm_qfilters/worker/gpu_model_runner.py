@@ -27,6 +27,7 @@ from vllm_qfilters.batch_scorers import (
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.kernels.batch import Compaction
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.worker.batch_compactor import BatchCompactor
@@ -37,6 +38,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
     """Compacts all sequences of a plan at once."""
 
     kernels = "Triton"
+    page_scores = staticmethod(page_scores)
 
     # Lengths of the step's sequences in positions, on the device and on the host, while the batch holds resident ones.
     _logical_lengths: tuple[torch.Tensor, torch.Tensor] | None = None

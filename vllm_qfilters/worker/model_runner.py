@@ -4,7 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,9 +43,11 @@ class CompressedModelRunner:
 
     Attributes:
         kernels: the name of the kernels in use, for the log.
+        page_scores: the one of them that scores pages.
     """
 
     kernels: str
+    page_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -199,7 +201,11 @@ class CompressedModelRunner:
                     len(sequences[0]),
                 )
         num_ranks = get_tensor_model_parallel_world_size()
-        return PageScorer(scores, mean, std, lambda values: tensor_model_parallel_all_reduce(values) / num_ranks)
+
+        def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+            return tensor_model_parallel_all_reduce(values) / num_ranks
+
+        return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
 
 
 def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:

@@ -9,7 +9,6 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_qfilters.kernels import page_scores
 from vllm_qfilters.plan import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 
 
@@ -17,6 +16,7 @@ class PageScorer:
     """Scores pages, and sends the scores to the scheduler with the step's output.
 
     Args:
+        page_scores: the kernel, with the signature of :func:`vllm_qfilters.kernels.reference.page_scores`.
         scores: of all tokens, shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32.
         mean, std: of the scores of each head, shape ``[num_layers, num_kv_heads]``. A head whose scores do not vary has no say.
         mean_over_ranks: the mean of a tensor over the ranks that hold other heads of the same layers; returns it.
@@ -24,14 +24,16 @@ class PageScorer:
 
     def __init__(
         self,
+        page_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         scores: torch.Tensor,
         mean: torch.Tensor,
         std: torch.Tensor,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
+        self._page_scores = page_scores
         self._scores = scores
-        self._mean = mean.to(scores)
-        self._std = std.masked_fill(std <= 0, torch.inf).to(scores)
+        self._mean = mean.to(scores).contiguous()
+        self._std = std.masked_fill(std <= 0, torch.inf).to(scores).contiguous()
         self._mean_over_ranks = mean_over_ranks
         self._of_step: torch.Tensor | None = None  # [num_pages] on the host, once the device has come to it
 
@@ -42,10 +44,12 @@ class PageScorer:
         """
         if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.pages_to_score:
             return
-        pages = torch.tensor(scheduler_output.pages_to_score, dtype=torch.int64)
+        is_cuda = self._scores.is_cuda
+        pages = torch.tensor(scheduler_output.pages_to_score, dtype=torch.int64, pin_memory=is_cuda)
         pages = pages.to(self._scores.device, non_blocking=True)
-        scores = page_scores(self._scores, pages, self._mean, self._std)
-        self._of_step = self._mean_over_ranks(scores).to("cpu", non_blocking=True)
+        scores = self._mean_over_ranks(self._page_scores(self._scores, pages, self._mean, self._std))
+        # Only a copy to pinned memory is asynchronous.
+        self._of_step = torch.empty(scores.shape, pin_memory=is_cuda).copy_(scores, non_blocking=True)
 
     def attach(self, output: ModelRunnerOutput | AsyncModelRunnerOutput) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """The step's output with the scores of its pages."""
