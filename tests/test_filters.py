@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
@@ -20,6 +21,7 @@ from vllm_qfilters.filters.format import Filters, ModelIdentity
 from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
+from vllm_qfilters.worker import model_runner
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
 QUERY_SHAPE = (NUM_LAYERS, NUM_HEADS, HEAD_SIZE)
@@ -38,6 +40,7 @@ def random_filters(seed: int = 0) -> Filters:
     """Filters with all statistics."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+    tensors["score_std"].abs_()
     return Filters(**tensors, calibration="4 sequences of noise")
 
 
@@ -175,12 +178,90 @@ def test_a_pickle_is_refused_unread(path, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_too_large_for_filters_is_refused_unread(path, monkeypatch):
-    format.save(path, random_filters(), tiny_identity())
-    monkeypatch.setattr(format, "MAX_FILE_BYTES", 1000)
+def test_a_file_too_large_for_the_model_is_refused_unread(path, monkeypatch):
+    numbers = sum(math.prod(shape) for shape in TENSORS.values())
+    most = 8 * numbers + format.MAX_HEADER_BYTES
+    path.touch()
+    os.truncate(path, most + 1)
     monkeypatch.setattr(format.safetensors, "safe_open", None)
-    with pytest.raises(ValueError, match=rf"{path.stat().st_size} bytes, a filters file at most 1000"):
+    with pytest.raises(ValueError, match=rf"{most + 1} bytes, a filters file of tiny at most {most}"):
         format.load(path, tiny_identity())
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(path):
+    os.mkfifo(path)
+    for other in (path, path.parent, "/dev/zero"):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            format.load(other, tiny_identity())
+
+
+def test_a_header_of_absurd_length_is_refused_unparsed(path, monkeypatch):
+    monkeypatch.setattr(format.safetensors, "safe_open", None)
+    for length in (format.MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(ValueError, match=f"its header would have {length} bytes"):
+            format.load(path, tiny_identity())
+
+
+GOOD = {"dtype": "F32", "shape": list(SHAPE), "data_offsets": [0, 4 * math.prod(SHAPE)]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\xff\xfe{}", id="not-utf8"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"a":' * 100_000, id="nested-without-end"),
+        pytest.param({"q_filters": {**GOOD, "data_offsets": [0, 2**40]}}, id="beyond-the-file"),
+        pytest.param({"q_filters": {**GOOD, "data_offsets": [-4, 764]}}, id="before-the-data"),
+        pytest.param({"q_filters": {**GOOD, "data_offsets": [768, 0]}}, id="end-before-begin"),
+        pytest.param({"q_filters": {**GOOD, "data_offsets": [2**64 - 768, 2**64]}}, id="offsets-that-overflow"),
+        pytest.param({"q_filters": {**GOOD, "data_offsets": [0]}}, id="one-offset"),
+        pytest.param({"q_filters": {**GOOD, "shape": [2**32, 2**32, 2**32]}}, id="a-size-that-overflows"),
+        pytest.param({"q_filters": {**GOOD, "shape": [-3, 2, -32]}}, id="negative-dimensions"),
+        pytest.param({"q_filters": {**GOOD, "shape": [3.0, 2, 32]}}, id="dimension-no-integer"),
+        pytest.param({"q_filters": {**GOOD, "shape": [1] * 100_000 + [192]}}, id="absurdly-many-dimensions"),
+        pytest.param({"q_filters": {**GOOD, "shape": [0, 2, 32], "data_offsets": [0, 0]}}, id="empty"),
+        pytest.param({"q_filters": {**GOOD, "dtype": "PICKLE"}}, id="dtype-unknown"),
+        pytest.param({"q_filters": {**GOOD, "dtype": ["F32"]}}, id="dtype-a-list"),
+        pytest.param({"q_filters": {**GOOD, "dtype": "F4", "shape": [3, 2, 256]}}, id="dtype-of-half-a-byte"),
+        pytest.param({"q_filters": {**GOOD, "dtype": "F16"}}, id="size-of-another-dtype"),
+        pytest.param({"q_filters": {"dtype": "F32"}}, id="fields-missing"),
+        pytest.param({"q_filters": GOOD, "twin": GOOD}, id="two-tensors-in-one-place"),
+        pytest.param({"q_filters": GOOD, "__metadata__": {"format": 7}}, id="metadata-no-string"),
+        pytest.param({"q_filters": GOOD, "__metadata__": []}, id="metadata-a-list"),
+    ],
+)
+def test_a_hostile_header_is_refused_in_one_line(path, header):
+    write_safetensors(path, header)
+    with pytest.raises(ValueError) as refusal:
+        format.load(path, tiny_identity())
+    assert str(path) in str(refusal.value) and str(refusal.value).isprintable() and len(str(refusal.value)) < 600
+
+
+def test_the_same_header_undamaged_is_loaded(path):
+    write_safetensors(path, {"q_filters": GOOD})
+    assert not format.load(path, tiny_identity()).filters.any()
+
+
+def test_nothing_but_the_filters_is_read_of_a_file_that_holds_more(path):
+    save_file({"q_filters": torch.zeros(SHAPE), "other": torch.full((4,), torch.nan)}, path)
+    assert_same(format.load(path, tiny_identity()), Filters(torch.zeros(SHAPE)))
+
+
+@pytest.mark.parametrize("text", ["\x1b[2Jgone\nINFO all is well", "x" * 10_000], ids=["control-characters", "long"])
+def test_what_a_file_says_of_itself_is_shown_in_one_short_line(path, text):
+    other = dataclasses.replace(tiny_identity(text), head_size=2 * HEAD_SIZE)
+    format.save(path, random_filters(), other)
+    with pytest.raises(ValueError, match="was made for .*head_size 64") as refusal:
+        format.load(path, tiny_identity())
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
+    save_file({text: torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no tensor 'q_filters', only") as refusal:
+        format.load(path, tiny_identity())
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
 
 
 @pytest.mark.parametrize("tensors", [{}, {"filters": torch.zeros(SHAPE), "weight": torch.zeros(3)}], ids=["empty", "others"])
@@ -190,7 +271,7 @@ def test_a_file_without_filters_is_refused_naming_what_it_has(path, tensors):
         format.load(path, tiny_identity())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e13, -1e13], ids=str)
 @pytest.mark.parametrize("name", ["q_filters", "score_std"])
 def test_numbers_that_are_not_finite_are_refused(path, name, value):
     tensors = {"q_filters": torch.zeros(SHAPE), "score_std": torch.zeros(SHAPE[:2])}
@@ -200,10 +281,22 @@ def test_numbers_that_are_not_finite_are_refused(path, name, value):
         format.load(path, tiny_identity())
 
 
+def test_a_negative_deviation_is_refused(path):
+    save_file({"q_filters": torch.zeros(SHAPE), "score_std": torch.full(SHAPE[:2], -1.0)}, path)
+    with pytest.raises(ValueError, match="score_std has negative numbers"):
+        format.load(path, tiny_identity())
+
+
+def test_numbers_too_large_for_float32_are_refused(path):
+    save_file({"q_filters": torch.full(SHAPE, 1e300, dtype=torch.float64)}, path)
+    with pytest.raises(ValueError, match="q_filters must hold finite"):
+        format.load(path, tiny_identity())
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
 def test_numbers_that_are_not_floating_point_are_refused_naming_their_type(path, dtype):
     save_file({"q_filters": torch.zeros(SHAPE, dtype=dtype)}, path)
-    with pytest.raises(ValueError, match=f"q_filters must hold .* dtype {dtype}"):
+    with pytest.raises(ValueError, match=r"q_filters must hold floating-point numbers \(F64, .*\), not [A-Z]"):
         format.load(path, tiny_identity())
 
 
@@ -217,6 +310,8 @@ def test_numbers_that_are_not_floating_point_are_refused_naming_their_type(path,
         pytest.param({"model": "[" * 100_000}, id="model-nested-without-end"),
         pytest.param({"version": None}, id="no-version"),
         pytest.param({"version": "one"}, id="version-no-number"),
+        pytest.param({"version": "-1"}, id="version-negative"),
+        pytest.param({"version": "9" * 10_000}, id="version-of-many-digits"),
     ],
 )
 def test_a_damaged_header_is_refused(path, damage):
@@ -269,6 +364,12 @@ def save_with_header(path: pathlib.Path, changes: dict[str, str | None]) -> None
         **changes,
     }
     save_file({"q_filters": torch.zeros(SHAPE)}, path, {name: value for name, value in header.items() if value is not None})
+
+
+def write_safetensors(path: pathlib.Path, header: bytes | dict) -> None:
+    """A file with this header before the bytes of as many zeros as there are filters."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(4 * math.prod(SHAPE)))
 
 
 @pytest.fixture
@@ -435,6 +536,31 @@ def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
     hub.answer = DOWNLOAD_ERRORS[error]
     with pytest.raises(ValueError, match="filters='someone/tiny_qfilt': neither a file nor a repository"):
         find_filters("someone/tiny_qfilt", tiny_identity())
+
+
+@pytest.mark.parametrize(
+    "wanted", ["../secrets", "..\\x/y", "org/..", "./-x", "org/a--b", "or g/x", "org/\n", "~/x", "org/" + "x" * 500]
+)
+def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_asked_for(wanted):
+    """The real hub client, which is offline: a name that passes would be looked for in its cache."""
+    with pytest.raises(ValueError, match="neither a file nor a repository") as refusal:
+        find_filters(wanted, tiny_identity())
+    assert isinstance(refusal.value.__cause__, HFValidationError | OSError)
+    assert not isinstance(refusal.value.__cause__, LocalEntryNotFoundError)
+
+
+def test_a_model_of_a_strange_name_looks_for_nothing_outside_the_cache(cache_root):
+    for name in ("../../etc/passwd", "org/..", "/", "a\n/b", "org/" + "x" * 500):
+        assert cache_path(tiny_identity(name)).parent == cache_root / "qfilters"
+        assert len(cache_path(tiny_identity(name)).name) < 200
+        assert find_filters("auto", tiny_identity(name)) is None
+
+
+def test_a_damaged_file_in_the_cache_is_refused_saying_what_to_do(cache_root, hub):
+    model = tiny_identity("org/tiny")
+    save_for(cache_path(model), model).write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{cache_path(model)} is not .*: delete the file, and they will be again"):
+        find_filters("auto", model)
 
 
 @pytest.mark.parametrize(
@@ -615,3 +741,20 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
     assert all(set(sequence) == set(range(10)) for sequence in sequences)
     assert sequences == random_sequences(10, 3, 200)
     assert sequences != random_sequences(10, 3, 200, seed=1)
+
+
+def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
+    """Ranks on several machines have several caches: were each to look in its own, some would calibrate and wait for the others."""
+
+    def rank(is_first: bool, found: object) -> object:
+        group = SimpleNamespace(is_first_rank=is_first, broadcast_object=lambda given: sent.append(given) or sent[0])
+        monkeypatch.setattr(model_runner, "get_world_group", lambda: group)
+        monkeypatch.setattr(model_runner, "find_filters", lambda *wanted: found)
+        monkeypatch.setattr(model_runner.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
+        runner = SimpleNamespace(model_config=None, compression=SimpleNamespace(filter="static", filters="auto"))
+        return model_runner.CompressedModelRunner._find_or_calibrate_filters(runner)
+
+    sent: list[object] = []
+    assert rank(True, ("filters", "cache here")) == ("filters", "cache here")
+    assert rank(False, ("others", "cache there")) == ("filters", "cache here")
+    assert sent == [("filters", "cache here"), None]

@@ -7,8 +7,10 @@ negate the projection again. :func:`load` and :func:`save` are the only places t
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import stat
 import tempfile
 from typing import Any
 
@@ -18,7 +20,8 @@ from safetensors.torch import save_file
 
 FORMAT = "vllm-qfilters"
 VERSION = 2
-MAX_FILE_BYTES = 8 << 30
+MAX_HEADER_BYTES = 1 << 20  # ours and published ones have a few thousand
+MAX_MAGNITUDE = 1e12  # of a number in the file; larger ones, no model has, and scores would overflow
 
 _PUBLISHED_NAME = "q_filters"
 _OPTIONAL = (
@@ -29,6 +32,7 @@ _OPTIONAL = (
     "score_mean",
     "score_std",
 )
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,42 +127,75 @@ def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> Non
 
 
 def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
-    """Reads a filters file, ours or a published one, for ``model``.
+    """Reads a filters file, ours or a published one, for ``model``. The file may come from anybody: of tensors nothing is read
+    before the header, of limited length, says that they are of the model's shapes.
 
     Raises:
-        ValueError: it is no safetensors file, lacks filters, has non-finite ones, or was made for another model; the message
+        ValueError: it is no safetensors file, lacks filters, has impossible ones, or was made for another model; the message
             has both sides' numbers.
         OSError: it cannot be read.
     """
     path = pathlib.Path(path)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, a filters file at most {MAX_FILE_BYTES}")
+    _check_sizes(path, model)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
             if _PUBLISHED_NAME not in names:
-                raise ValueError(f"{path} holds no tensor {_PUBLISHED_NAME!r}, only {', '.join(sorted(names)[:5])}: not a filters file")
+                found = ", ".join(_shown(name) for name in sorted(names)[:5])
+                raise ValueError(f"{path} holds no tensor {_PUBLISHED_NAME!r}, only {found}: not a filters file")
             _check_model(path, metadata, model)
             expected = _expected_shapes(model)
-            tensors = {}
-            for name in (_PUBLISHED_NAME, *_OPTIONAL):
-                if name not in names:
-                    continue
-                found = tuple(file.get_slice(name).get_shape())  # the header's word: a hostile file is refused unread
-                if found != expected[name]:
-                    raise ValueError(
-                        f"{path}: {name} has shape {found}, but {model.name} needs {expected[name]} "
-                        "(layers, heads, head size): the file was made for another model"
-                    )
-                tensors[name] = file.get_tensor(name)
+            tensors = {
+                name: _read(path, file, name, expected[name], model) for name in (_PUBLISHED_NAME, *_OPTIONAL) if name in names
+            }
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.to(torch.float32)
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensors[name]).all()):
-            raise ValueError(f"{path}: {name} must hold finite floating-point numbers, it has dtype {tensor.dtype}")
+        raise ValueError(f"{path} is not a readable safetensors file: {_shown(error, 200)}") from error
+    if "score_std" in tensors and bool((tensors["score_std"] < 0).any()):
+        raise ValueError(f"{path}: score_std has negative numbers, which no standard deviation is")
     return Filters(filters=-tensors.pop(_PUBLISHED_NAME), **tensors, calibration=metadata.get("calibration", ""))
+
+
+def _check_sizes(path: pathlib.Path, model: ModelIdentity) -> None:
+    """Of the file and its header, before anything is parsed."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    most = MAX_HEADER_BYTES + sum(8 * math.prod(shape) for shape in _expected_shapes(model).values())
+    if status.st_size > most:
+        raise ValueError(f"{path} has {status.st_size} bytes, a filters file of {model.name} at most {most}")
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path} is not a readable safetensors file of filters: its header would have {header_bytes} bytes, theirs have "
+            f"{MAX_HEADER_BYTES} at most"
+        )
+
+
+def _read(
+    path: pathlib.Path, file: safetensors.safe_open, name: str, shape: tuple[int, ...], model: ModelIdentity
+) -> torch.Tensor:
+    """One tensor as float32."""
+    found = file.get_slice(name)
+    if tuple(found.get_shape()) != shape:
+        raise ValueError(
+            f"{path}: {name} has shape {_shown(tuple(found.get_shape()))}, but {model.name} needs {shape} "
+            "(layers, heads, head size): the file was made for another model"
+        )
+    if found.get_dtype() not in _DTYPES:
+        raise ValueError(f"{path}: {name} must hold floating-point numbers ({', '.join(_DTYPES)}), not {found.get_dtype()}")
+    tensor = file.get_tensor(name).to(torch.float32)
+    if not bool((tensor.abs() <= MAX_MAGNITUDE).all()):  # false for NaN
+        raise ValueError(f"{path}: {name} must hold finite numbers, of magnitude {MAX_MAGNITUDE:g} at most")
+    return tensor
+
+
+def _shown(value: Any, most: int = 80) -> str:
+    """What a file says of itself, fit for one line of a log."""
+    text = str(value)
+    text = "".join(character if character.isprintable() else "?" for character in text[: most + 1])
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _expected_shapes(model: ModelIdentity) -> dict[str, tuple[int, ...]]:
@@ -180,6 +217,8 @@ def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdent
         return  # a published file names no model: its shape must do
     try:
         version = int(metadata["version"])
+        if version < 1:
+            raise ValueError("no version")
         made_for = dict(json.loads(metadata["model"])) if version <= VERSION else {}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged header ({type(error).__name__}): calibrate it again") from error
@@ -188,6 +227,6 @@ def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdent
     for name, value in dataclasses.asdict(model).items():
         if name != "name" and made_for.get(name) != value:
             raise ValueError(
-                f"{path} was made for {made_for.get('name')} ({name} {made_for.get(name)}), "
+                f"{path} was made for {_shown(made_for.get('name'))} ({name} {_shown(made_for.get(name))}), "
                 f"but {model.name} has {name} {value}: calibrate filters for it, or use filters 'auto'"
             )

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from vllm import envs
 from vllm.logger import init_logger
 
@@ -17,6 +17,8 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 AUTO = "auto"
 _WEIGHTS_NAME = "model.safetensors"
 _PUBLISHER = "nthngdy"
+_NOT_DOWNLOADED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+_NAME_CHARACTERS = 100  # of a model in the name of a cached file, which file systems limit
 
 
 def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = False) -> tuple[Filters, str] | None:
@@ -41,12 +43,16 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
         if wanted.count("/") != 1 or path.suffix == ".safetensors":
             raise ValueError(f"filters={wanted!r}: no such file; give an existing one, a repository, or 'auto'")
         try:
-            return load(_download(wanted), model), f"hub {wanted}"
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            path = _download(wanted)
+        except _NOT_DOWNLOADED as error:
             raise ValueError(f"filters={wanted!r}: neither a file nor a repository that can be read: {error}") from error
+        return load(path, model), f"hub {wanted}"
     cached = cache_path(model)
     if cached.exists():
-        return load(cached, model), f"cache {cached}"
+        try:
+            return load(cached, model), f"cache {cached}"
+        except ValueError as error:
+            raise ValueError(f"{error}; these filters were calibrated here: delete the file, and they will be again") from error
     repository = published_repository(model)
     if repository is None or needs_statistics:
         return None
@@ -54,7 +60,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
         return load(_download(repository), model), f"hub {repository}"
     except RepositoryNotFoundError:
         logger.info("No published filters %s.", repository)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except _NOT_DOWNLOADED as error:
         logger.info("Published filters %s cannot be had (%s).", repository, type(error).__name__)
     return None
 
@@ -62,7 +68,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
 def cache_path(model: ModelIdentity) -> pathlib.Path:
     """Where calibrated filters of ``model`` are kept. Changes with the model's configuration and weight files."""
     key = json.dumps([VERSION, dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
-    name = pathlib.PurePath(model.name).name
+    name = pathlib.PurePath(model.name).name[:_NAME_CHARACTERS]
     return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 

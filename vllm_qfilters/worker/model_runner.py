@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_world_group,
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
@@ -164,7 +165,9 @@ class CompressedModelRunner:
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
         needs_statistics = self.compression.filter != "static"
-        found = find_filters(self.compression.filters, model, needs_statistics)
+        # One rank looks, for all: another one may be on another machine, whose files and cache are others.
+        found = find_filters(self.compression.filters, model, needs_statistics) if get_world_group().is_first_rank else None
+        found = get_world_group().broadcast_object(found)
         if found is not None:
             return found
         sequences = self._random_sequences()
