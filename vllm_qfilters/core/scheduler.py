@@ -57,6 +57,8 @@ class QFiltersScheduler(AsyncScheduler):
         output = super().schedule(throttle_prefills)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
         rows = tuple(row for row in plan.rows if row.req_id in self.pages.evicted)
+        self.compression_stats.compactions += len(rows)
+        self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -82,11 +84,7 @@ class QFiltersScheduler(AsyncScheduler):
             else:
                 rows.append(row)
         # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
-        freed_pages = self.pages.release()
-        stats = self.compression_stats
-        stats.compactions += len(rows)
-        stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
-        stats.freed_pages += freed_pages
+        self.compression_stats.freed_pages += self.pages.release()
         return CompactionPlan(tuple(rows))
 
     def _preempt_lowest_priority(self) -> Request:
