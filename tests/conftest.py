@@ -24,6 +24,12 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def model_with_tokenizer(tiny_model, tmp_path_factory):
+    """``tiny_model`` with a tokenizer and a chat template."""
+    return models.with_tokenizer(tiny_model, tmp_path_factory.mktemp("with-tokenizer") / "model")
+
+
+@pytest.fixture(scope="session")
 def tiny_filters(tmp_path_factory):
     """(path, Filters) made at random for ``tiny_model``."""
     path = tmp_path_factory.mktemp("filters") / "tiny.safetensors"

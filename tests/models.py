@@ -1,9 +1,13 @@
 """Small models and filters for the tests, made on the spot."""
 
 import pathlib
+import shutil
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 
@@ -57,3 +61,15 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> Filters:
 def random_prompt(length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+
+def with_tokenizer(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A copy of ``model`` with a tokenizer of as many words as it has token ids, and a chat template."""
+    shutil.copytree(model, folder)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    fast.save_pretrained(folder)
+    return folder

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -108,7 +107,7 @@ def test_without_a_subcommand(argv, status):
     [
         ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
         ("eval", ["--methods METHOD", "-o FILE", "passkey", "the King James Bible", "qfilters:window=0.25", "--help=all"]),
-        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", '{"prompt": "..."}', "-config.budget 1024"]),
+        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", "--ray N", '{"prompt": "..."}', "-config.budget 1024"]),
     ],
 )
 def test_help_teaches(name, words, capsys):
@@ -159,6 +158,8 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["generate", "MODEL", "--input", "in.jsonl", "--output", "latin1.txt"], "latin1.txt cannot be continued"),
         ([*GENERATE, "--temperature", "nan"], "'nan' is no number >= 0"),
         ([*GENERATE, "--batch-size", "-3"], "'-3' is no integer >= 1"),
+        ([*GENERATE, "--ray", "0"], "'0' is no integer >= 1"),
+        ([*GENERATE, "--ray", "2", "--distributed-executor-backend", "ray"], "drop --distributed-executor-backend ray"),
         ([*GENERATE, "--kv-compression", "magic"], "invalid choice: 'magic'"),
         ([*GENERATE, "--kv-compression-config", "{budget"], "--kv-compression-config"),
         ([*GENERATE, "--kv-compression-config.budget"], "--kv-compression-config.budget needs a value"),
@@ -300,23 +301,6 @@ def test_a_short_text_is_refused_by_name(started, tiny_model, tmp_path, capsys):
 def test_texts_are_not_left_out_silently():
     with pytest.raises(cli.UsageError, match="raise --sequences to 2 at least"):
         cli.text_sequences({"a.txt": range(1000), "b.txt": range(1000)}, num_sequences=1, num_tokens=500)
-
-
-@pytest.fixture(scope="module")
-def model_with_tokenizer(tiny_model, tmp_path_factory):
-    """``tiny_model`` with a tokenizer of as many words as it has token ids, and a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("with-tokenizer") / "model"
-    shutil.copytree(tiny_model, folder)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

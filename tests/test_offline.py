@@ -1,5 +1,6 @@
 """The JSONL part of ``vllm-qfilters generate``, with made-up engines."""
 
+import functools
 import json
 
 import pytest
@@ -27,7 +28,7 @@ class Echo:
 
     def start(self):
         self.starts += 1
-        return self
+        return functools.partial(map, self)
 
     def __call__(self, requests):
         self.batches.append([request.line for request in requests])
@@ -171,7 +172,7 @@ def test_every_batch_is_on_disk_before_the_next_begins(lines, output):
         on_disk.append(output.read_bytes().count(b"\n"))
         return [Echo.answer(request) for request in requests]
 
-    offline.run(lines, output, lambda: generate, batch_size=2)
+    offline.run(lines, output, lambda: functools.partial(map, generate), batch_size=2)
     assert on_disk == [0, 2, 4, 6]
 
 
@@ -182,7 +183,7 @@ def test_an_interrupted_run_keeps_its_batches(lines, output):
         return [Echo.answer(request) for request in requests]
 
     with pytest.raises(KeyboardInterrupt):
-        offline.run(lines, output, lambda: generate, batch_size=3)
+        offline.run(lines, output, lambda: functools.partial(map, generate), batch_size=3)
     engine = Echo()
     assert offline.run(lines, output, engine.start, batch_size=3) == (7, 3, 2)
     assert engine.answered == [4, 6, 7]

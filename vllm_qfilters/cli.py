@@ -6,6 +6,8 @@ vLLM is imported only once a subcommand is named.
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -95,7 +97,11 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Generates a completion for every line of the input."""
+    if args.ray is not None and importlib.util.find_spec("ray") is None:
+        raise UsageError("--ray needs Ray: pip install 'vllm-qfilters[ray]'")
     engine_args = _engine_args(args)
+    if args.ray is not None and engine_args.distributed_executor_backend == "ray":
+        raise UsageError("--ray starts engines that each fit into one machine: drop --distributed-executor-backend ray")
     try:
         lines = offline.read_input(args.input)
     except OSError as error:
@@ -103,13 +109,18 @@ def generate(args: argparse.Namespace) -> int:
     _check_writable(args.output)
     if args.output.exists() and args.output.samefile(args.input):
         raise UsageError(f"--output {args.output} is the input")
+    start = functools.partial(_batch_engine, engine_args, args.max_tokens, args.temperature)
     with contextlib.ExitStack() as stack:
 
-        def start_engine() -> offline.GenerateBatch:
-            return batch_generator(stack.enter_context(_engine(engine_args)), args.max_tokens, args.temperature)
+        def start_engines() -> offline.GenerateBatches:
+            if args.ray is None:
+                return functools.partial(map, stack.enter_context(start()))
+            from vllm_qfilters.offline_ray import ray_engines
+
+            return stack.enter_context(ray_engines(start, args.ray, _gpus_per_engine(engine_args)))
 
         try:
-            total, resumed, failed = offline.run(lines, args.output, start_engine, args.batch_size)
+            total, resumed, failed = offline.run(lines, args.output, start_engines, args.batch_size)
         except offline.OutputMismatch as error:
             raise UsageError(str(error)) from error
     before = f", {resumed} of them before" if resumed else ""
@@ -268,6 +279,18 @@ def _engine(engine_args: "EngineArgs") -> Iterator["LLM"]:
         llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
+@contextlib.contextmanager
+def _batch_engine(engine_args: "EngineArgs", max_tokens: int, temperature: float) -> Iterator[offline.GenerateBatch]:
+    with _engine(engine_args) as llm:
+        yield batch_generator(llm, max_tokens, temperature)
+
+
+def _gpus_per_engine(engine_args: "EngineArgs") -> int:
+    from vllm.platforms import current_platform
+
+    return 0 if current_platform.is_cpu() else engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+
+
 def _read_text(path: pathlib.Path, num_characters: int) -> str:
     try:
         with open(path, encoding="utf-8") as file:
@@ -378,6 +401,13 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="lines generated at once and then written; default %(default)s",
     )
+    parser.add_argument(
+        "--ray",
+        type=at_least(1),
+        metavar="N",
+        help="N engines on a Ray cluster (RAY_ADDRESS, or one that is started here), a batch at a time each; batches of an\n"
+        "engine that dies are generated again",
+    )
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -423,7 +453,8 @@ SUBCOMMANDS = {
         "run again after an interruption, continues the output.",
         examples="Example:\n"
         "  vllm-qfilters generate Qwen/Qwen3-0.6B --input prompts.jsonl --output answers.jsonl \\\n"
-        "      --kv-compression-config.budget 1024 --max-tokens 512 --max-model-len 32768",
+        "      --kv-compression-config.budget 1024 --max-tokens 512 --max-model-len 32768\n"
+        "  RAY_ADDRESS=auto vllm-qfilters generate ... --ray 8",
         add_options=_add_generate_options,
         defaults={"kv_compression": "qfilters"},
         run=generate,

@@ -1,4 +1,12 @@
-"""Switches KV compression on in vLLM's engine arguments: for the command line, and for ``LLM(...)`` in Python."""
+"""Switches KV compression on in vLLM's engine arguments: for the command line, and for ``LLM(...)`` in Python.
+
+What is set travels in vLLM's own configuration, so it reaches the ranks of every executor. That of Ray
+(``--distributed-executor-backend ray``, over machines with GPUs; vLLM refuses it on CPUs) was checked by reading vLLM 0.32, for
+want of GPUs it was not run: both its Ray executors give each actor the whole configuration; the actor's
+``WorkerWrapperBase.init_worker`` loads the plugins and finds ``worker_cls`` by its name, as under the multiprocessing executor;
+the legacy one then calls our model runner directly, past the worker, which overrides nothing there. Plans and page scores are
+pickled with the outputs they are part of (tests/test_offline_ray.py).
+"""
 
 from collections.abc import Mapping
 from typing import Any

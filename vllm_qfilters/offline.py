@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -61,7 +61,9 @@ class Refusal:
     error: str
 
 
-GenerateBatch = Callable[[Sequence[Request]], Sequence[Completion | Refusal]]
+Answer = Completion | Refusal
+GenerateBatch = Callable[[Sequence[Request]], Sequence[Answer]]
+GenerateBatches = Callable[[Sequence[Sequence[Request]]], Iterable[Sequence[Answer]]]
 
 
 class OutputMismatch(Exception):
@@ -115,7 +117,7 @@ def parse_line(number: int, line: bytes) -> Request | BadLine:
 def run(
     lines: Sequence[Request | BadLine],
     output: pathlib.Path,
-    start_engine: Callable[[], GenerateBatch],
+    start_engines: Callable[[], GenerateBatches],
     batch_size: int,
 ) -> Summary:
     """Writes one line per line of the input to ``output``, behind those that an earlier run left there.
@@ -125,8 +127,8 @@ def run(
     Args:
         lines: the whole input.
         output: flushed after every batch.
-        start_engine: called once, and only if a request remains; what it returns answers up to ``batch_size`` requests in
-            their order.
+        start_engines: called once, and only if a request remains; what it returns answers batches in their order, each of up
+            to ``batch_size`` requests.
         batch_size: lines.
 
     Raises:
@@ -139,10 +141,13 @@ def run(
         return Summary(len(lines), done, failed)
     with open(output, "ab") as file:
         file.truncate(end)
-        generate_batch = start_engine() if any(isinstance(line, Request) for line in pending) else None
+        batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+        requests = [[line for line in batch if isinstance(line, Request)] for batch in batches]
+        good = [batch for batch in requests if batch]
+        answers = iter(start_engines()(good) if good else [])
         with tqdm(total=len(lines), initial=done, desc="Generating", unit="line") as bar:
-            for start in range(0, len(pending), batch_size):
-                records = _generate_records(pending[start : start + batch_size], generate_batch)
+            for batch, wanted in zip(batches, requests):
+                records = _records(batch, wanted, next(answers) if wanted else [])
                 file.write(b"".join(_encode(record) for record in records))
                 file.flush()
                 for record in records:
@@ -153,14 +158,13 @@ def run(
     return Summary(len(lines), done, failed)
 
 
-def _generate_records(batch: Sequence[Request | BadLine], generate_batch: GenerateBatch | None) -> list[dict[str, Any]]:
-    requests = [line for line in batch if isinstance(line, Request)]
-    answers = iter(generate_batch(requests) if requests else [])
-    records = []
-    for line in batch:
-        outcome = {"error": line.error} if isinstance(line, BadLine) else dataclasses.asdict(next(answers))
-        records.append({"line": line.line, "id": line.id, **outcome})
-    return records
+def _records(
+    batch: Sequence[Request | BadLine], requests: Sequence[Request], answers: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    """Of each line of a batch; answers: to its ``requests``."""
+    by_line = {request.line: dataclasses.asdict(answer) for request, answer in zip(requests, answers, strict=True)}
+    outcomes = ({"error": line.error} if isinstance(line, BadLine) else by_line[line.line] for line in batch)
+    return [{"line": line.line, "id": line.id, **outcome} for line, outcome in zip(batch, outcomes)]
 
 
 def _read_progress(output: pathlib.Path, lines: Sequence[Request | BadLine]) -> _Progress:
