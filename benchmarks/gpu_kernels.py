@@ -26,12 +26,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 IS_DRY_RUN = "--dry-run" in sys.argv
 if IS_DRY_RUN:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-sys.path.append(str(ROOT))  # for tests/paged_attention.py
+sys.path.append(str(ROOT))  # for benchmarks/ and tests/paged_attention.py
 
 import torch
 import triton
-from decode import RESULTS, check_output
 
+from benchmarks.case import RESULTS, check_output
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact

@@ -1,47 +1,62 @@
 """Does a budget nobody reaches leave plain vLLM's output as it is? Token ids and log-probabilities, bit by bit.
 
-    python benchmarks/identity.py models/SmolLM2-135M-Instruct [--llm '{"block_size": 16}']
+    python -m benchmarks identity models/SmolLM2-135M-Instruct [--llm '{"block_size": 16}']
 
-Two engines, one after the other, each in a process of its own, with whatever vLLM chooses on this machine: CUDA graphs,
-asynchronous scheduling, an attention backend. Ends with status 1 if they differ.
+Two engines with whatever vLLM chooses on this machine: CUDA graphs, asynchronous scheduling, an attention backend. Ends with
+status 1 if they differ.
 """
 
 import argparse
-import json
-import os
-import pathlib
 import random
-import sys
+from collections.abc import Mapping
+from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-
-from tests.run_engine import run_engine
+from benchmarks.case import Case, Numbers
 
 LENGTHS = (900, 17, 300, 1)
 NEW_TOKENS = 64
-BUDGET = 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
-    arguments = parser.parse_args()
+def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    return {"plain": {"compression": None}, "compressed": {"compression": {"method": "qfilters", "budget": arguments.budget}}}
+
+
+def measure(job: dict[str, Any]) -> Numbers:
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    from vllm_qfilters import kv_compression
+
+    compression = {} if job["compression"] is None else kv_compression(**{**job["options"], **job["compression"]})
+    llm = LLM(job["model"], **{"max_model_len": job["budget"], "skip_tokenizer_init": True, **job["llm"]}, **compression)
     numbers = random.Random(0)
-    requests = [dict(prompt=[numbers.randrange(3, 500) for _ in range(length)], max_tokens=NEW_TOKENS) for length in LENGTHS]
-    llm = {"max_model_len": BUDGET, "skip_tokenizer_init": True, "enforce_eager": False, **arguments.llm}
-    print("plain vLLM ...", file=sys.stderr)
-    plain = run_engine(arguments.model, requests, None, **llm)
-    print("with KV compression ...", file=sys.stderr)
-    compressed = run_engine(arguments.model, requests, dict(method="qfilters", budget=BUDGET), **llm)
-    tokens = sum(len(result["token_ids"]) for result in plain)
-    if compressed != plain:
-        same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(plain, compressed, strict=True))
-        sys.exit(f"the output differs: {same} of {len(plain)} sequences have the same tokens")
-    print(f"{len(plain)} sequences, {tokens} tokens: token ids and log-probabilities are those of plain vLLM, bit by bit")
+    prompts = [TokensPrompt(prompt_token_ids=[numbers.randrange(3, 500) for _ in range(length)]) for length in LENGTHS]
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+    completions = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return {
+        "sequences": len(completions),
+        "tokens": sum(len(completion.token_ids) for completion in completions),
+        "token_ids": [list(completion.token_ids) for completion in completions],
+        "logprobs": [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs)] for c in completions],
+    }
 
 
-if __name__ == "__main__":
-    main()
+def problems(of_round: Mapping[str, Numbers]) -> list[str]:
+    plain, compressed = of_round["plain"], of_round["compressed"]
+    if plain == compressed:
+        return []
+    same = sum(a == b for a, b in zip(plain["token_ids"], compressed["token_ids"], strict=True))
+    return [f"the output differs: {same} of {plain['sequences']} sequences have the same tokens"]
+
+
+CASE = Case(
+    name="identity",
+    description=__doc__,
+    add_options=lambda parser: parser.set_defaults(rounds=1),
+    variants=variants,
+    measure=measure,
+    columns={"sequences": "sequences", "tokens": "tokens"},
+    ratios=lambda of_round: {"identical, bit by bit": float(of_round["plain"] == of_round["compressed"])},
+    problems=problems,
+)
+main = CASE.main

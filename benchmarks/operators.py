@@ -1,6 +1,6 @@
 """Time per call of the C++ operators, of the PyTorch reference, and of memory, on the shapes of SmolLM2-135M.
 
-    python benchmarks/operators.py [--calls 300] [--threads 1]
+    python -m benchmarks operators [--calls 300] [--threads 1]
 
 Operators and reference take turns, call by call. Prints medians, ratios, and what an operator reads and writes per second in
 percent of what a copy of 256 MB does, and writes them with machine, versions, commit and command to benchmarks/results/. Decode
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from decode import RESULTS
+from benchmarks.case import RESULTS
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

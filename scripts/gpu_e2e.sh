@@ -35,8 +35,8 @@ if [ "${1:-}" = --dry-run ]; then
   export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_CI_ENV=1  # one process per engine, and no warm-up
   write_config $BUILD/model 2 4 2 32 128 256 512 4096
   DUMMY='{"load_format": "dummy", "skip_tokenizer_init": true, "enforce_eager": true, "block_size": 32}'
-  "$PYTHON" benchmarks/identity.py $BUILD/model --llm "${DUMMY%\}}, \"kv_cache_memory_bytes\": 67108864}"
-  "$PYTHON" benchmarks/decode.py $BUILD/model --context 600 --budget 256 --sequences 2 --steps 20 --rounds 1 --dry-run \
+  "$PYTHON" -m benchmarks identity $BUILD/model --llm "${DUMMY%\}}, \"kv_cache_memory_bytes\": 67108864}"
+  "$PYTHON" -m benchmarks decode $BUILD/model --contexts 600 --budget 256 --sequences 2 --steps 20 --rounds 1 --dry-run \
       --kv-cache-memory-bytes 67108864 --options '{"interval": 32, "chunk": 256}' --llm "$DUMMY" --output $BUILD/decode.json
   exit
 fi
@@ -45,11 +45,11 @@ if ! "$PYTHON" -c "import torch; raise SystemExit(not torch.cuda.is_available())
   echo "PyTorch sees no GPU: use --dry-run"
   exit 1
 fi
-"$PYTHON" benchmarks/identity.py "${MODEL:-models/SmolLM2-135M-Instruct}"
+"$PYTHON" -m benchmarks identity "${MODEL:-models/SmolLM2-135M-Instruct}"
 write_config $BUILD/model 32 32 8 128 4096 14336 128256 131072
 for load in "8k 8192 16" "32k 32768 8" "128k 130000 2"; do
   read -r name context sequences <<< "$load"
-  "$PYTHON" benchmarks/decode.py $BUILD/model --context "$context" --budget 2048 --sequences "$sequences" --steps 256 \
+  "$PYTHON" -m benchmarks decode $BUILD/model --contexts "$context" --budget 2048 --sequences "$sequences" --steps 256 \
       --rounds 1 --kv-cache-memory-bytes 0 --llm '{"load_format": "dummy", "skip_tokenizer_init": true}' \
       --output "benchmarks/results/gpu_decode_$name.json"
 done

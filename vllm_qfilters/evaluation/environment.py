@@ -11,19 +11,25 @@ import subprocess
 import sys
 from typing import Any
 
+PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-qfilters")
+
 _FOLDER = pathlib.Path(__file__).parent
 
 
-def describe_run() -> dict[str, Any]:
-    """Date, machine, versions, commit and command of this run, as JSON."""
+def describe_run(folder: pathlib.Path = _FOLDER) -> dict[str, Any]:
+    """Date, machine, versions, commit and command of this run, as JSON.
+
+    Args:
+        folder: a package in the checkout whose commit is meant; by default this one.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_gpu(),
         "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("vllm", "torch", "triton", "transformers", "vllm-qfilters")},
-        "commit": _commit(),
-        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **{package: _version(package) for package in PACKAGES},
+        "commit": _commit(folder),
+        "command": f"{pathlib.Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
     }
 
 
@@ -47,17 +53,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Of the checkout this package runs from, with ``+changes`` if it has any; None for an installed package."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
+def _commit(folder: pathlib.Path) -> str | None:
+    """Of the checkout ``folder`` is in, with ``+changes`` if it has any; None for an installed package."""
+    commit = _git(folder, "rev-parse", "--short", "HEAD")
+    if commit is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # some other repository around site-packages
-    return commit + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
 
 
-def _git(*command: str) -> str | None:
+def _git(folder: pathlib.Path, *command: str) -> str | None:
     try:
-        done = subprocess.run(["git", *command], cwd=_FOLDER, capture_output=True, text=True)
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

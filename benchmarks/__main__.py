@@ -1,0 +1,30 @@
+"""The command ``python -m benchmarks``."""
+
+import importlib
+import sys
+
+CASES = {
+    "decode": "time per token, time to the first token and pages against context: plain vLLM, ours, StreamingLLM, and the limit",
+    "throughput": "requests per second and concurrency with a cache of 1/8 of what the load would need",
+    "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
+    "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",
+    "identity": "does a budget nobody reaches leave plain vLLM's output as it is, bit by bit?",
+    "page_scores": "what page scores cost of a decode step",
+    "operators": "the C++ kernels against the PyTorch ones, on the shapes of the demo model",
+    "gpu_kernels": "the Triton kernels on a GPU, on the shapes of Llama-3.1-8B",
+}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in CASES:
+        print("usage: python -m benchmarks CASE [--help]\n")
+        for name, summary in CASES.items():
+            print(f"  {name:<14}{summary}")
+        return 2
+    name = sys.argv.pop(1)
+    sys.argv[0] = f"python -m benchmarks {name}"
+    return importlib.import_module(f"benchmarks.{name}").main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What the cases that start engines have in common: variants take turns in processes of their own, results, table and plot.
+
+A round measures every variant once. Ratios are made round by round, since the speed of a machine drifts between rounds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vllm_qfilters.evaluation.environment import describe_run
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_MEASURED = "measured: "
+
+Numbers = dict[str, Any]  # of one variant in one round, JSON
+
+
+class NotMeasured(Exception):
+    """A variant cannot run here; the message says why, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        name: of the case, and of its files of results.
+        description: for ``--help``.
+        add_options: its own options, beside :func:`_add_common_options`.
+        variants: from the options; what differs between the jobs of a round, by the name of the variant. ``python`` among it is
+            another interpreter to measure with.
+        measure: run in a process of its own with the options and one of those: numbers, JSON.
+        columns: of the table: key of a number to its header.
+        ratios: from the numbers of a round, by variant.
+        draw: onto a figure of matplotlib's, from the numbers of all rounds, by variant; None: no plot.
+        problems: what of the numbers of a round must not be; the status is then 1.
+    """
+
+    name: str
+    description: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    variants: Callable[[argparse.Namespace], Mapping[str, dict[str, Any]]]
+    measure: Callable[[dict[str, Any]], Numbers]
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ratios: Callable[[Mapping[str, Numbers]], Mapping[str, float]] = lambda of_round: {}
+    draw: Callable[[Any, Mapping[str, Sequence[Numbers]]], None] | None = None
+    problems: Callable[[Mapping[str, Numbers]], Sequence[str]] = lambda of_round: ()
+
+    def main(self) -> int:
+        """Runs the command and returns its exit status."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m benchmarks {self.name}",
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_common_options(parser)
+        self.add_options(parser)
+        arguments = parser.parse_args()
+        if arguments.measure is not None:
+            print(_MEASURED + json.dumps(self.measure({**_job(arguments), **arguments.measure})))
+            return 0
+        output = arguments.output or RESULTS / f"{self.name}.json"
+        variants = self.variants(arguments)
+        rounds, ratios, problems = [], [], []
+        for number in range(1, arguments.rounds + 1):
+            of_round = {}
+            for variant, job in variants.items():
+                print(f"round {number} of {arguments.rounds}: {variant} ...", file=sys.stderr, flush=True)
+                with contextlib.suppress(NotMeasured):
+                    of_round[variant] = _run_child(variant, job)
+            rounds.append(of_round)
+            ratios.append({name: round(ratio, 2) for name, ratio in self.ratios(of_round).items()})
+            problems += self.problems(of_round)
+        result = {"run": describe_run(), "case": self.name, "options": _job(arguments), "rounds": rounds, "ratios": ratios}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+        self._print(result)
+        if self.draw is not None:
+            print(f"\nResults in {output}, plot in {self._plot(rounds, output.with_suffix('.png'))}")
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        return 1 if problems else 0
+
+    def _print(self, result: dict[str, Any]) -> None:
+        for key, value in result["run"].items():
+            print(f"{key}: {value}")
+        print("\n" + " " * 24 + "".join(f"{header:>{len(header) + 3}}" for header in self.columns.values()))
+        for variant, numbers in by_variant(result["rounds"]).items():
+            cells = (median(numbers, key) for key in self.columns)
+            shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values()))
+            print(f"{variant:<24}" + "".join(shown))
+        print()
+        for name in result["ratios"][0]:
+            print(f"{name}: " + ", ".join(str(ratios[name]) for ratios in result["ratios"]))
+
+    def _plot(self, rounds: Sequence[Mapping[str, Numbers]], path: pathlib.Path) -> pathlib.Path:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(layout="constrained")
+        self.draw(figure, by_variant(rounds))
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def by_variant(rounds: Sequence[Mapping[str, Numbers]]) -> dict[str, list[Numbers]]:
+    return {variant: [of_round[variant] for of_round in rounds if variant in of_round] for variant in rounds[0]}
+
+
+def median(numbers: Sequence[Numbers], key: str) -> float:
+    return statistics.median(of_round[key] for of_round in numbers)
+
+
+def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: str) -> None:
+    """A bar per variant, the median, and a dot per round."""
+    for place, (variant, rounds) in enumerate(numbers.items()):
+        panel.bar(place, median(rounds, key), color=f"C{place}")
+        panel.plot([place] * len(rounds), [of_round[key] for of_round in rounds], "k.")
+    panel.set_xticks(range(len(numbers)), [name.replace(", ", ",\n") for name in numbers], fontsize="small", rotation=20)
+    panel.set_title(title, fontsize="medium")
+    panel.grid(axis="y", alpha=0.3)
+
+
+def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
+    command = [job.get("python") or sys.executable, *sys.argv[0].split()[1:], *sys.argv[1:], "--measure", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    measured = [line for line in done.stdout.splitlines() if line.startswith(_MEASURED)]
+    if done.returncode or not measured:
+        last = done.stderr.strip().splitlines()[-1:]
+        if last and last[0].startswith(NotMeasured.__module__ + "." + NotMeasured.__name__):
+            reason = last[0].partition(": ")[2]
+            print(f"  not measured: {reason}", file=sys.stderr)
+            raise NotMeasured(reason)
+        sys.exit(f"{variant} failed:\n{done.stderr[-3000:]}")
+    return json.loads(measured[0].removeprefix(_MEASURED))
+
+
+def _job(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name not in ("output", "rounds", "measure")}
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or repository")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--budget", type=int, default=1024, help="tokens; default %(default)s")
+    parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help="further KV compression options, as JSON")
+    parser.add_argument("--output", type=pathlib.Path, help="file of results; default benchmarks/results/CASE.json")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)

@@ -1,0 +1,415 @@
+"""Load and faults on a real server, on loopback and for a bounded time: what is lost, leaks, grows, or hangs?
+
+    python scripts/load_test.py [--minutes 10] [--model models/SmolLM2-135M-Instruct] [--full-size] [any argument of vllm serve]
+
+Starts ``vllm serve`` with KV compression and a cache so small that requests are preempted all the time, and sends at once
+
+- short requests, thousands of them, beside long ones with budgets of their own,
+- ``vllm bench serve``, round after round, with lengths from a tenth to twice the mean,
+- requests whose clients go away in the middle of the stream,
+- requests with malformed ``kv_budget`` values, which must be refused with a 400 and a reason.
+
+Then everything must have been answered, no page be held, and the same prompt get the same answer as before. At last the engine's
+(or a worker's) process is killed while it streams: every client must hear of it, and the server end with an error. Prints a
+report, writes it to benchmarks/results/load.json, and ends with status 1 if anything was not as it must be.
+
+The model has the demo model's vocabulary and random weights of 2 small layers, unless --full-size: the subject is the engine.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import aiohttp
+
+from vllm_qfilters.evaluation.environment import describe_run
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+VLLM = str(pathlib.Path(sys.executable).parent / "vllm")
+NAME = "model"
+BLOCK, BUDGET, CHUNK = 32, 256, 512
+MAX_MODEL_LEN, NUM_PAGES = 4096, 48
+SMALL = {
+    "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32,
+}  # fmt: skip
+MALFORMED = (-1, 7, 1.5, "256", "much", [256], {"budget": 256}, True, 1e400, None)
+HANG_SECONDS = 60.0
+
+
+class Server:
+    """``vllm serve`` in a process of its own, and what can be seen of it from outside."""
+
+    def __init__(self, model: pathlib.Path, is_full_size: bool, extra: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        config = {"budget": BUDGET, "interval": BLOCK, "chunk": CHUNK}
+        command = [VLLM, "serve", str(model), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
+        command += ["--num-gpu-blocks-override", str(NUM_PAGES), "--kv-cache-memory-bytes", str(1 << 30)]
+        command += ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps(config)]
+        if not is_full_size:
+            command += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
+        self.command = [*command, *extra]
+        self.log: list[str] = []
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}  # for /reset_prefix_cache
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
+
+    def processes(self) -> dict[int, str]:
+        """It and its descendants: process id to command line."""
+        parents, names = {}, {}
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                pid, status = int(folder.name), (folder / "stat").read_text().rpartition(")")[2].split()
+                if status[0] != "Z":
+                    parents[pid], names[pid] = int(status[1]), (folder / "cmdline").read_text().replace("\0", " ").strip()
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return {pid: names[pid] for pid in found if pid in names}
+
+    def resident_mb(self) -> float:
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                total += int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
+        return round(total / 1024, 1)
+
+    def engine_process(self) -> int:
+        """A worker where workers are processes, else the engine with the worker in it."""
+        for title in ("VLLM::Worker", "VLLM::EngineCore"):
+            for pid, name in self.processes().items():
+                if title in name:
+                    return pid
+        raise RuntimeError(f"no engine among {self.processes()}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(HANG_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Load:
+    """Sends requests and counts what becomes of them, by kind.
+
+    Attributes:
+        counts: by (kind, outcome); outcomes are sent, answered, refused, left (by the client) and failed.
+        failures: the first few, in words.
+    """
+
+    def __init__(self, server: Server, session: aiohttp.ClientSession, seed: int) -> None:
+        self.server, self.session, self.rng = server, session, random.Random(seed)
+        self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.failures: list[str] = []
+        self.ends_at = 0.0
+
+    async def run(self, seconds: float, concurrency: dict[Callable[[], Awaitable[None]], int]) -> None:
+        self.ends_at = time.monotonic() + seconds
+
+        async def repeat(send: Callable[[], Awaitable[None]]) -> None:
+            while time.monotonic() < self.ends_at:
+                await send()
+
+        async with asyncio.TaskGroup() as tasks:
+            for send, count in concurrency.items():
+                for _ in range(count):
+                    tasks.create_task(repeat(send))
+
+    async def short(self) -> None:
+        await self._complete("short", self._tokens(1, 24), self.rng.randint(1, 8))
+
+    async def long(self) -> None:
+        budget = self.rng.choice([None, None, 192, 0.5, 0])
+        length = self.rng.randint(300, 3000) if budget != 0 else self.rng.randint(300, 900)
+        extra = {} if budget is None else {"vllm_xargs": {"kv_budget": budget}}
+        await self._complete("long", self._tokens(length, length), self.rng.randint(50, 300), **extra)
+
+    async def leave(self) -> None:
+        body = self._body(self._tokens(10, 1500), 600, stream=True)
+        self.counts["leaving", "sent"] += 1
+        try:
+            async with self.session.post(f"{self.server.url}/v1/completions", json=body) as response:
+                if response.status == 200:
+                    for _ in range(self.rng.choice([0, 1, 5, 40])):
+                        await response.content.readline()
+                    response.close()
+                    self.counts["leaving", "left"] += 1
+                else:
+                    self._fail("leaving", f"{response.status}: {await response.text()}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._fail("leaving", repr(error))
+
+    async def malformed(self) -> None:
+        value = self.rng.choice(MALFORMED)
+        body = self._body(self._tokens(5, 50), 5, vllm_xargs={"kv_budget": value})
+        self.counts["malformed", "sent"] += 1
+        status, text = await self._post(body)
+        if status in (400, 422) and ("kv_budget" in text or "vllm_xargs" in text):
+            self.counts["malformed", "refused"] += 1
+        else:
+            self._fail("malformed", f"kv_budget={value!r} got {status}: {text[:300]}")
+        await asyncio.sleep(0.2)
+
+    async def ask(self) -> str:
+        """The same every time; its answer must be, too."""
+        numbers = random.Random(1)
+        prompt = [numbers.randrange(3, 400) for _ in range(900)]
+        status, text = await self._post(self._body(prompt, 64))
+        return json.loads(text)["choices"][0]["text"] if status == 200 else f"{status}: {text}"
+
+    async def stream_to_the_end(self) -> bool:
+        """Whether the client was told that something went wrong."""
+        body = self._body(self._tokens(50, 50), 3000, stream=True)
+        try:
+            async with self.session.post(f"{self.server.url}/v1/completions", json=body) as response:
+                content = await response.text()
+                return response.status != 200 or '"error"' in content or "[DONE]" not in content
+        except aiohttp.ClientError:
+            return True
+
+    async def _complete(self, kind: str, prompt: list[int], max_tokens: int, **extra: Any) -> None:
+        self.counts[kind, "sent"] += 1
+        status, text = await self._post(self._body(prompt, max_tokens, **extra))
+        usage = json.loads(text)["usage"] if status == 200 else {}
+        if usage.get("completion_tokens") == max_tokens and usage.get("prompt_tokens") == len(prompt):
+            self.counts[kind, "answered"] += 1
+        else:
+            self._fail(kind, f"{len(prompt)} tokens, {max_tokens} wanted, {extra}: {status} {usage or text[:300]}")
+
+    async def _post(self, body: dict[str, Any]) -> tuple[int, str]:
+        try:
+            async with self.session.post(f"{self.server.url}/v1/completions", json=body) as response:
+                return response.status, await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return 0, repr(error)
+
+    def _body(self, prompt: list[int], max_tokens: int, **extra: Any) -> dict[str, Any]:
+        return {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
+
+    def _tokens(self, least: int, most: int) -> list[int]:
+        return [self.rng.randrange(3, 400) for _ in range(self.rng.randint(least, most))]
+
+    def _fail(self, kind: str, reason: str) -> None:
+        self.counts[kind, "failed"] += 1
+        if len(self.failures) < 10:
+            self.failures.append(f"{kind}: {reason}")
+
+
+async def metrics(server: Server, session: aiohttp.ClientSession) -> dict[str, float]:
+    async with session.get(f"{server.url}/metrics") as response:
+        found = re.findall(r"^vllm:(\w+)(?:\{[^}]*\})? (\S+)$", await response.text(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+async def wait_until(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(aiohttp.ClientError):
+            if await condition():
+                return True
+        await asyncio.sleep(0.25)
+    return False
+
+
+def bench_rounds(server: Server, model: pathlib.Path, load: Load) -> None:
+    """``vllm bench serve`` until the load ends; its counts go to ``load``."""
+    while not load.ends_at:
+        time.sleep(0.1)
+    number = 0
+    with tempfile.TemporaryDirectory() as folder:
+        while time.monotonic() < load.ends_at:
+            number += 1
+            command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", NAME]
+            command += ["--tokenizer", str(model), "--dataset-name", "random", "--random-input-len", "500", "--seed", str(number)]
+            command += ["--random-output-len", "80", "--random-range-ratio", "0.9", "--num-prompts", "60", "--disable-tqdm"]
+            command += ["--max-concurrency", "8", "--ignore-eos", "--save-result", "--result-dir", folder]
+            done = subprocess.run([*command, "--result-filename", "round.json"], capture_output=True, text=True)
+            if done.returncode:
+                load.counts["bench", "failed"] += 1
+                load.failures.append(f"bench: {done.stderr[-500:]}")
+                return
+            result = json.loads(pathlib.Path(folder, "round.json").read_text())
+            for outcome, count in (("sent", result["num_prompts"]), ("answered", result["completed"]), ("failed", result["failed"])):
+                load.counts["bench", outcome] += count
+
+
+async def kill_engine(server: Server, load: Load) -> dict[str, Any]:
+    """Ends the engine's process as the kernel would for want of memory, while it streams."""
+    streams = [asyncio.create_task(load.stream_to_the_end()) for _ in range(4)]
+    await asyncio.sleep(2)
+    victim = server.engine_process()
+    name = server.processes()[victim]
+    begin = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    done, hanging = await asyncio.wait(streams, timeout=HANG_SECONDS)
+    seconds_to_clients = round(time.monotonic() - begin, 1)
+    for task in hanging:
+        task.cancel()
+    try:
+        status = await asyncio.to_thread(server.process.wait, HANG_SECONDS)
+    except subprocess.TimeoutExpired:
+        status = None
+    return {
+        "killed": name,
+        "clients_told": sum(task.result() for task in done),
+        "clients": len(streams),
+        "seconds_until_clients_were_told": seconds_to_clients,
+        "server_status": status,
+        "seconds_until_the_server_ended": round(time.monotonic() - begin, 1),
+        "processes_left": len(server.processes()),
+    }
+
+
+async def test(arguments: argparse.Namespace, server: Server) -> dict[str, Any]:
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def is_up() -> bool:
+            if server.process.poll() is not None:
+                raise SystemExit("the server did not start:\n" + "".join(server.log[-30:]))
+            async with session.get(f"{server.url}/health") as response:
+                return response.status == 200
+
+        if not await wait_until(is_up, 300):
+            raise SystemExit("the server did not start:\n" + "".join(server.log[-30:]))
+        memory = {"at_start": server.resident_mb()}
+        load = Load(server, session, arguments.seed)
+        first_answer = await load.ask()
+        mix = {load.short: 16, load.long: 6, load.leave: 4, load.malformed: 1}
+        seconds = 60 * arguments.minutes
+        print(f"warm-up, {seconds / 5:.0f} s ...", file=sys.stderr, flush=True)
+        await load.run(seconds / 5, mix)
+        memory["after_warm_up"] = server.resident_mb()
+        print(f"load, {seconds * 4 / 5:.0f} s ...", file=sys.stderr, flush=True)
+        load.ends_at = 0.0
+        bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
+        await asyncio.gather(load.run(seconds * 4 / 5, mix), bench)
+
+        async def is_idle() -> bool:
+            await load.short()  # vLLM's gauges are those of its last step
+            now = await metrics(server, session)
+            return not (now["num_requests_running"] or now["num_requests_waiting"] or now["kv_compression_resident_tokens"])
+
+        is_idle_now = await wait_until(is_idle, HANG_SECONDS)
+        numbers = await metrics(server, session)
+        last_answer = await load.ask()
+        memory["at_end"] = server.resident_mb()
+        async with session.post(f"{server.url}/reset_prefix_cache") as response:
+            all_pages_free = (await response.json())["success"]
+        held = [re.search(r"some blocks \((\d+)\) are not freed", line) for line in server.log]
+        leaked = 0 if all_pages_free else max((int(match[1]) for match in held if match), default=-1)
+        tracebacks = sum("Traceback" in line for line in server.log)
+        print("kill ...", file=sys.stderr, flush=True)
+        kill = await kill_engine(server, load)
+    kinds = sorted({kind for kind, _ in load.counts})
+    outcomes = ("sent", "answered", "refused", "left", "failed")
+    return {
+        "run": describe_run(),
+        "server": server.command,
+        "minutes": arguments.minutes,
+        "requests": {kind: {outcome: load.counts[kind, outcome] for outcome in outcomes} for kind in kinds},
+        "failures": load.failures,
+        "preemptions": int(numbers["num_preemptions_total"]),
+        "compactions": int(numbers["kv_compression_compactions_total"]),
+        "evicted_tokens": int(numbers["kv_compression_evicted_tokens_total"]),
+        "freed_pages": int(numbers["kv_compression_freed_pages_total"]),
+        "cache_pages": NUM_PAGES - 1,
+        "leaked_pages": leaked,
+        "went_idle": is_idle_now,
+        "same_answer_as_before": last_answer == first_answer,
+        "resident_mb": memory,
+        "errors_in_the_log_before_the_kill": tracebacks,
+        "kill": kill,
+    }
+
+
+def violations(report: dict[str, Any]) -> Iterator[str]:
+    for kind, counts in report["requests"].items():
+        if counts["failed"] or counts["sent"] != counts["answered"] + counts["refused"] + counts["left"]:
+            yield f"{kind} requests failed or were lost: {counts}"
+    if not report["preemptions"]:
+        yield "nothing was preempted: the cache was not small enough"
+    if not report["compactions"]:
+        yield "nothing was compacted"
+    if report["leaked_pages"]:
+        yield f"{report['leaked_pages']} pages are held by nobody"
+    for name in ("went_idle", "same_answer_as_before"):
+        if not report[name]:
+            yield f"not so: {name.replace('_', ' ')}"
+    memory, kill = report["resident_mb"], report["kill"]
+    if memory["at_end"] > 1.1 * memory["after_warm_up"]:
+        yield f"memory grew: {memory}"
+    if kill["clients_told"] != kill["clients"]:
+        yield f"{kill['clients'] - kill['clients_told']} clients of a killed engine were not told within {HANG_SECONDS:.0f} s"
+    if not kill["server_status"]:
+        yield f"the server of a killed engine ended with {kill['server_status']}"
+    if kill["processes_left"]:
+        yield f"{kill['processes_left']} processes of the server are left"
+    if report["errors_in_the_log_before_the_kill"]:
+        yield f"{report['errors_in_the_log_before_the_kill']} tracebacks in the server's log"
+
+
+def print_report(report: dict[str, Any]) -> None:
+    for key, value in report["run"].items():
+        print(f"{key}: {value}")
+    print(f"\n{'requests':<12}" + "".join(f"{name:>10}" for name in ("sent", "answered", "refused", "left", "failed")))
+    for kind, counts in report["requests"].items():
+        print(f"{kind:<12}" + "".join(f"{count:>10}" for count in counts.values()))
+    print()
+    shown = ("preemptions", "compactions", "evicted_tokens", "freed_pages", "leaked_pages", "same_answer_as_before")
+    for name in shown:
+        print(f"{name.replace('_', ' ')}: {report[name]}")
+    print("resident MB: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["resident_mb"].items()))
+    print("kill: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["kill"].items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="of load, a fifth of it to warm up; default %(default)s")
+    parser.add_argument("--model", type=pathlib.Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
+    parser.add_argument("--full-size", action="store_true", help="the model as it is")
+    parser.add_argument("--no-bench", dest="bench", action="store_false", help="without vllm bench serve")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "load.json")
+    arguments, extra = parser.parse_known_args()
+    server = Server(arguments.model, arguments.full_size, extra)
+    try:
+        report = asyncio.run(test(arguments, server))
+    finally:
+        server.stop()
+    report["violations"] = list(violations(report))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print_report(report)
+    for violation in report["violations"]:
+        print(f"VIOLATION: {violation}")
+    for failure in report["failures"]:
+        print(f"  {failure}")
+    return 1 if report["violations"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
