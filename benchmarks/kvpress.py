@@ -3,8 +3,8 @@
     python -m venv peer && peer/bin/pip install kvpress==0.5.5
     python -m benchmarks kvpress models/SmolLM2-135M-Instruct --python peer/bin/python [--context 4000] [--budget 1024]
 
-kvpress prunes a prompt once, after it was attended whole, to ``budget`` tokens; what is generated then comes on top. Ours attends
-whole as well (``prefill: full``) and keeps the budget while it generates. Neither frees memory for other requests in
+kvpress prunes a prompt once, after it was attended whole, to ``budget`` tokens; what is generated then comes on top. Ours
+attends whole as well (``prefill: full``) and keeps the budget while it generates. Neither frees memory for other requests in
 transformers: seconds are compared, and tokens held. kvpress needs an older transformers than vLLM, hence an environment of its
 own; variants it has not got the packages for are left out.
 """
@@ -121,7 +121,7 @@ def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
 
 def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
     figure.set_size_inches(15, 4.5)
-    titles = {"prefill_s": "s to read all prompts", "mean_step_ms": "ms per decode step", "held_tokens": "tokens held at the end"}
+    titles = {"prefill_s": "s to read all prompts", "mean_step_ms": "ms per decode step", "held_tokens": "tokens held"}
     for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
         bars(panel, numbers, key, title)
 
@@ -132,7 +132,12 @@ CASE = Case(
     add_options=add_options,
     variants=variants,
     measure=measure,
-    columns={"prefill_s": "prefill s", "step_ms": "ms per step (median)", "mean_step_ms": "(mean)", "held_tokens": "tokens held"},
+    columns={
+        "prefill_s": "prefill s",
+        "step_ms": "ms per step (median)",
+        "mean_step_ms": "(mean)",
+        "held_tokens": "tokens held",
+    },
     ratios=ratios,
     draw=draw,
 )

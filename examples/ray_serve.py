@@ -3,9 +3,9 @@
     pip install 'vllm-qfilters[serve]'
     python examples/ray_serve.py --replicas 2 --port 8000 MODEL --kv-compression qfilters --kv-compression-config.budget 1024
 
-Every replica is a whole server with an engine of its own, and takes the flags of ``vllm serve``. Ray Serve balances requests over
-them, and replaces a replica whose engine died. On a cluster (RAY_ADDRESS) replicas are put where there are GPUs for them; filters
-given as a file must be there on each machine. ``/metrics`` is answered by any one of the replicas: scrape them by Ray's own.
+Every replica is a whole server with an engine of its own, and takes the flags of ``vllm serve``. Ray Serve balances requests
+over them, and replaces a replica whose engine died. On a cluster (RAY_ADDRESS) replicas are put where there are GPUs for them;
+filters given as a file must be there on each machine. ``/metrics`` is answered by any one of the replicas.
 """
 
 import argparse

@@ -1,10 +1,15 @@
 import os
+import sys
+import tempfile
 
 # Before vLLM is imported: engines of the tests run in this process, so that tests can look into them.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+if sys.dont_write_bytecode:  # else every process that a test starts compiles vLLM again
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), f"vllm-qfilters-tests-bytecode-{os.getuid()}")
 
 import torch
 

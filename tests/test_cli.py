@@ -304,12 +304,9 @@ def test_texts_are_not_left_out_silently():
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def command():
     """Runs the command as a user would, in a process of its own."""
     environment = {**os.environ, "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if sys.dont_write_bytecode:  # else each run compiles vLLM again
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
     engine = ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--kv-cache-memory-bytes", "64M"]
     engine += ["--max-model-len", "1024"]
 
