@@ -25,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", type=int, default=1500, help="tokens of a shared prefix; default %(default)s")
     parser.add_argument("--said", type=int, default=100, help="new tokens per turn; default %(default)s")
     parser.add_argument("--output-tokens", type=int, default=60, help="answered per turn; default %(default)s")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="0: vLLM decides")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -44,7 +43,6 @@ def measure(job: dict[str, Any]) -> Numbers:
         job["method"],
         {"granularity": job["granularity"]} if "granularity" in job else {},
         max_model_len=length,
-        kv_cache_memory_bytes=job["kv_cache_memory_bytes"] or None,
         enable_prefix_caching=job["enable_prefix_caching"],
     )
     prefixes = engine.prompts(job["kinds"], job["shared"])

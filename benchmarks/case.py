@@ -152,6 +152,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or repository")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budget", type=int, default=1024, help="tokens; default %(default)s")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="0: vLLM decides; default 2 GiB")
     parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     parser.add_argument("--options", type=json.loads, default={}, help="further KV compression options, as JSON")
     parser.add_argument("--output", type=pathlib.Path, help="file of results; default benchmarks/results/CASE.json")

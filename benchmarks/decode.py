@@ -21,7 +21,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed, per context")
     parser.add_argument("--methods", nargs="+", default=["qfilters", "streaming"])
-    parser.add_argument("--kv-cache-memory-bytes", type=int, default=2 << 30, help="0: vLLM decides")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -35,7 +34,6 @@ def measure(job: dict[str, Any]) -> Numbers:
         job["method"],
         {},
         max_model_len=max(job["contexts"]) + job["steps"] + 256,
-        kv_cache_memory_bytes=job["kv_cache_memory_bytes"] or None,
         enable_prefix_caching=False,
     )
     by_context = {str(context): measure_context(engine, job, context) for context in job["contexts"]}

@@ -12,7 +12,7 @@ class Engine:
     """vLLM's LLM with or without KV compression.
 
     Args:
-        job: ``model``, and ``llm`` and ``options`` as given on the command line.
+        job: ``model``, ``budget``, ``kv_cache_memory_bytes``, ``llm`` and ``options`` as given on the command line.
         method: of KV compression; None: plain vLLM.
         options: of KV compression, for all variants; ``llm`` below takes precedence over the job's.
         llm: further arguments of vLLM's LLM.
@@ -25,7 +25,8 @@ class Engine:
         from vllm_qfilters import kv_compression
 
         compression = {} if method is None else kv_compression(method, **{"budget": job["budget"], **job["options"], **options})
-        self.llm: LLM = LLM(job["model"], **{"max_num_batched_tokens": 2048, **job["llm"], **llm}, **compression)
+        given = {"kv_cache_memory_bytes": job["kv_cache_memory_bytes"] or None, "max_num_batched_tokens": 2048, **job["llm"]}
+        self.llm: LLM = LLM(job["model"], **{**given, **llm}, **compression)
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler

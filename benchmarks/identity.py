@@ -28,7 +28,9 @@ def measure(job: dict[str, Any]) -> Numbers:
     from vllm_qfilters import kv_compression
 
     compression = {} if job["compression"] is None else kv_compression(**{**job["options"], **job["compression"]})
-    llm = LLM(job["model"], **{"max_model_len": job["budget"], "skip_tokenizer_init": True, **job["llm"]}, **compression)
+    cache = {"kv_cache_memory_bytes": job["kv_cache_memory_bytes"] or None}
+    given = {"max_model_len": job["budget"], "skip_tokenizer_init": True, **cache, **job["llm"]}
+    llm = LLM(job["model"], **given, **compression)
     numbers = random.Random(0)
     prompts = [TokensPrompt(prompt_token_ids=[numbers.randrange(3, 500) for _ in range(length)]) for length in LENGTHS]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)

@@ -50,7 +50,6 @@ def measure_vllm(job: dict[str, Any]) -> Numbers:
         job["method"],
         {"prefill": "full"},
         max_model_len=job["context"] + job["steps"] + 64,
-        kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
     )
     for index, prompt in enumerate(engine.prompts(job["sequences"], job["context"])):

@@ -38,7 +38,6 @@ def measure(job: dict[str, Any]) -> Numbers:
         "qfilters",
         {"granularity": "page"},
         max_model_len=job["context"] + job["steps"] + 64,
-        kv_cache_memory_bytes=2 << 30,
         enable_prefix_caching=False,
     )
     runner = engine.core.model_executor.driver_worker.worker.model_runner

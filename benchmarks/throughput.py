@@ -50,7 +50,6 @@ def measure(job: dict[str, Any]) -> Numbers:
         {},
         max_model_len=length,
         max_num_seqs=job["max_num_seqs"],
-        kv_cache_memory_bytes=job["kv_cache_memory_bytes"],
     )
     for index, prompt in enumerate(engine.prompts(job["requests"], job["prompt"])):
         engine.add(str(index), prompt, job["output_tokens"])
