@@ -125,7 +125,7 @@ def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: 
     for place, (variant, rounds) in enumerate(numbers.items()):
         panel.bar(place, median(rounds, key), color=f"C{place}")
         panel.plot([place] * len(rounds), [of_round[key] for of_round in rounds], "k.")
-    panel.set_xticks(range(len(numbers)), [name.replace(", ", ",\n") for name in numbers], fontsize="small", rotation=20)
+    panel.set_xticks(range(len(numbers)), numbers, fontsize="small", rotation=25, ha="right", rotation_mode="anchor")
     panel.set_title(title, fontsize="medium")
     panel.grid(axis="y", alpha=0.3)
 
