@@ -79,10 +79,23 @@ def test_an_engine_that_does_not_start_says_why():
             list(engines([[Request(1, prompt="a")]]))
 
 
-def test_too_few_gpus_are_refused_with_both_numbers(folder):
-    with pytest.raises(UsageError, match="--ray 4 needs 8 GPUs, 2 per engine: the cluster has 0"):
-        with offline_ray.ray_engines(fake_engines.no_engine, 4, gpus_per_engine=2):
-            pass
+@pytest.mark.parametrize(
+    "nodes, num_engines, gpus, cores",
+    [
+        ([{"CPU": 8.0}], 2, 0, 4),
+        ([{"CPU": 3.0}, {"CPU": 1.0}], 2, 0, 1),
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}], 4, 2, 8),
+        ([{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 3.0}], 3, 2, "3: with 2 GPUs and a core for each engine .* room for 2"),
+        ([{"CPU": 16.0}, {"CPU": 1.0, "GPU": 8.0}], 2, 1, "2: with 1 GPUs and a core for each engine .* room for 1"),
+        ([{"CPU": 2.0}], 4, 0, "4: with a core for each engine the cluster has room for 2"),
+    ],
+)
+def test_engines_share_out_the_cores_or_are_refused(nodes, num_engines, gpus, cores):
+    if isinstance(cores, int):
+        assert offline_ray.cores_per_engine(nodes, num_engines, gpus) == cores
+    else:
+        with pytest.raises(UsageError, match=f"--ray {cores}"):
+            offline_ray.cores_per_engine(nodes, num_engines, gpus)
 
 
 def test_two_real_engines_say_what_one_says(model_with_tokenizer, tiny_filters, tmp_path):

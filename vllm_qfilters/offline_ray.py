@@ -9,10 +9,10 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from vllm_qfilters.arguments import UsageError
 from vllm_qfilters.offline import Answer, GenerateBatch, GenerateBatches, Request
@@ -56,23 +56,16 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
         gpus_per_engine: 0 on CPUs, whose cores the engines then share out.
 
     Raises:
-        UsageError: the cluster has not got the GPUs; when generating also, that an engine does not start, or that engines died
+        UsageError: the cluster has no room for them; when generating also, that an engine does not start, or that engines died
             ``TRIES`` times on one batch.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster started here: it tells nobody
     environment = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_"))}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process per engine: no part of it survives the other
     with _connection():
-        resources = ray.cluster_resources()
-        if gpus_per_engine:
-            needed, found = num_engines * gpus_per_engine, int(resources.get("GPU", 0))
-            if needed > found:
-                raise UsageError(
-                    f"--ray {num_engines} needs {needed} GPUs, {gpus_per_engine} per engine: the cluster has {found}"
-                )
-            cores = 1
-        else:
-            cores = max(1, int(resources.get("CPU", 1)) // num_engines)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = cores_per_engine(nodes, num_engines, gpus_per_engine)
+        if not gpus_per_engine:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every engine binds to the same cores
             environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(cores))
         actor = ray.remote(Engine).options(
@@ -93,6 +86,28 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
         finally:
             for engine in engines:
                 ray.kill(engine)
+
+
+def cores_per_engine(nodes: Sequence[Mapping[str, float]], num_engines: int, gpus_per_engine: int) -> int:
+    """As many cores as every engine can have, on a machine that has its GPUs too.
+
+    Args:
+        nodes: the resources of each machine, as Ray names them.
+
+    Raises:
+        UsageError: not all engines fit; Ray would wait for the missing ones, and the command with it.
+    """
+
+    def room(cores: int) -> int:
+        by_gpus = (node.get("GPU", 0) // gpus_per_engine if gpus_per_engine else num_engines for node in nodes)
+        return sum(int(min(node.get("CPU", 0) // cores, engines)) for node, engines in zip(nodes, by_gpus))
+
+    most = int(sum(node.get("CPU", 0) for node in nodes)) // num_engines
+    for cores in range(most, 0, -1):
+        if room(cores) >= num_engines:
+            return cores
+    of_each = f"{gpus_per_engine} GPUs and a core" if gpus_per_engine else "a core"
+    raise UsageError(f"--ray {num_engines}: with {of_each} for each engine the cluster has room for {room(1)}")
 
 
 @contextlib.contextmanager
@@ -127,7 +142,7 @@ def _answers(done: "ray.ObjectRef", batch: Batch) -> Sequence[Answer]:
         return ray.get(done)
     except RayTaskError as error:
         raise error.cause from None
-    except RayActorError as error:
+    except RayError as error:
         raise UsageError(
             f"input lines {batch[0].line} to {batch[-1].line}: their engine died {TRIES} times, its output above says why; the "
             "output has what comes before them, and the same command continues it"
