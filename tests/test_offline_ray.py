@@ -84,7 +84,7 @@ def test_an_engine_that_does_not_start_says_why():
     [
         ([{"CPU": 8.0}], 2, 0, 4),
         ([{"CPU": 3.0}, {"CPU": 1.0}], 2, 0, 1),
-        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}], 4, 2, 8),
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}], 4, 2, 1),
         ([{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 3.0}], 3, 2, "3: with 2 GPUs and a core for each engine .* room for 2"),
         ([{"CPU": 16.0}, {"CPU": 1.0, "GPU": 8.0}], 2, 1, "2: with 1 GPUs and a core for each engine .* room for 1"),
         ([{"CPU": 2.0}], 4, 0, "4: with a core for each engine the cluster has room for 2"),

@@ -89,7 +89,7 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
 
 
 def cores_per_engine(nodes: Sequence[Mapping[str, float]], num_engines: int, gpus_per_engine: int) -> int:
-    """As many cores as every engine can have, on a machine that has its GPUs too.
+    """Cores for each engine: one beside its GPUs, without GPUs as many as all can have.
 
     Args:
         nodes: the resources of each machine, as Ray names them.
@@ -102,7 +102,7 @@ def cores_per_engine(nodes: Sequence[Mapping[str, float]], num_engines: int, gpu
         by_gpus = (node.get("GPU", 0) // gpus_per_engine if gpus_per_engine else num_engines for node in nodes)
         return sum(int(min(node.get("CPU", 0) // cores, engines)) for node, engines in zip(nodes, by_gpus))
 
-    most = int(sum(node.get("CPU", 0) for node in nodes)) // num_engines
+    most = 1 if gpus_per_engine else int(sum(node.get("CPU", 0) for node in nodes)) // num_engines
     for cores in range(most, 0, -1):
         if room(cores) >= num_engines:
             return cores
