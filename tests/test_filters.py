@@ -179,8 +179,8 @@ def test_a_pickle_is_refused_unread(path, tmp_path):
 
 
 def test_a_file_too_large_for_the_model_is_refused_unread(path, monkeypatch):
-    numbers = sum(math.prod(shape) for shape in TENSORS.values())
-    most = 8 * numbers + format.MAX_HEADER_BYTES
+    most = format.max_file_bytes(tiny_identity())
+    assert most == 8 * sum(math.prod(shape) for shape in TENSORS.values()) + format.MAX_HEADER_BYTES
     path.touch()
     os.truncate(path, most + 1)
     monkeypatch.setattr(format.safetensors, "safe_open", None)
@@ -431,7 +431,7 @@ class Hub:
         self.answer: pathlib.Path | Exception = AssertionError("nothing is to be downloaded")
         self.asked: list[str] = []
 
-    def download(self, repository: str) -> str:
+    def download(self, repository: str, most_bytes: int) -> str:
         self.asked.append(repository)
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -547,6 +547,15 @@ def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_asked_for
         find_filters(wanted, tiny_identity())
     assert isinstance(refusal.value.__cause__, HFValidationError | OSError)
     assert not isinstance(refusal.value.__cause__, LocalEntryNotFoundError)
+
+
+def test_a_repository_too_large_to_hold_filters_is_not_downloaded(monkeypatch):
+    most = format.max_file_bytes(tiny_identity())
+    monkeypatch.setattr(load, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(load, "get_hf_file_metadata", lambda url: SimpleNamespace(size=most + 1))
+    monkeypatch.setattr(load, "hf_hub_download", None)
+    with pytest.raises(ValueError, match=f"org/model holds {most + 1} bytes, filters of this model {most} at most"):
+        find_filters("org/model", tiny_identity())
 
 
 def test_a_model_of_a_strange_name_looks_for_nothing_outside_the_cache(cache_root):
@@ -744,7 +753,7 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
 
 
 def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
-    """Ranks on several machines have several caches: were each to look in its own, some would calibrate and wait for the others."""
+    """Each machine has a cache of its own: were each rank to look there, some would calibrate and wait for the others."""
 
     def rank(is_first: bool, found: object) -> object:
         group = SimpleNamespace(is_first_rank=is_first, broadcast_object=lambda given: sent.append(given) or sent[0])

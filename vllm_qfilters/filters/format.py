@@ -156,12 +156,17 @@ def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
     return Filters(filters=-tensors.pop(_PUBLISHED_NAME), **tensors, calibration=metadata.get("calibration", ""))
 
 
+def max_file_bytes(model: ModelIdentity) -> int:
+    """Of a filters file for ``model``, with all statistics in the widest type."""
+    return MAX_HEADER_BYTES + sum(8 * math.prod(shape) for shape in _expected_shapes(model).values())
+
+
 def _check_sizes(path: pathlib.Path, model: ModelIdentity) -> None:
     """Of the file and its header, before anything is parsed."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a regular file")
-    most = MAX_HEADER_BYTES + sum(8 * math.prod(shape) for shape in _expected_shapes(model).values())
+    most = max_file_bytes(model)
     if status.st_size > most:
         raise ValueError(f"{path} has {status.st_size} bytes, a filters file of {model.name} at most {most}")
     with open(path, "rb") as file:

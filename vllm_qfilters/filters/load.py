@@ -5,12 +5,12 @@ import hashlib
 import json
 import pathlib
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_qfilters.filters.format import VERSION, Filters, ModelIdentity, load
+from vllm_qfilters.filters.format import VERSION, Filters, ModelIdentity, load, max_file_bytes
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -43,7 +43,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
         if wanted.count("/") != 1 or path.suffix == ".safetensors":
             raise ValueError(f"filters={wanted!r}: no such file; give an existing one, a repository, or 'auto'")
         try:
-            path = _download(wanted)
+            path = _download(wanted, max_file_bytes(model))
         except _NOT_DOWNLOADED as error:
             raise ValueError(f"filters={wanted!r}: neither a file nor a repository that can be read: {error}") from error
         return load(path, model), f"hub {wanted}"
@@ -57,7 +57,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
     if repository is None or needs_statistics:
         return None
     try:
-        return load(_download(repository), model), f"hub {repository}"
+        return load(_download(repository, max_file_bytes(model)), model), f"hub {repository}"
     except RepositoryNotFoundError:
         logger.info("No published filters %s.", repository)
     except _NOT_DOWNLOADED as error:
@@ -79,7 +79,14 @@ def published_repository(model: ModelIdentity) -> str | None:
     return f"{_PUBLISHER}/{model.name.split('/')[1]}_qfilt"
 
 
-def _download(repository: str) -> str:
+def _download(repository: str, most_bytes: int) -> str:
+    """From the hub, or its local cache. Raises ValueError before a file is downloaded that is too large to hold filters."""
+    if try_to_load_from_cache(repository, _WEIGHTS_NAME) is None:
+        size = get_hf_file_metadata(hf_hub_url(repository, _WEIGHTS_NAME)).size
+        if size is not None and size > most_bytes:
+            raise ValueError(
+                f"{repository} holds {size} bytes, filters of this model {most_bytes} at most: is it a model, and not its filters?"
+            )
     return hf_hub_download(repository, _WEIGHTS_NAME)
 
 
