@@ -254,7 +254,14 @@ def bench_rounds(server: Server, model: pathlib.Path, load: Load) -> None:
             command += ["--tokenizer", str(model), "--seed", str(number), "--dataset-name", "random"]
             command += ["--random-input-len", "500", "--random-output-len", "80", "--random-range-ratio", "0.9", "--num-prompts", "60", "--disable-tqdm"]
             command += ["--max-concurrency", "8", "--ignore-eos", "--save-result", "--result-dir", folder]
-            done = subprocess.run([*command, "--result-filename", "round.json"], capture_output=True, text=True)
+            left = max(1.0, load.ends_at - time.monotonic()) + HANG_SECONDS
+            command += ["--result-filename", "round.json"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+            except subprocess.TimeoutExpired:
+                load.counts["bench", "failed"] += 1
+                load.failures.append(f"bench: not finished {HANG_SECONDS:.0f} s after the load ended")
+                return
             if done.returncode:
                 load.counts["bench", "failed"] += 1
                 load.failures.append(f"bench: {done.stderr[-500:]}")
@@ -408,6 +415,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "load.json")
     arguments, extra = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the server
     server = Server(arguments.model, arguments.full_size, extra)
     try:
         report = asyncio.run(test(arguments, server))

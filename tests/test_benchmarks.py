@@ -26,7 +26,8 @@ class FakeChild:
             raise case.NotMeasured("no such package")
         number = float(1 + list(self.jobs).index(variant))
         of_context = dict.fromkeys(("step_ms", "mean_step_ms", "ttft_s", "prefill_s", "pages_per_sequence"), number)
-        extra = {"running": [(0.0, 1), (1.0, 2)], "preemptions": 3, "percent_of_decode": {"a": number}, "token_ids": [[number]]}
+        extra = {"running": [(0.0, 1), (1.0, 2)], "preemptions": 3, "percent_of_decode": {"a": number}}
+        extra["token_ids"] = [[number]]
         extra["contexts"] = {str(context): of_context for context in job.get("contexts", (1000, 2000))}
         return {**dict.fromkeys(self.columns, number), **extra}
 
