@@ -82,8 +82,8 @@ class Case:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
         self._print(result)
-        if self.draw is not None:
-            print(f"\nResults in {output}, plot in {self._plot(rounds, output.with_suffix('.png'))}")
+        plot = "" if self.draw is None else f", plot in {self._plot(rounds, output.with_suffix('.png'))}"
+        print(f"\nResults in {output}{plot}")
         for problem in problems:
             print(problem, file=sys.stderr)
         return 1 if problems else 0
