@@ -66,7 +66,8 @@ class Case:
         if arguments.measure is not None:
             print(_MEASURED + json.dumps(self.measure({**_job(arguments), **arguments.measure})))
             return 0
-        output = arguments.output or RESULTS / f"{self.name}.json"
+        arguments.output = output = arguments.output or RESULTS / f"{self.name}.json"
+        check_output(parser, arguments)
         variants = self.variants(arguments)
         rounds, ratios, problems = [], [], []
         for number in range(1, arguments.rounds + 1):
@@ -78,7 +79,8 @@ class Case:
             rounds.append(of_round)
             ratios.append({name: round(ratio, 2) for name, ratio in self.ratios(of_round).items()})
             problems += self.problems(of_round)
-        result = {"run": describe_run(), "case": self.name, "options": _job(arguments), "rounds": rounds, "ratios": ratios}
+        described = {"case": self.name, "dry_run": arguments.dry_run, "run": describe_run(), "options": _job(arguments)}
+        result = {**described, "rounds": rounds, "ratios": ratios}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
         self._print(result)
@@ -110,6 +112,12 @@ class Case:
         self.draw(figure, by_variant(rounds))
         figure.savefig(path, dpi=120)
         return path
+
+
+def check_output(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Keeps what a dry run writes out of the results."""
+    if arguments.dry_run and arguments.output is not None and arguments.output.resolve().is_relative_to(RESULTS):
+        parser.error(f"a dry run measures nothing: give it an --output elsewhere than {RESULTS}")
 
 
 def by_variant(rounds: Sequence[Mapping[str, Numbers]]) -> dict[str, list[Numbers]]:
@@ -145,7 +153,7 @@ def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
 
 
 def _job(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(arguments).items() if name not in ("output", "rounds", "measure")}
+    return {name: value for name, value in vars(arguments).items() if name not in ("output", "dry_run", "rounds", "measure")}
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -156,4 +164,5 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", type=json.loads, default={}, help="further arguments of vLLM's LLM, as JSON")
     parser.add_argument("--options", type=json.loads, default={}, help="further KV compression options, as JSON")
     parser.add_argument("--output", type=pathlib.Path, help="file of results; default benchmarks/results/CASE.json")
+    parser.add_argument("--dry-run", action="store_true", help="the numbers mean nothing: the output says so")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from benchmarks.case import RESULTS
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from benchmarks.case import RESULTS
 from vllm_qfilters import kernels
 from vllm_qfilters.evaluation.environment import describe_run
 from vllm_qfilters.kernels import PagedCache, cpu, probe_page_layout, reference
