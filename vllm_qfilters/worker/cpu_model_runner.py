@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -31,6 +32,14 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
 
     kernels = IMPLEMENTATION
     page_scores = staticmethod(page_scores)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            # vLLM 0.32 makes these when it warms up, which it leaves out on CPUs in eager mode: later pipeline stages then die.
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
 
     def bind_cache(self) -> None:
         first = self.layers[0]
