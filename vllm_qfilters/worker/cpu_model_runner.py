@@ -52,7 +52,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
 
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
-        self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+        if not self.compression.evicts_whole_pages:
+            self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
         for layer in self.layers:
             layer.impl.scorer = scorer
 
@@ -100,12 +101,14 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         num_reqs = self.input_batch.num_reqs
         if self.recorder is not None:
-            self.recorder.start_step(
-                self.input_batch.req_ids,
-                num_scheduled_tokens.tolist(),
-                self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
-                self.input_batch.num_prompt_tokens[:num_reqs].tolist(),
-            )
+            computed = self.input_batch.num_computed_tokens_cpu[:num_reqs]
+            prompt = self.input_batch.num_prompt_tokens[:num_reqs]
+            if (computed < prompt).any():
+                self.recorder.start_step(
+                    self.input_batch.req_ids, num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist()
+                )
+            else:
+                self.recorder.skip_step()
         evicted = self.evicted.rows(self.input_batch.req_ids)
         if evicted is not None:
             by_request = torch.from_numpy(evicted)
