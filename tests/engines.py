@@ -57,6 +57,7 @@ class Engine:
     """An in-process engine on the tiny model; llm: more keywords of vLLM's ``LLM``."""
 
     _ids = itertools.count()
+    _alive: list["Engine"] = []  # an engine that is collected takes down what all engines of the process share
 
     def __init__(self, model, num_blocks: int, max_model_len: int, max_batched: int, compression: dict, **llm) -> None:
         defaults = dict(
@@ -71,6 +72,7 @@ class Engine:
             max_num_seqs=16,
         )
         self.llm = LLM(str(model), **{**defaults, **llm}, **compression)
+        self._alive.append(self)
 
     @property
     def scheduler(self):

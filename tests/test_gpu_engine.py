@@ -26,8 +26,7 @@ SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=rand
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
 CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
 # Few different tokens: drafts are right now and then.
-FEW = dict(max_tokens=60, allowed_token_ids=[10, 11, 12])
-REPETITIVE = [dict(prompt=random_prompt(90, seed=7), **FEW), dict(prompt=LONG, **FEW)]
+REPETITIVE = [dict(prompt=random_prompt(120, seed=7), max_tokens=45, allowed_token_ids=[10, 11, 12])]
 DRAFTS = {"method": "ngram_gpu", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
 NGRAM = dict(LLM, async_scheduling=True, speculative_config=DRAFTS)
 CALIBRATION = [random_prompt(40, seed=6)]
@@ -41,9 +40,8 @@ def runs(tiny_model, tiny_filters):
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
         dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
         dict(compression=PAGES, llm=LLM, requests=BATCHES),
-        dict(compression=EVICTING, llm=NGRAM, requests=REPETITIVE),
         dict(compression=PAGES, llm=NGRAM, requests=REPETITIVE),
-        dict(compression=PAGES, llm=dict(LLM, async_scheduling=True, pipeline_parallel_size=2), requests=BATCHES),
+        dict(compression=PAGES, llm=dict(LLM, async_scheduling=True, pipeline_parallel_size=2), requests=REPETITIVE),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -101,20 +99,14 @@ def test_frees_the_pages_the_cpu_path_frees(runs, engines):
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), BATCHES, result)
 
 
-@pytest.mark.parametrize("index, options", [(5, EVICTING), (6, PAGES)], ids=["layer", "page"])
-def test_speculation_under_async_scheduling_evicts_what_the_cpu_path_evicts(index, options, runs, engines):
-    result = runs[index]
-    assert result["async_scheduling"] and result["evicted_tokens"] >= 5 * 32
-    assert 10 < result["accepted"] < result["drafted"] - 10
-    engine = engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options)
-    assert_like_v1(engine, [REPETITIVE], result)
-
-
-def test_pipeline_stages_score_pages_together_and_free_what_one_rank_frees(runs, engines):
-    result = runs[7]
-    assert len(result["runners"]) == 2 and result["async_scheduling"]
-    assert result["evicted_tokens"] == runs[4]["evicted_tokens"]
-    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), BATCHES, result)
+def test_speculation_and_pipeline_stages_free_the_pages_one_rank_frees_without(runs, engines):
+    """Both under async scheduling: drafts are verified, and pages scored, while the next steps are scheduled."""
+    speculation, stages = runs[5:]
+    assert 5 < speculation["accepted"] < speculation["drafted"] - 5
+    assert len(stages["runners"]) == 2
+    for result in (speculation, stages):
+        assert result["async_scheduling"] and result["evicted_tokens"] >= 2 * 32
+        assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), [REPETITIVE], result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):
