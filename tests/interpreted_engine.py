@@ -16,7 +16,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"
-os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # several ranks share the cores
 
 import torch
 import triton.backends
@@ -44,10 +43,6 @@ from vllm_qfilters.worker.worker import CompressedWorker
 class InterpretedWorker(CompressedWorker, CPUWorker):
     """QFiltersGPUWorker, but for the device."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        register({AttentionBackendEnum.CPU_ATTN: BACKENDS[AttentionBackendEnum.TRITON_ATTN]})  # the only one chosen on CPUs
-        super().__init__(*args, **kwargs)
-
     def init_device(self) -> None:
         super().init_device()
         self.model_runner = QFiltersGPUModelRunner(self.vllm_config, self.device)
@@ -72,33 +67,28 @@ CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlat
 
 
 def watch(target, method: str) -> list:
-    """A list that gets the keywords of every call."""
+    """A list that gets an entry at every call."""
     calls, original = [], getattr(target, method)
 
     def wrapper(*args, **kwargs):
-        calls.append(kwargs)
+        calls.append(args)
         return original(*args, **kwargs)
 
     setattr(target, method, wrapper)
     return calls
 
 
-def runner_module(worker) -> str:
-    """Where vLLM defines the model runner that ``worker`` has, or has a subclass of."""
-    return next(cls.__module__ for cls in type(worker.model_runner).__mro__ if cls.__module__.startswith("vllm."))
-
-
 def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted."""
-    options = {}
-    if compression is None:
-        register({AttentionBackendEnum.CPU_ATTN: AttentionBackendEnum.TRITON_ATTN.value})
-    else:
+    backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
+    if compression is not None:
+        backend = BACKENDS[AttentionBackendEnum.TRITON_ATTN]
         options = kv_compression(**{"filters": job["filters"], **compression})
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
+    register({AttentionBackendEnum.CPU_ATTN: backend})  # the only one vLLM chooses on CPUs
     engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    preempted, verified = watch(scheduler, "_preempt_request"), watch(scheduler, "make_spec_decoding_stats")
+    preempted = watch(scheduler, "_preempt_request")
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs = []
     for batch in batches:
@@ -113,20 +103,18 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
                     "cached_tokens": output.num_cached_tokens,
                 }
             )
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     result = {
         "outputs": outputs,
-        "runners": engine.collective_rpc(runner_module),
+        "runner": type(runner).__mro__[1 if compression is None else 2].__module__,
         "preemptions": len(preempted),
-        "drafted": sum(drafts["num_draft_tokens"] for drafts in verified),
-        "accepted": sum(drafts["num_accepted_tokens"] for drafts in verified),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
     }
     if compression is not None:
         stats = scheduler.compression_stats
         result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
-        assert not scheduler.pages.evicted and not scheduler.pages.limits and not scheduler.unverified_drafts
+        assert not scheduler.pages.evicted and not scheduler.pages.limits
     if calibration is not None:
-        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
         filters = runner.calibrate_filters(calibration, "test")
         result |= {"filters": filters.filters.tolist(), "query_mean_before_rope": filters.query_mean_before_rope.tolist()}
     return result

@@ -49,7 +49,7 @@ def test_two_ranks_answer_as_one(granularity, start, tiny_filters, engines):
 
 
 def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeypatch, tmp_path):
-    """One has one of the three layers, the other two. Two batches are in flight. Page scores of stages: test_gpu_engine.py."""
+    """One has one of the three layers, the other two. Two batches are in flight."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     found = answer(start(COMPRESSION, pipeline_parallel_size=2))
     (path,) = (tmp_path / "qfilters").iterdir()

@@ -1,5 +1,6 @@
 """Bad requests are refused with a reason, and leave nothing behind. Engines that cannot work are refused at start."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
         (dict(kv_cache_dtype="fp8"), "KV compression does not support --kv-cache-dtype fp8"),
         (
             dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
-            "KV compression does not support speculative decoding with method ngram_gpu on CPUs; use ngram",
+            "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
         ),
         (
             dict(
@@ -62,7 +63,7 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
         ),
         (
             dict(speculative_config={"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}),
-            "KV compression does not support speculative decoding with a model that drafts; use method ngram",
+            "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
         ),
         (dict(hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}), "ull attention"),
     ],
@@ -126,6 +127,26 @@ def test_what_is_not_supported_is_refused_by_name(name, value, reason):
     setattr(getattr(config, path[0]) if path else config, attribute, value)
     with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
         check_supported(compression, config)
+
+
+def test_speculation_and_pipelines_on_gpus_are_refused_by_name():
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config.parallel_config.worker_cls, config.use_v2_model_runner = GPU_WORKER_CLS, True
+    check_supported(compression, config)
+    config.speculative_config = SimpleNamespace(method="ngram")
+    with pytest.raises(ValueError, match="KV compression does not support speculative decoding on GPUs"):
+        check_supported(compression, config)
+    config.speculative_config, config.parallel_config.pipeline_parallel_size = None, 2
+    with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism on GPUs"):
+        check_supported(compression, config)
+
+
+def test_pages_in_pipelines_are_refused_by_name():
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config.parallel_config.pipeline_parallel_size = 2
+    check_supported(compression, config)
+    with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism with granularity 'page'"):
+        check_supported(dataclasses.replace(compression, granularity="page"), config)
 
 
 @pytest.mark.parametrize(

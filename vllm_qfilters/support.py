@@ -36,14 +36,16 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "encoder-cache connectors; drop --ec-transfer-config": vllm_config.ec_transfer_config is not None,
         "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
         and vllm_config.kv_events_config.enable_kv_cache_events,
-        "speculative decoding with a model that drafts; use method ngram" + ("" if on_cpu else " or ngram_gpu"): (
-            speculative is not None and not speculative.use_ngram()
-        ),
-        "speculative decoding with method ngram_gpu on CPUs; use ngram": (
-            speculative is not None and speculative.use_ngram_gpu() and on_cpu
+        "speculative decoding on GPUs yet; drop --speculative-config": speculative is not None and not on_cpu,
+        "speculative decoding by models that draft and other methods; use ngram": (
+            speculative is not None and speculative.method != "ngram"
         ),
         "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1": (
             speculative is not None and parallel.pipeline_parallel_size > 1
+        ),
+        "pipeline parallelism on GPUs yet; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1 and not on_cpu,
+        "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
+            parallel.pipeline_parallel_size > 1 and config.evicts_whole_pages
         ),
         f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): (
             is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_DTYPES)
