@@ -6,10 +6,15 @@ import pathlib
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.triton_utils import dispatcher
 
 from vllm_qfilters import kv_compression
 
 BLOCK = 32
+
+# An engine that starts looks for Triton kernels in all that is imported, and vLLM 0.32 stumbles over llvmlite, which an engine with
+# n-gram drafts in the same process has imported before.
+dispatcher.vars = lambda value: vars(value) if isinstance(vars(value), dict) else {}
 
 
 class Engines:
@@ -20,9 +25,16 @@ class Engines:
         self._engines: dict[tuple, Engine] = {}
 
     def get(
-        self, num_blocks: int = 512, max_model_len: int = 4096, max_batched: int = 512, method: str = "qfilters", **options
+        self,
+        num_blocks: int = 512,
+        max_model_len: int = 4096,
+        max_batched: int = 512,
+        method: str = "qfilters",
+        num_drafts: int = 0,
+        **options,
     ) -> "Engine":
-        key = (num_blocks, max_model_len, max_batched, method, tuple(sorted(options.items())))
+        """num_drafts: draft tokens of n-gram speculative decoding; options: of the compression."""
+        key = (num_blocks, max_model_len, max_batched, method, num_drafts, tuple(sorted(options.items())))
         if key not in self._engines:
             self._engines[key] = Engine(
                 self._model,
@@ -30,18 +42,25 @@ class Engines:
                 max_model_len,
                 max_batched,
                 kv_compression(method, **{"filters": str(self._filters), **options}),
+                **(speculation(num_drafts) if num_drafts else {}),
             )
         return self._engines[key]
 
 
+def speculation(num_drafts: int) -> dict:
+    """Engine arguments of n-gram speculative decoding."""
+    ngram = {"method": "ngram", "num_speculative_tokens": num_drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    return {"speculative_config": ngram}
+
+
 class Engine:
-    """An in-process engine on the tiny model."""
+    """An in-process engine on the tiny model; llm: more keywords of vLLM's ``LLM``."""
 
     _ids = itertools.count()
+    _alive: list["Engine"] = []  # an engine that is collected takes down what all engines of the process share
 
-    def __init__(self, model, num_blocks: int, max_model_len: int, max_batched: int, compression: dict) -> None:
-        self.llm = LLM(
-            str(model),
+    def __init__(self, model, num_blocks: int, max_model_len: int, max_batched: int, compression: dict, **llm) -> None:
+        defaults = dict(
             skip_tokenizer_init=True,
             enforce_eager=True,
             dtype="float32",
@@ -51,8 +70,9 @@ class Engine:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_batched,
             max_num_seqs=16,
-            **compression,
         )
+        self.llm = LLM(str(model), **{**defaults, **llm}, **compression)
+        self._alive.append(self)
 
     @property
     def scheduler(self):
@@ -73,10 +93,12 @@ class Engine:
         )
         return self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
 
-    def add(self, prompt, max_tokens=64, kv_budget=None) -> str:
+    def add(self, prompt, max_tokens=64, kv_budget=None, **params) -> str:
         """Adds a request without running it; returns its id."""
         extra = None if kv_budget is None else {"kv_budget": kv_budget}
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra, **params
+        )
         request_id = f"test-{next(self._ids)}"
         self.llm.llm_engine.add_request(request_id, TokensPrompt(prompt_token_ids=prompt), params)
         return request_id

@@ -1,11 +1,13 @@
-"""Small models and filters for the tests, made on the spot."""
+"""Small models, filters, tokenizers and adapters for the tests, made on the spot."""
 
+import json
 import pathlib
 import shutil
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,6 +36,42 @@ def make_tiny_llama(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Single bytes, and names for the rest of the vocabulary."""
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"name{i}" for i in range(VOCAB - len(tokens))]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib.Path) -> pathlib.Path:
+    """A LoRA adapter with random weights for ``model``, and in ``merged`` the model with it merged in."""
+    generator = torch.Generator().manual_seed(5)
+    llama, rank, scale = LlamaForCausalLM.from_pretrained(model), 4, 2.0
+    tensors = {}
+    for layer in range(NUM_LAYERS):
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            name = f"model.layers.{layer}.self_attn.{projection}"
+            weight = llama.get_submodule(name).weight.data
+            a = torch.randn(rank, weight.shape[1], generator=generator) * 0.1
+            b = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+            weight += scale * b @ a
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    llama.save_pretrained(merged)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = dict(
+        peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=scale * rank, bias="none",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

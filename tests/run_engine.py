@@ -9,7 +9,7 @@ RESULTS = "results: "
 
 
 def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> list[dict]:
-    """Each request: prompt (token ids), and SamplingParams as keywords. Returns token_ids, logprobs, prompt_logprobs of each."""
+    """Requests as :func:`generate_each` takes them. Returns token_ids, logprobs, prompt_logprobs of each."""
     job = {"model": str(model), "requests": requests, "compression": compression, "llm": llm}
     done = subprocess.run(
         [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
@@ -20,19 +20,41 @@ def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> 
     return json.loads(results.removeprefix(RESULTS))
 
 
-def main() -> None:
-    from vllm import LLM, SamplingParams
+def generate_each(llm, requests: list[dict]) -> list:
+    """The outputs of ``requests``, run together.
+
+    Args:
+        llm: the engine.
+        requests: each has a prompt (token ids), perhaps the folder of a LoRA adapter, perhaps structured_outputs (keywords of
+            vLLM's class), and SamplingParams as keywords.
+    """
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompts, params, adapters = [], [], []
+    for request in requests:
+        request = dict(request)
+        prompts.append(TokensPrompt(prompt_token_ids=request.pop("prompt")))
+        adapter = request.pop("lora", None)
+        adapters.append(None if adapter is None else LoRARequest("adapter", 1, str(adapter)))
+        if "structured_outputs" in request:
+            request["structured_outputs"] = StructuredOutputsParams(**request["structured_outputs"])
+        params.append(SamplingParams(**{"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **request}))
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+
+
+def main() -> None:
+    from vllm import LLM
 
     from vllm_qfilters import kv_compression
 
     job = json.load(sys.stdin)
     compression = kv_compression(**job["compression"]) if job["compression"] is not None else {}
     llm = LLM(job["model"], **{"enforce_eager": True, **job["llm"]}, **compression)
-    prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in job["requests"]]
-    params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **r) for r in job["requests"]]
     results = []
-    for output in llm.generate(prompts, params, use_tqdm=False):
+    for output in generate_each(llm, job["requests"]):
         completion = output.outputs[0]
         results.append(
             {

@@ -164,6 +164,7 @@ def make_async(engine: Engine, depth: int = 2) -> None:
     core = engine.llm.llm_engine.engine_core.engine_core
     core.batch_queue_size, core.batch_queue = depth, collections.deque(maxlen=depth)
     core.step_fn = core.step_with_batch_queue
+    engine.scheduler.scheduler_config.async_scheduling = True
 
 
 JOBS = [(random_prompt(n, seed=n), tokens) for n, tokens in ((700, 150), (100, 300), (333, 200), (512, 100), (40, 400))]

@@ -83,6 +83,14 @@ def test_an_uncompressed_request_reads_shared_pages_intact(engine):
     engine.assert_idle()
 
 
+def test_an_uncompressed_request_finds_only_pages_from_before_the_first_eviction(engine):
+    expected = cold(engine, FIRST, kv_budget=0)
+    generate(engine, FIRST, kv_budget=200)  # cut after 256 tokens, it later holds more pages than it did then
+    again = generate(engine, FIRST, kv_budget=0)
+    assert again.num_cached_tokens > 0
+    assert_same(again, expected)
+
+
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(granularity, engines):
     """An uncompressed request cached more than budget and chunk allow: the hit ends before the first cut."""

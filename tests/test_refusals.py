@@ -1,10 +1,18 @@
 """Bad requests are refused with a reason, and leave nothing behind. Engines that cannot work are refused at start."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.models import random_prompt
 from vllm_qfilters import kv_compression
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
+from vllm_qfilters.support import check_specs, check_supported
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -43,8 +51,19 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
         (dict(block_size=64), "interval=32 is not a multiple of the block size 64: set interval to 64"),
         (dict(kv_cache_dtype="fp8"), "KV compression does not support --kv-cache-dtype fp8"),
         (
-            dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
-            "KV compression does not support speculative decoding; drop --speculative-config",
+            dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
+            "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
+        ),
+        (
+            dict(
+                speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+                pipeline_parallel_size=2,
+            ),
+            "KV compression does not support speculative decoding with pipeline parallelism",
+        ),
+        (
+            dict(speculative_config={"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}),
+            "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
         ),
         (dict(hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}), "ull attention"),
     ],
@@ -55,12 +74,100 @@ def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model)
 
     compression = kv_compression("random", budget=128, window=32, sinks=4, interval=32, chunk=128)
     arguments = dict(block_size=32, skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_model_len=512)
+    if llm.get("speculative_config", {}).get("model"):
+        llm = dict(speculative_config={**llm["speculative_config"], "model": str(tiny_model)})
     with pytest.raises(Exception, match=reason):
         LLM(str(tiny_model), **{**arguments, **llm}, **compression)
 
 
+def supported_config() -> SimpleNamespace:
+    """What :func:`check_supported` reads of a VllmConfig; a real one lets every start of an engine fail if a name changes."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, original_max_model_len=4096,
+            max_model_len=4096,
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
+            worker_cls=CPU_WORKER_CLS,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        kv_events_config=None,
+        speculative_config=None,
+        use_v2_model_runner=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("model_config.runner_type", "pooling", "pooling models"),
+        ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
+        ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
+        ("model_config.uses_mrope", True, "models with M-RoPE positions"),
+        ("model_config.original_max_model_len", -1, "--max-model-len auto"),
+        ("kv_transfer_config", SimpleNamespace(), "KV connectors; drop --kv-transfer-config"),
+        ("ec_transfer_config", SimpleNamespace(), "encoder-cache connectors; drop --ec-transfer-config"),
+        ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV cache events; drop --kv-events-config"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.use_ubatching", True, "microbatches; drop --enable-dbo"),
+        ("parallel_config.worker_cls", GPU_WORKER_CLS, "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
+        ("use_v2_model_runner", True, "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
+        ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype fp8; use auto"),
+        ("cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(name, value, reason):
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    check_supported(compression, config)
+    *path, attribute = name.split(".")
+    setattr(getattr(config, path[0]) if path else config, attribute, value)
+    with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
+        check_supported(compression, config)
+
+
+def test_speculation_and_pipelines_on_gpus_are_refused_by_name():
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config.parallel_config.worker_cls, config.use_v2_model_runner = GPU_WORKER_CLS, True
+    check_supported(compression, config)
+    config.speculative_config = SimpleNamespace(method="ngram")
+    with pytest.raises(ValueError, match="KV compression does not support speculative decoding on GPUs"):
+        check_supported(compression, config)
+    config.speculative_config, config.parallel_config.pipeline_parallel_size = None, 2
+    with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism on GPUs"):
+        check_supported(compression, config)
+
+
+def test_pages_in_pipelines_are_refused_by_name():
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config.parallel_config.pipeline_parallel_size = 2
+    check_supported(compression, config)
+    with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism with granularity 'page'"):
+        check_supported(dataclasses.replace(compression, granularity="page"), config)
+
+
+@pytest.mark.parametrize(
+    "spec_cls, change, reason",
+    [
+        (SlidingWindowSpec, dict(sliding_window=128), "full attention in every layer, but second has a SlidingWindowSpec"),
+        (FullAttentionSpec, dict(sliding_window=128), "sliding-window, chunked or non-causal attention, which second has"),
+        (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
+        (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
+)
+def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
+    usual = dict(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    first = FullAttentionSpec(**usual)
+    check_specs({"first": first, "second": first})
+    with pytest.raises(ValueError, match=reason):
+        check_specs({"first": first, "second": spec_cls(**{**usual, **change})})
+
+
 def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):
-    import torch
     from vllm import LLM
 
     from tests.models import tiny_identity

@@ -25,6 +25,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         ValueError: names the feature and what to change; also for filters that are given and do not fit.
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    speculative, on_cpu = vllm_config.speculative_config, parallel.worker_cls == CPU_WORKER_CLS
     has_fp8 = current_platform.is_cuda() and current_platform.has_device_capability(89)
     refused = {
         "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
@@ -35,15 +36,24 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "encoder-cache connectors; drop --ec-transfer-config": vllm_config.ec_transfer_config is not None,
         "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
         and vllm_config.kv_events_config.enable_kv_cache_events,
-        "speculative decoding; drop --speculative-config": vllm_config.speculative_config is not None,
+        "speculative decoding on GPUs yet; drop --speculative-config": speculative is not None and not on_cpu,
+        "speculative decoding by models that draft and other methods; use ngram": (
+            speculative is not None and speculative.method != "ngram"
+        ),
+        "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1": (
+            speculative is not None and parallel.pipeline_parallel_size > 1
+        ),
+        "pipeline parallelism on GPUs yet; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1 and not on_cpu,
+        "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
+            parallel.pipeline_parallel_size > 1 and config.evicts_whole_pages
+        ),
         f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): (
             is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_DTYPES)
         ),
-        "pipeline parallelism; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
         "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER": (
-            parallel.worker_cls == CPU_WORKER_CLS and vllm_config.use_v2_model_runner
+            on_cpu and vllm_config.use_v2_model_runner
         ),
         "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
             parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner

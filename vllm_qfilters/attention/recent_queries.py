@@ -32,7 +32,7 @@ class QueryRecorder:
             computed: before this step.
             prompt: to be prefilled; later queries are not kept.
         """
-        self._rows = []
+        self.skip_step()
         start = 0
         for req_id, num_tokens, position, num_prompt in zip(req_ids, num_scheduled_tokens, computed, prompt, strict=True):
             end = min(position + num_tokens, num_prompt)
@@ -40,6 +40,10 @@ class QueryRecorder:
                 self._rows.append((req_id, start, start + end - position))
                 self._ends[req_id] = end, num_prompt
             start += num_tokens
+
+    def skip_step(self) -> None:
+        """Announces a step whose queries are not to be kept."""
+        self._rows = []
 
     def record(self, layer: int, query: torch.Tensor) -> None:
         """query: of a step's tokens after RoPE, shape ``[num_tokens, num_heads, head_size]``."""

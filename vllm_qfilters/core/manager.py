@@ -15,7 +15,11 @@ from vllm_qfilters.plan import RequestCompaction
 
 
 class QFiltersManager(FullAttentionManager):
-    """Counts pages by resident tokens, and takes whole pages out of a sequence."""
+    """Counts pages by resident tokens, and takes whole pages out of a sequence.
+
+    A page taken out may still be read by steps in flight, also in later pipeline stages. Every stage has its own part of a page
+    and runs steps in order: whoever is given the page writes to that part in a later step.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,26 +19,25 @@ from vllm_qfilters.plan import RequestCompaction
 
 
 class PageManager(QFiltersManager):
-    """Takes the lowest-scoring pages out of a sequence. No page is written or copied, so shared ones need no care.
-
-    A page taken out may still be read by a step in flight. Workers run steps in order: whoever is given the page writes to it in
-    a later one.
-    """
+    """Takes the lowest-scoring pages out of a sequence. No page is written or copied, so shared ones need no care."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.block_scores = np.zeros(self.block_pool.num_gpu_blocks, dtype=np.float32)  # by page; of full pages
         self._awaited: Counter[int] = Counter()  # by page: steps in flight that fill it, whose score is still to come
 
-    def expect_scores(self, request: Request, num_tokens: int) -> list[int]:
+    def expect_scores(self, request: Request, num_tokens: int, num_unverified: int = 0) -> list[int]:
         """The pages a step fills; their scores are unknown from here until :meth:`receive_scores`.
 
         Args:
             request: it is scheduled, and its computed tokens count the step's already.
             num_tokens: it computes in the step.
+            num_unverified: of its computed tokens may turn out to be rejected drafts. What they fill is filled again by a later
+                step, and scored again.
         """
         resident = self.resident_tokens(request)
-        filled = range((resident - num_tokens) // self.block_size, resident // self.block_size)
+        first = max(0, resident - num_tokens - num_unverified) // self.block_size
+        filled = range(first, resident // self.block_size)
         block_ids = [self.req_to_blocks[request.request_id][i].block_id for i in filled]
         self._awaited.update(block_ids)
         return block_ids

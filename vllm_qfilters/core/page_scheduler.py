@@ -6,8 +6,6 @@ cuts of its prompt (or with a window of less than a few tokens), sits out the st
 token meanwhile, so it stays within its budget, and evictions are the same with and without async scheduling.
 """
 
-from typing import Any
-
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
@@ -23,16 +21,13 @@ class QFiltersPageScheduler(QFiltersScheduler):
 
     pages: PageManager
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._sitting_out: set[str] = set()  # requests that wait for scores in the step being scheduled
-
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
-        self._sitting_out.clear()
         output = super().schedule(throttle_prefills)
         if self.compression.needs_scores:
-            filled = [self.pages.expect_scores(self.requests[name], n) for name, n in output.num_scheduled_tokens.items()]
-            output.pages_to_score = tuple(block_id for block_ids in filled for block_id in block_ids)
+            filled = []
+            for req_id, num_tokens in output.num_scheduled_tokens.items():
+                filled += self.pages.expect_scores(self.requests[req_id], num_tokens, self.unverified_drafts[req_id])
+            output.pages_to_score = tuple(filled)
         return output
 
     def update_from_output(
@@ -45,15 +40,5 @@ class QFiltersPageScheduler(QFiltersScheduler):
             self.pages.receive_scores(scheduler_output.pages_to_score, model_runner_output.page_scores)
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _evicted_tokens_due(self, request: Request) -> int:
-        evicted_tokens = super()._evicted_tokens_due(request)
-        if evicted_tokens and self.pages.awaits_scores(request, evicted_tokens):
-            self._sitting_out.add(request.request_id)
-            return 0
-        return evicted_tokens
-
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        # vLLM skips a running request, prefilling or decoding, for which this is 0.
-        if request.request_id in self._sitting_out:
-            return 0
-        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+    def _sits_out(self, request: Request, evicted_tokens: int) -> bool:
+        return super()._sits_out(request, evicted_tokens) or self.pages.awaits_scores(request, evicted_tokens)

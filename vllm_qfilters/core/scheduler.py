@@ -5,16 +5,20 @@ the same step; which tokens go is the workers' business (worker/compactor.py).
 """
 
 import time
+from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_qfilters.config import KVCompressionConfig
@@ -30,7 +34,11 @@ LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
 
 
 class QFiltersScheduler(AsyncScheduler):
-    """Plans evictions, then lets vLLM schedule. Serves with and without async scheduling."""
+    """Plans evictions, then lets vLLM schedule. Serves with and without async scheduling.
+
+    Speculative decoding does not change what is evicted: a step gets no more drafts than the budget has room for, and a
+    sequence is cut when all its tokens are verified. Under async scheduling it sits out steps until they are.
+    """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         # Built-in specs first: the registry fills itself only while it is empty.
@@ -43,6 +51,12 @@ class QFiltersScheduler(AsyncScheduler):
         assert isinstance(manager, QFiltersManager), f"pages are managed by {type(manager).__name__}, not QFiltersManager"
         self.pages = manager
         self.compression_stats = KVCompressionStats()
+        if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
+            # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with drafts of
+            # id -1, which would be computed beyond cuts, and which CPUs find no embedding for.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+        self.unverified_drafts: Counter[str] = Counter()  # by request: draft tokens of steps whose output is still to come
+        self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -53,13 +67,25 @@ class QFiltersScheduler(AsyncScheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
+        self._sitting_out.clear()
         plan = self._plan_compaction()
         output = super().schedule(throttle_prefills)
+        for req_id, drafts in output.scheduled_spec_decode_tokens.items():
+            self.unverified_drafts[req_id] += len(drafts)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
         rows = tuple(row for row in plan.rows if row.req_id in self.pages.evicted)
         self.compression_stats.compactions += len(rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        for req_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
+            self.unverified_drafts[req_id] -= len(drafts)
+            if not self.unverified_drafts[req_id]:
+                del self.unverified_drafts[req_id]
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -105,7 +131,18 @@ class QFiltersScheduler(AsyncScheduler):
             return 0
         if request.is_prefill_chunk and (limits.chunk is None or request.num_computed_tokens % limits.chunk):
             return 0
-        return limits.evicted_tokens(self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size)
+        evicted_tokens = limits.evicted_tokens(self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size)
+        if evicted_tokens and self._sits_out(request, evicted_tokens):
+            self._sitting_out.add(request.request_id)
+            return 0
+        return evicted_tokens
+
+    def _sits_out(self, request: Request, evicted_tokens: int) -> bool:
+        """Whether a sequence about to lose ``evicted_tokens`` has to wait for the output of a step.
+
+        Computing no token meanwhile, it stays within its budget, and is cut at the same position as without async scheduling.
+        """
+        return request.request_id in self.unverified_drafts
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
@@ -128,11 +165,28 @@ class QFiltersScheduler(AsyncScheduler):
         return max(0, min(ends) - max(1, self.compression.observed_queries)) // self.block_size * self.block_size
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        # vLLM asks here, for running and waiting requests alike, where a chunk may end. Ours end at cuts.
+        # vLLM asks here, for running and waiting requests alike, how many tokens a step may compute. It skips a running
+        # request for which that is 0.
+        if request.request_id in self._sitting_out:
+            return 0
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         limits = self.pages.limits.get(request.request_id)
-        to_next_cut = limits.tokens_to_next_cut(num_computed_tokens) if limits is not None else None
+        if limits is None:
+            return num_new_tokens
+        if request.status == RequestStatus.RUNNING and not request.is_prefill_chunk:
+            return min(num_new_tokens, limits.budget - self.pages.resident_tokens(request))  # the drafts too
+        to_next_cut = limits.tokens_to_next_cut(num_computed_tokens)
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        self._vllm_scheduler()._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
+        return self._vllm_scheduler()._update_request_with_output(request, *args, **kwargs)
+
+    def _vllm_scheduler(self) -> Any:
+        """What would schedule in our place: only under async scheduling do placeholders stand in for tokens still to come."""
+        return super() if self.scheduler_config.async_scheduling else super(AsyncScheduler, self)
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
-from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tp_group
 from vllm.sampling_params import SamplingParams
+from vllm.sequence import IntermediateTensors
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -46,14 +47,14 @@ def calibrate(
         description: goes into the file as ``calibration``.
 
     Returns:
-        The filters of the whole model, also on a tensor-parallel rank.
+        The filters of the whole model, also on a rank that holds some of its layers or heads.
     """
     for layer, rotation in zip(layers, rotations, strict=True):
         layer.impl.statistics = LayerStatistics(
             layer.num_heads, layer.num_kv_heads, layer.head_size, rotation, runner.positions
         )
     try:
-        is_first_rank = get_tensor_model_parallel_rank() == 0
+        is_first_rank = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         total = sum(len(sequence) for sequence in sequences)
         with tqdm(total=total, desc="Calibrating Q-Filters", unit=" tokens", disable=not is_first_rank) as progress:
             for sequence in sequences:
@@ -78,7 +79,8 @@ def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, des
         group = get_tp_group()
         whole = group.all_gather(local.to(group.device).contiguous(), dim=1).cpu()
         # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
-        return whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
+        whole = whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
+        return _of_all_stages(whole)
 
     mean_after = gathered("query_after_rope", "mean")
     second_after = gathered("query_after_rope", "second")
@@ -135,13 +137,29 @@ def _run(runner: GPUModelRunner, token_ids: list[int]) -> Iterator[int]:
     try:
         for start in range(0, len(token_ids), max_chunk):
             num_tokens = min(max_chunk, len(token_ids) - start)
-            runner.execute_model(_step(token_ids, block_ids, start, num_tokens))
+            _execute_stage(runner, _step(token_ids, block_ids, start, num_tokens))
             runner.sample_tokens(None)
             yield num_tokens
     finally:
         end = SchedulerOutput.make_empty()
         end.finished_req_ids = {_REQUEST_ID}
         runner.execute_model(end)
+
+
+def _execute_stage(runner: GPUModelRunner, step: SchedulerOutput) -> None:
+    """Runs a step through the layers of this pipeline stage, as vLLM's worker does: all stages call this."""
+    stages, received = get_pp_group(), None
+    if not stages.is_first_rank:
+        received = IntermediateTensors(stages.recv_tensor_dict(all_gather_group=get_tp_group()))
+    output = runner.execute_model(step, received)
+    if not stages.is_last_rank:
+        stages.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())
+
+
+def _of_all_stages(layers: torch.Tensor) -> torch.Tensor:
+    """The ``layers`` of all pipeline stages, which may hold different numbers of them, in order."""
+    stages = get_pp_group()
+    return torch.cat([stages.broadcast_object(layers, rank) for rank in range(stages.world_size)])
 
 
 def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: int) -> SchedulerOutput:

@@ -91,6 +91,12 @@ class Filters:
     score_std: torch.Tensor | None = None
     calibration: str = ""
 
+    def of_layers(self, first: int, end: int) -> "Filters":
+        """Of the layers from ``first`` up to ``end``, as a pipeline stage needs them."""
+        values = {name: getattr(self, name) for name in ("filters", *_OPTIONAL)}
+        sliced = {name: value if value is None else value[first:end] for name, value in values.items()}
+        return dataclasses.replace(self, **sliced)
+
     def of_heads(self, first: int, count: int) -> torch.Tensor:
         """The filters of ``count`` KV heads from ``first`` on, as a tensor-parallel rank needs them."""
         return self.filters[:, first : first + count]

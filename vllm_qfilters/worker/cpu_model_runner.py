@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -32,6 +33,14 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     kernels = IMPLEMENTATION
     page_scores = staticmethod(page_scores)
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            # vLLM 0.32 makes these when it warms up, which it leaves out on CPUs in eager mode: later pipeline stages then die.
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+
     def bind_cache(self) -> None:
         first = self.layers[0]
 
@@ -43,7 +52,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
 
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
-        self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+        if not self.compression.evicts_whole_pages:
+            self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
         for layer in self.layers:
             layer.impl.scorer = scorer
 
@@ -91,12 +101,14 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         num_reqs = self.input_batch.num_reqs
         if self.recorder is not None:
-            self.recorder.start_step(
-                self.input_batch.req_ids,
-                num_scheduled_tokens.tolist(),
-                self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist(),
-                self.input_batch.num_prompt_tokens[:num_reqs].tolist(),
-            )
+            computed = self.input_batch.num_computed_tokens_cpu[:num_reqs]
+            prompt = self.input_batch.num_prompt_tokens[:num_reqs]
+            if (computed < prompt).any():
+                self.recorder.start_step(
+                    self.input_batch.req_ids, num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist()
+                )
+            else:
+                self.recorder.skip_step()
         evicted = self.evicted.rows(self.input_batch.req_ids)
         if evicted is not None:
             by_request = torch.from_numpy(evicted)

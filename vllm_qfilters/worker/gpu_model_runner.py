@@ -61,8 +61,9 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
 
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
-        self.compactor = BatchCompactor(scorer, shared_by_heads=self.compression.granularity == "layer")
-        self.compactor.warm_up()
+        if not self.compression.evicts_whole_pages:
+            self.compactor = BatchCompactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+            self.compactor.warm_up()
         for index, layer in enumerate(self.layers):
             layer.impl.planes = self.cache.planes[index]
             if scorer.written != Score.NONE:
@@ -130,14 +131,14 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
     ) -> InputBatch:
         input_batch = super().prepare_inputs(scheduler_output, batch_req_state, batch_desc, num_active_loras)
         if self.recorder is not None:
+            computed, prompt = input_batch.num_computed_tokens_np, self.req_states.prompt_len.np[input_batch.idx_mapping_np]
             # A replayed graph shows no queries. It is only a prompt's last token, if anything, that is computed in one.
-            is_seen = batch_desc.cg_mode != CUDAGraphMode.FULL
-            self.recorder.start_step(
-                input_batch.req_ids if is_seen else [],
-                input_batch.num_scheduled_tokens.tolist() if is_seen else [],
-                input_batch.num_computed_tokens_np.tolist() if is_seen else [],
-                self.req_states.prompt_len.np[input_batch.idx_mapping_np].tolist() if is_seen else [],
-            )
+            if batch_desc.cg_mode != CUDAGraphMode.FULL and (computed < prompt).any():
+                self.recorder.start_step(
+                    input_batch.req_ids, input_batch.num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist()
+                )
+            else:
+                self.recorder.skip_step()
         return input_batch
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -155,7 +156,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         if self.recorder is not None:
-            self.recorder.start_step([], [], [], [])
+            self.recorder.skip_step()
         return super().prepare_dummy_attn(*args, **kwargs)
 
     def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_world_group,
@@ -107,6 +108,7 @@ class CompressedModelRunner:
         filters = None
         if self.compression.method == "qfilters":
             filters, origin = self._find_or_calibrate_filters()
+            filters = filters.of_layers(*self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config))
         if self.compression.observed_queries:
             self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
         self.start_scoring(filters)
@@ -114,7 +116,7 @@ class CompressedModelRunner:
             layer.impl.index, layer.impl.recorder = index, self.recorder
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
             self.page_scorer = self._page_scorer(filters)
-        if get_tensor_model_parallel_rank() == 0:
+        if self._is_first_rank:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
@@ -174,7 +176,7 @@ class CompressedModelRunner:
         description = f"{len(sequences)} sequences of {len(sequences[0])} random token ids"
         filters = self.calibrate_filters(sequences, description)
         path = cache_path(model)
-        if get_tensor_model_parallel_rank() == 0:
+        if self._is_first_rank:
             save(path, filters, model)
         return filters, f"calibrated now ({description}), kept in {path}"
 
@@ -197,7 +199,7 @@ class CompressedModelRunner:
             # Published filters have no statistics, and other methods no filters.
             sequences = self._random_sequences()
             mean, std = measure_scores(self, scores, sequences)
-            if get_tensor_model_parallel_rank() == 0:
+            if self._is_first_rank:
                 logger.info(
                     "KV compression: page scores are normalised by what %d sequences of %d random token ids scored now",
                     len(sequences),
@@ -209,6 +211,10 @@ class CompressedModelRunner:
             return tensor_model_parallel_all_reduce(values) / num_ranks
 
         return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
+
+    @property
+    def _is_first_rank(self) -> bool:
+        return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
 
 
 def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:
