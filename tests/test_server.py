@@ -13,6 +13,8 @@ import urllib.request
 import openai
 import pytest
 
+from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS
+
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 BUDGET, BLOCK = 512, 64
@@ -91,9 +93,8 @@ def test_the_log_says_what_is_active_and_where_filters_came_from(server):
 
 
 def test_every_metric_shows_from_the_start(server):
-    assert set(server.metrics()) >= {
-        "compactions_total", "evicted_tokens_total", "freed_pages_total", "resident_tokens", "compressed_requests"
-    }
+    shown = {f"{name}_total" for name in COUNTERS} | set(GAUGES) | {f"{name}_count" for name in HISTOGRAMS}
+    assert set(server.metrics()) >= shown
 
 
 def test_a_long_completion_is_counted_and_reads_on(server, client):
@@ -111,7 +112,11 @@ def test_a_long_completion_is_counted_and_reads_on(server, client):
     held_at_the_end = answer.usage.prompt_tokens + 299 - evicted
     assert BUDGET - 64 <= held_at_the_end <= BUDGET
     assert after["freed_pages_total"] - before["freed_pages_total"] >= evicted / BLOCK
-    assert after["resident_tokens"] == 0
+    assert after["resident_tokens"] == after["saved_pages"] == 0
+    assert 0 < after["compaction_seconds_total"] - before["compaction_seconds_total"] < 60
+    # It held most when its prompt was first cut, at a multiple of the chunk above the budget.
+    assert after["request_resident_tokens_count"] - before["request_resident_tokens_count"] == 1
+    assert after["request_resident_tokens_sum"] - before["request_resident_tokens_sum"] == 2 * BUDGET
 
 
 def test_chat_streams(client):
@@ -164,6 +169,9 @@ def test_a_clean_end(server, client):
     )
     for _, chunk in zip(range(5), stream):
         assert chunk.choices is not None
+    metrics = server.metrics()
+    assert metrics["compressed_requests"] == 1 and BUDGET - 64 <= metrics["resident_tokens"] <= BUDGET
+    assert metrics["saved_pages"] >= 2
     stream.close()
     end = time.monotonic() + 60
     while time.monotonic() < end and server.metrics()["resident_tokens"]:

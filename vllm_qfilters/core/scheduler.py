@@ -11,10 +11,13 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_qfilters.config import KVCompressionConfig
@@ -22,7 +25,7 @@ from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.metrics import KVCompressionStats, attach_stats
-from vllm_qfilters.plan import CompactionPlan, QFiltersSchedulerOutput
+from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -43,6 +46,8 @@ class QFiltersScheduler(AsyncScheduler):
         assert isinstance(manager, QFiltersManager), f"pages are managed by {type(manager).__name__}, not QFiltersManager"
         self.pages = manager
         self.compression_stats = KVCompressionStats()
+        self._sent_stats = KVCompressionStats()
+        self._peaks: dict[str, int] = {}  # most resident tokens; only requests that evicted any
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -62,11 +67,21 @@ class QFiltersScheduler(AsyncScheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self.compression_stats.resident_tokens = sum(self.pages.resident_tokens(r) for r in self.running)
-            self.compression_stats.compressed_requests = sum(r.request_id in self.pages.evicted for r in self.running)
-            attach_stats(stats, self.compression_stats)
+            evicted = [self.pages.evicted.get(request.request_id, 0) for request in self.running]
+            computed_tokens = sum(request.num_computed_tokens for request in self.running)
+            self.compression_stats.resident_tokens = computed_tokens - sum(evicted)
+            self.compression_stats.compressed_requests = sum(tokens > 0 for tokens in evicted)
+            self.compression_stats.saved_pages = sum(evicted) // self.block_size
+            attach_stats(stats, self.compression_stats.take_news(self._sent_stats))
             self._log_stats()
         return stats
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        if isinstance(model_runner_output, QFiltersModelRunnerOutput):
+            self.compression_stats.compaction_seconds += model_runner_output.compaction_seconds
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def _plan_compaction(self) -> CompactionPlan:
         rows = []
@@ -84,6 +99,8 @@ class QFiltersScheduler(AsyncScheduler):
         # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
         freed_pages = self.pages.release()
         stats = self.compression_stats
+        for row in rows:
+            self._peaks[row.req_id] = max(row.resident_tokens, self._peaks.get(row.req_id, 0))
         stats.compactions += len(rows)
         stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         stats.freed_pages += freed_pages
@@ -137,6 +154,9 @@ class QFiltersScheduler(AsyncScheduler):
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
 
     def _free_blocks(self, request: Request) -> None:
+        peak = max(self.pages.resident_tokens(request), self._peaks.pop(request.request_id, 0))
+        if self.log_stats and peak:
+            self.compression_stats.request_resident_tokens.append(peak)
         super()._free_blocks(request)
         self.pages.limits.pop(request.request_id, None)
 

@@ -78,7 +78,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             for row in scheduler_output.compaction.rows:
                 (block_ids,) = self.requests[row.req_id].block_ids
                 if not self.compression.evicts_whole_pages:  # else nothing moves
-                    self.compactor.compact(block_ids, row, self.recent_queries(row))
+                    with self.compaction_timer.measure():
+                        self.compactor.compact(block_ids, row, self.recent_queries(row))
                 block_ids[:] = row.block_ids
                 batch_row = self.input_batch.req_id_to_index.get(row.req_id)
                 if batch_row is not None:

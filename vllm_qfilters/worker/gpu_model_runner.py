@@ -115,7 +115,8 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                     for index, row in zip(indices, rows, strict=True)
                 ]
                 recent_queries = [self.recent_queries(row) for row in rows]
-                self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
+                with self.compaction_timer.measure():
+                    self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
             for index, row in zip(indices, rows, strict=True):
                 self.block_tables.append_block_ids(index, (list(row.block_ids),), overwrite=True)
                 self.evicted.add(row.req_id, row.evicted_tokens)

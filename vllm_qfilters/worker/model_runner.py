@@ -32,6 +32,7 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
+from vllm_qfilters.worker.compaction_timer import CompactionTimer
 from vllm_qfilters.worker.page_scores import PageScorer
 from vllm_qfilters.worker.request_state import EvictedTokens
 
@@ -53,6 +54,7 @@ class CompressedModelRunner:
         super().__init__(vllm_config, device)
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
+        self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
         self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
@@ -124,7 +126,9 @@ class CompressedModelRunner:
 
     def sample_tokens(self, grammar_output: Any):
         output = super().sample_tokens(grammar_output)
-        return output if self.page_scorer is None else self.page_scorer.attach(output)
+        if self.page_scorer is not None:
+            output = self.page_scorer.attach(output)
+        return self.compaction_timer.attach(output)
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
