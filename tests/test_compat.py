@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
             ["self", "vllm_config", "engine_idxs", "custom_stat_loggers", "enable_default_loggers", "aggregate_engine_logging"]
             + ["client_count"],
         ),
+        ("vllm.plugins:load_endpoint_plugins", ["supported_tasks"]),
         # overridden without being public
         (
             "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
@@ -114,6 +115,10 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
         (["--kv-compression", "qfilters", "--kv-compression-config.budgt", "1"], "unknown KV compression option budgt"),
         (["--kv-compression", "qfilters", "--kv-compression-config.method", "knorm"], "the method is named by --kv-compression"),
         (["--kv-compression", "qfilters", "--kv-compression-config.budget", "0"], "budget=0"),
+        (
+            ["--kv-compression", "qfilters", "--kv-compression-config.endpoint", "true", "--disable-log-stats"],
+            "endpoint=True lists what vLLM's statistics carry: drop --disable-log-stats",
+        ),
         (["--kv-compression", "qfilters", "--worker-cls", "other.Worker"], "--worker-cls other.Worker cannot be combined"),
     ],
 )

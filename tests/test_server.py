@@ -1,5 +1,6 @@
 """The real server over HTTP, with the OpenAI client, on the demo model."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import openai
@@ -55,6 +57,11 @@ class Server:
         found = (re.match(r"(vllm:kv_compression_\w+)\{.*\} (\S+)", line) for line in lines)
         return {m[1].removeprefix("vllm:kv_compression_"): float(m[2]) for m in found if m and not m[1].endswith("_created")}
 
+    def sequences(self) -> list[dict]:
+        """From the endpoint."""
+        with urllib.request.urlopen(self.url + "/kv_compression", timeout=10) as response:
+            return json.load(response)["sequences"]
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
@@ -63,7 +70,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
-    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512}' % BUDGET
+    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": true}' % BUDGET
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
     server = Server("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config).wait()
     yield server
@@ -172,12 +179,18 @@ def test_a_clean_end(server, client):
     metrics = server.metrics()
     assert metrics["compressed_requests"] == 1 and BUDGET - 64 <= metrics["resident_tokens"] <= BUDGET
     assert metrics["saved_pages"] >= 2
+    (sequence,) = server.sequences()
+    assert sequence["request_id"].startswith(chunk.id)
+    assert sequence["position"] - sequence["resident_tokens"] >= 2 * BLOCK
+    assert sequence["prompt_tokens"] < sequence["position"] and BUDGET - 64 <= sequence["resident_tokens"] <= BUDGET
+    assert (sequence["engine"], sequence["budget"]) == (0, BUDGET) and sequence["evictions"] >= 1
     stream.close()
     end = time.monotonic() + 60
     while time.monotonic() < end and server.metrics()["resident_tokens"]:
         client.completions.create(model="demo", prompt="tick", max_tokens=2)
         time.sleep(0.5)
     assert server.metrics()["resident_tokens"] == 0
+    assert server.sequences() == []
 
 
 def test_page_granularity_frees_pages():
@@ -204,6 +217,8 @@ def test_a_plain_server_says_nothing_of_us():
     plain = Server().wait()
     try:
         assert plain.metrics() == {}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            plain.sequences()
         assert not any("compression" in line.lower() or "qfilters" in line.lower() for line in plain.log), plain.log
     finally:
         plain.stop()

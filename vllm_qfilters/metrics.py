@@ -6,6 +6,7 @@ server of several front ends sends each message to one of them, and Prometheus a
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
@@ -31,6 +32,26 @@ HISTOGRAMS = {
 _KEY = "kv_compression"
 
 
+class RunningSequence(NamedTuple):
+    """A sequence the scheduler is running.
+
+    Attributes:
+        request_id: begins with the id of the response.
+        prompt_tokens: of its request.
+        position: of its next token.
+        resident_tokens: it holds.
+        budget: most tokens it holds while decoding; None: compression is off for it.
+        evictions: it went through.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    position: int
+    resident_tokens: int
+    budget: int | None
+    evictions: int
+
+
 @dataclasses.dataclass
 class KVCompressionStats:
     """Totals since the engine started, and gauges of now; of what is sent, increases since the last message instead of totals.
@@ -44,6 +65,7 @@ class KVCompressionStats:
         compressed_requests: running sequences that have evicted tokens.
         saved_pages: pages that running sequences would hold uncompressed, less those they hold.
         request_resident_tokens: of sequences that ended since the last message: the most tokens each held at once.
+        sequences: running now, where the endpoint is on.
     """
 
     compactions: int = 0
@@ -54,6 +76,7 @@ class KVCompressionStats:
     compressed_requests: int = 0
     saved_pages: int = 0
     request_resident_tokens: list[int] = dataclasses.field(default_factory=list)
+    sequences: list[RunningSequence] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         return (
@@ -78,7 +101,7 @@ def attach_stats(scheduler_stats: SchedulerStats, news: KVCompressionStats) -> N
     connectors are refused at start.
     """
     assert scheduler_stats.kv_connector_stats is None
-    scheduler_stats.kv_connector_stats = {_KEY: dataclasses.asdict(news)}
+    scheduler_stats.kv_connector_stats = {_KEY: vars(news)}
 
 
 def detach_stats(scheduler_stats: SchedulerStats | None) -> KVCompressionStats | None:
@@ -91,7 +114,11 @@ def detach_stats(scheduler_stats: SchedulerStats | None) -> KVCompressionStats |
 
 
 class KVCompressionStatLogger(AggregateStatLoggerBase):
-    """``vllm:kv_compression_*`` in the front end, labelled like vLLM's own metrics. Stands before vLLM's loggers."""
+    """``vllm:kv_compression_*`` in the front end, labelled like vLLM's own metrics. Stands before vLLM's loggers.
+
+    Attributes:
+        sequences: running on each engine after its last step, where the endpoint is on.
+    """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
@@ -104,6 +131,7 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
         counters = {name: Counter(PREFIX + name, text, labels) for name, text in COUNTERS.items()}
         gauges = {name: Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent") for name, text in GAUGES.items()}
         histograms = {name: Histogram(PREFIX + name, text, labels, buckets=buckets) for name, text in HISTOGRAMS.items()}
+        self.sequences: dict[int, list[RunningSequence]] = {index: [] for index in engine_indexes}
         # Labelled here, so that every metric shows from the start, at 0.
         self._metrics = {
             index: {
@@ -131,6 +159,7 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
         for name in HISTOGRAMS:
             for observed in getattr(news, name):
                 metrics[name].observe(observed)
+        self.sequences[engine_idx] = [RunningSequence(*row) for row in news.sequences]
 
     def log_engine_initialized(self) -> None:
         """The worker has logged what is active; nothing to add."""

@@ -4,6 +4,7 @@ Runs in the engine process. Freed pages are back in the pool before vLLM's own s
 the same step; which tokens go is the workers' business (worker/compactor.py).
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -24,12 +25,20 @@ from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.metrics import KVCompressionStats, attach_stats
+from vllm_qfilters.metrics import KVCompressionStats, RunningSequence, attach_stats
 from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
+
+
+@dataclasses.dataclass
+class _History:
+    """Of a request that evicted tokens, over its preemptions too: how often, and the most tokens it held before."""
+
+    evictions: int = 0
+    peak_tokens: int = 0
 
 
 class QFiltersScheduler(AsyncScheduler):
@@ -47,7 +56,7 @@ class QFiltersScheduler(AsyncScheduler):
         self.pages = manager
         self.compression_stats = KVCompressionStats()
         self._sent_stats = KVCompressionStats()
-        self._peaks: dict[str, int] = {}  # most resident tokens; only requests that evicted any
+        self._histories: dict[str, _History] = {}
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -72,6 +81,8 @@ class QFiltersScheduler(AsyncScheduler):
             self.compression_stats.resident_tokens = computed_tokens - sum(evicted)
             self.compression_stats.compressed_requests = sum(tokens > 0 for tokens in evicted)
             self.compression_stats.saved_pages = sum(evicted) // self.block_size
+            if self.compression.endpoint:
+                self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
             attach_stats(stats, self.compression_stats.take_news(self._sent_stats))
             self._log_stats()
         return stats
@@ -100,7 +111,9 @@ class QFiltersScheduler(AsyncScheduler):
         freed_pages = self.pages.release()
         stats = self.compression_stats
         for row in rows:
-            self._peaks[row.req_id] = max(row.resident_tokens, self._peaks.get(row.req_id, 0))
+            history = self._histories.setdefault(row.req_id, _History())
+            history.evictions += 1
+            history.peak_tokens = max(history.peak_tokens, row.resident_tokens)
         stats.compactions += len(rows)
         stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         stats.freed_pages += freed_pages
@@ -154,11 +167,23 @@ class QFiltersScheduler(AsyncScheduler):
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
 
     def _free_blocks(self, request: Request) -> None:
-        peak = max(self.pages.resident_tokens(request), self._peaks.pop(request.request_id, 0))
-        if self.log_stats and peak:
-            self.compression_stats.request_resident_tokens.append(peak)
+        history = self._histories.pop(request.request_id, _History())
+        peak_tokens = max(history.peak_tokens, self.pages.resident_tokens(request))
+        if self.log_stats and peak_tokens:
+            self.compression_stats.request_resident_tokens.append(peak_tokens)
         super()._free_blocks(request)
         self.pages.limits.pop(request.request_id, None)
+
+    def _running_sequence(self, request: Request) -> RunningSequence:
+        limits, history = self.pages.limits.get(request.request_id), self._histories.get(request.request_id)
+        return RunningSequence(
+            request_id=request.request_id,
+            prompt_tokens=request.num_prompt_tokens,
+            position=request.num_computed_tokens,
+            resident_tokens=self.pages.resident_tokens(request),
+            budget=None if limits is None else limits.budget,
+            evictions=0 if history is None else history.evictions,
+        )
 
     def _log_stats(self) -> None:
         now = time.monotonic()
