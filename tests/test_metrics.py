@@ -1,15 +1,22 @@
 """What is counted reaches the front end once, and the time of compactions with the output after them."""
 
 import dataclasses
+import inspect
+import json
+import pathlib
+import re
 
 import pytest
 import torch
+from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
-from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS, KVCompressionStats, attach_stats, detach_stats
+from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, KVCompressionStats, attach_stats, detach_stats
 from vllm_qfilters.plan import QFiltersModelRunnerOutput
 from vllm_qfilters.worker.compaction_timer import CompactionTimer
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_messages_add_up_to_the_totals_whoever_gets_them():
@@ -51,3 +58,17 @@ def test_time_travels_with_the_next_output(output, monkeypatch):
     timed = timed.get_output() if isinstance(timed, AsyncModelRunnerOutput) else timed
     assert isinstance(timed, QFiltersModelRunnerOutput) and timed.compaction_seconds == 0.75
     assert timer.attach(output) is output, "sent once"
+
+
+def test_the_dashboard_shows_metrics_that_exist():
+    """Every one of ours, and of vLLM's only what its loggers define."""
+    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    expressions += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    named = {name for expression in expressions for name in re.findall(r"vllm:\w+", expression)}
+    ours = {f"{PREFIX}{name}_total" for name in COUNTERS} | {PREFIX + name for name in GAUGES}
+    ours |= {f"{PREFIX}{name}_bucket" for name in HISTOGRAMS}
+    assert {name for name in named if name.startswith(PREFIX)} == ours
+    defined = set(re.findall(r'name="(vllm:\w+)"', inspect.getsource(loggers)))
+    others = {name.removesuffix("_total") for name in named if not name.startswith(PREFIX)}
+    assert others <= defined and {"vllm:kv_cache_usage_perc", "vllm:num_preemptions"} <= others
