@@ -51,7 +51,7 @@ PATH=$FOLDER/no-cmake build_wheel without-extension
 check() {
   local wheel listed environment=$FOLDER/environment-$1
   wheel=$(echo "$FOLDER/$1"/*.whl)
-  listed=$("$PYTHON" -m zipfile --list "$wheel" | cut -d ' ' -f 1)
+  listed=$("$PYTHON" -m zipfile --list "$wheel" | tail -n +2 | cut -d ' ' -f 1)
   for file in vllm_qfilters/plugin.py vllm_qfilters/kernels/layout.py vllm_qfilters/kernels/write_and_score.py \
       vllm_qfilters/inspection/page.html vllm_qfilters/worker/model_runner.py; do
     grep -qx "$file" <<< "$listed" || fail "$wheel lacks $file"
