@@ -53,6 +53,15 @@ def test_the_compatibility_table_has_every_refusal_of_support():
         assert any(quote in ast.get_source_segment(source, key) for quote in quoted), ast.get_source_segment(source, key)
 
 
+def test_messages_that_troubleshooting_explains_are_ours():
+    _, _, section = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## It does not start")
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert len(rows) >= 8
+    for row in rows:
+        message = re.match(r"\| `([^`]+)`", row)[1]
+        assert max(message.split("..."), key=len).strip() in literals(), message
+
+
 def test_every_metric_and_no_other_is_documented():
     documented = {name for name, *_ in table("observability.md")}
     metrics = {f"`{name}_total`" for name in COUNTERS} | {f"`{name}`" for name in (*GAUGES, *HISTOGRAMS)}
