@@ -94,7 +94,7 @@ def _summary(inspection: Inspection) -> str:
         all_pairs = num_layers * num_heads
         by_all, by_none = int((counts == all_pairs).sum()), int((counts == 0).sum())
         lines.append(
-            f"<p>{by_all} tokens are kept everywhere, {by_none} nowhere, {num_tokens - by_all - by_none} by some; the darker "
+            f"<p>{by_all} tokens are kept everywhere, {by_none} nowhere, {num_tokens - by_all - by_none} by some; the stronger "
             "the shade, the more layers and heads kept a token.</p>"
         )
     return "\n".join(lines)
