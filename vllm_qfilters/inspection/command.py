@@ -99,6 +99,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     vllm_config = llm.llm_engine.vllm_config
     config, block_size = KVCompressionConfig.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
     limits = config.request_limits(None, len(token_ids), block_size)
+    options = {name: value for name, value in config.to_dict().items() if name != "endpoint"}  # changes nothing of what is kept
     window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
     return Inspection(
         texts=[""] * len(computed) if vllm_config.model_config.skip_tokenizer_init else token_texts(llm.get_tokenizer(), computed),
@@ -108,7 +109,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
         window=range(end - window, end),
         budget=limits.budget,
         model=pathlib.PurePath(vllm_config.model_config.model).name,
-        configuration={**config.to_dict(), "block size": block_size, "tokens generated": max_tokens},
+        configuration={**options, "block size": block_size, "tokens generated": max_tokens},
     )
 
 
