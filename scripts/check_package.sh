@@ -36,6 +36,7 @@ for file in README.md CHANGELOG.md CMakeLists.txt setup.py csrc/binding.cpp csrc
     vllm_qfilters/inspection/page.html; do
   [ -f "sdist/$file" ] || fail "the sdist lacks $file"
 done
+[ ! -e sdist/tests ] || fail "the sdist has half of the tests: those without the modules they share"
 
 # build_wheel NAME: a wheel from the unpacked sdist, in the folder NAME.
 build_wheel() {
