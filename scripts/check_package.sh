@@ -4,8 +4,8 @@
 #
 #   PYTHON=python3 scripts/check_package.sh [FOLDER]
 #
-# PYTHON has torch (and cmake and a compiler are there), for the operators; `make install` makes such a one: .venv/bin/python, the
-# default. The new environments see its packages, but not this package. What is built stays in FOLDER, default build/package.
+# PYTHON, .venv/bin/python (of `make install`) by default, has torch, and cmake and a compiler are there, for the operators. The new
+# environments see its packages, but not this package. What is built stays in FOLDER, default build/package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(realpath --no-symlinks "$(command -v "${PYTHON:-.venv/bin/python}")")
@@ -40,7 +40,8 @@ done
 
 # build_wheel NAME: a wheel from the unpacked sdist, in the folder NAME.
 build_wheel() {
-  (cd sdist && rm -rf build && "$PYTHON" -c "from setuptools.build_meta import build_wheel; build_wheel('$FOLDER/$1')") >> build.log 2>&1 ||
+  local build="from setuptools.build_meta import build_wheel; build_wheel('$FOLDER/$1')"
+  (cd sdist && rm -rf build && "$PYTHON" -c "$build") >> build.log 2>&1 ||
     { tail -20 build.log; fail "the wheel ($1) does not build"; }
 }
 VLLM_QFILTERS_REQUIRE_EXTENSION=1 build_wheel with-extension
@@ -57,10 +58,12 @@ check() {
       vllm_qfilters/inspection/page.html vllm_qfilters/worker/model_runner.py; do
     grep -qx "$file" <<< "$listed" || fail "$wheel lacks $file"
   done
-  ! grep -E '^(tests|benchmarks|scripts|docs|kernels|csrc)/' <<< "$listed" || fail "$wheel has what belongs to the repository alone"
+  ! grep -E '^(tests|benchmarks|scripts|docs|kernels|csrc)/' <<< "$listed" ||
+    fail "$wheel has what belongs to the repository alone"
   "$PYTHON" -m venv --without-pip "$environment"
   "$PYTHON" -m pip --python "$environment/bin/python" install --quiet --no-deps --no-index "$wheel"
-  (cd / && "$environment/bin/python" -c "import vllm_qfilters") || fail "$wheel needs other packages for its configuration alone"
+  (cd / && "$environment/bin/python" -c "import vllm_qfilters") ||
+    fail "$wheel needs other packages for its configuration alone"
   local packages target
   packages=$("$PYTHON" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
   target=$("$environment/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")

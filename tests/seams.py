@@ -1,4 +1,4 @@
-"""The places where this package holds on to vLLM 0.32, beside what it imports: one table for the tests and scripts/check_vllm.py.
+"""The places where this package holds on to vLLM 0.32, beside what it imports: for the tests and scripts/check_vllm.py.
 
 Functions have their parameters by name, in order.
 """

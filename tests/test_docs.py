@@ -87,7 +87,7 @@ def test_numbers_in_the_budget_page_are_those_of_the_results():
     cells = {(cell["task"], cell["method"], cell["budget"]): cell for cell in values["cells"]}
     text = (ROOT / "docs" / "budget.md").read_text()
     for method in ("qfilters", "streaming"):
-        losses = [cells["streaming", method, budget]["loss"] for budget in (256, 512, 1024)] + [cells["streaming", "full", 0]["loss"]]
-        assert " | ".join(f"{loss:.3f}" for loss in losses) in text
+        columns = [*((method, budget) for budget in (256, 512, 1024)), ("full", 0)]
+        assert " | ".join(f"{cells['streaming', *column]['loss']:.3f}" for column in columns) in text
     found = [cells["passkey-1024", "qfilters", fraction]["found"] for fraction in (0.125, 0.25, 0.5)]
     assert f"| qfilters | {found[0]} | {found[1]} | {found[2]} |" in text

@@ -142,8 +142,8 @@ def inspect(args: argparse.Namespace) -> int:
         most = llm.model_config.max_model_len - args.max_tokens
         if len(token_ids) > most:
             raise UsageError(
-                f"the prompt has {len(token_ids)} tokens, and {most} fit beside --max-tokens {args.max_tokens}: shorten it, or raise "
-                "--max-model-len where the model allows it"
+                f"the prompt has {len(token_ids)} tokens, and {most} fit beside --max-tokens {args.max_tokens}: shorten it, or "
+                "raise --max-model-len where the model allows it"
             )
         try:
             found = inspection.inspect(llm, token_ids, args.max_tokens)

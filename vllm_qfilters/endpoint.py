@@ -1,7 +1,7 @@
 """``GET /kv_compression``: the sequences a server is running, and what each holds in the KV cache. Runs in the API server.
 
-An endpoint plugin as vLLM defines it (``vllm/plugins/endpoint_plugins``); compat.py loads it. It asks the engine nothing: the list
-comes with the statistics of every step, where ``endpoint`` is configured.
+An endpoint plugin as vLLM defines it (``vllm/plugins/endpoint_plugins``); compat.py loads it. It asks the engine nothing: the
+list comes with the statistics of every step, where ``endpoint`` is configured.
 """
 
 from argparse import Namespace

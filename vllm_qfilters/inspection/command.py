@@ -35,7 +35,8 @@ EXAMPLES = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt itself, instead of --prompt-file")
-    parser.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help="UTF-8 text of the prompt; - reads standard input")
+    text = "UTF-8 text of the prompt; - reads standard input"
+    parser.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help=text)
     parser.add_argument(
         "-o",
         "--output",
@@ -97,12 +98,13 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     kept, end = assemble(llm.collective_rpc("take_kept_tokens"), len(computed))
 
     vllm_config = llm.llm_engine.vllm_config
+    has_tokenizer = not vllm_config.model_config.skip_tokenizer_init
     config, block_size = KVCompressionConfig.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
     limits = config.request_limits(None, len(token_ids), block_size)
     options = {name: value for name, value in config.to_dict().items() if name != "endpoint"}  # changes nothing of what is kept
     window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
     return Inspection(
-        texts=[""] * len(computed) if vllm_config.model_config.skip_tokenizer_init else token_texts(llm.get_tokenizer(), computed),
+        texts=token_texts(llm.get_tokenizer(), computed) if has_tokenizer else [""] * len(computed),
         prompt_tokens=len(token_ids),
         kept=kept,
         sinks=limits.sinks,

@@ -123,5 +123,5 @@ def _token(inspection: Inspection, index: int, count: int) -> str:
 
 def _visible(text: str) -> str:
     """Line ends and control characters shown, so that every token has something to shade."""
-    shown = "".join(chr(0x2400 + ord(character)) if character < " " and character not in "\n\t" else character for character in text)
-    return shown.replace("\n", "\u21b5\n") or "\u00b7"
+    controls = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return text.translate(controls).replace("\n", "\u21b5\n") or "\u00b7"

@@ -35,8 +35,8 @@ class BatchCompactor:
             recent_queries: of the prompts of the sequences.
 
         Returns:
-            Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head where the
-            heads share them.
+            Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head where
+            the heads share them.
         """
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)

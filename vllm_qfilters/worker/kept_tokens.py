@@ -57,8 +57,8 @@ class KeptTokens:
     def masks(self) -> dict[str, tuple[int, bytes]]:
         """By request: the number of positions before its last eviction, and which of them are held, one bit each.
 
-        The bits are those of ``numpy.packbits`` of a bool array of shape ``[num_layers, num_kv_heads, num_positions]``. Positions
-        after those are held by all.
+        The bits are those of ``numpy.packbits`` of a bool array of shape ``[num_layers, num_kv_heads, num_positions]``.
+        Positions after those are held by all.
         """
         found = {}
         for req_id, positions in self._positions.items():
