@@ -70,6 +70,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["vllm_qfilters", "vllm_qfilters.*"]), "vllm_qfilters.kernels"],
     package_dir={"vllm_qfilters.kernels": "kernels"},
+    package_data={"vllm_qfilters.inspection": ["page.html"]},
     ext_modules=[
         Extension(
             "vllm_qfilters._C",

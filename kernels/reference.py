@@ -256,42 +256,64 @@ def compact(
         window: last tokens, all kept.
     """
     bs, resident = cache.block_size, is_kept.shape[-1]
-    page_table, first_out, after_out, after_displaced = take_out_pages(cache, old_pages, new_pages, resident, sinks, window)
-    is_out = torch.zeros(resident, dtype=torch.bool, device=is_kept.device)
-    is_out[first_out:after_out] = True
-    is_displaced = torch.zeros_like(is_out)
-    is_displaced[after_out:after_displaced] = True
-    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
-    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
-    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
+    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, resident, sinks, window)
+    layer, head, source, hole = moves(is_kept, *bounds)
     from_page, from_slot = page_table[source // bs], source % bs
     to_page, to_slot = page_table[hole // bs], hole % bs
     cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))
     cache.planes[layer, to_page, :, head, to_slot] = cache.planes[layer, from_page, :, head, from_slot]
 
 
-def take_out_pages(
-    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
-) -> tuple[torch.Tensor, int, int, int]:
-    """Decides which pages :func:`compact` takes out, and makes the private copies.
+def moves(
+    is_kept: torch.Tensor, first_out: int, after_out: int, after_displaced: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which survivors go where in :func:`compact`: layer, head, source and hole of each, tokens as they lay before.
+
+    Args:
+        is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``.
+        first_out, after_out, after_displaced: of :func:`taken_out`.
+    """
+    is_out = torch.zeros(is_kept.shape[-1], dtype=torch.bool, device=is_kept.device)
+    is_out[first_out:after_out] = True
+    is_displaced = torch.zeros_like(is_out)
+    is_displaced[after_out:after_displaced] = True
+    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
+    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
+    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
+    return layer, head, source, hole
+
+
+def taken_out(resident: int, evicted: int, sinks: int, window: int, block_size: int) -> tuple[int, int, int]:
+    """Which pages :func:`compact` takes out: the last whole ones before the window.
 
     Returns:
-        page_table: where the tokens lie once the copies are made, those taken out included, shape ``[num_old_pages]``.
         first_out: the first token of the pages taken out.
         after_out: the first token behind them.
         after_displaced: where the page that ends the sinks is itself taken out, the tokens from ``after_out`` up to here make
             room for them; else ``after_out``.
     """
+    first_out = (resident - evicted - window) // block_size * block_size
+    return first_out, first_out + evicted, max(sinks, first_out) + evicted
+
+
+def take_out_pages(
+    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
+) -> tuple[torch.Tensor, int, int, int]:
+    """Makes the private copies of :func:`compact`.
+
+    Returns:
+        page_table: where the tokens lie once the copies are made, those taken out included, shape ``[num_old_pages]``.
+        first_out, after_out, after_displaced: of :func:`taken_out`.
+    """
     bs = cache.block_size
-    evicted = bs * (old_pages.shape[0] - new_pages.shape[0])
-    first_out = (resident - evicted - window) // bs
-    after_out = first_out + evicted // bs
-    remaining = torch.cat((old_pages[:first_out], old_pages[after_out:]))
+    bounds = taken_out(resident, bs * (old_pages.shape[0] - new_pages.shape[0]), sinks, window, bs)
+    first_page, after_page = bounds[0] // bs, bounds[1] // bs
+    remaining = torch.cat((old_pages[:first_page], old_pages[after_page:]))
     is_copy = new_pages != remaining
     if bool(is_copy.any()):
         cache.copy_pages(remaining[is_copy], new_pages[is_copy])
 
     page_table = old_pages.clone()
-    page_table[:first_out] = new_pages[:first_out]
-    page_table[after_out:] = new_pages[first_out:]
-    return page_table, first_out * bs, after_out * bs, max(sinks, first_out * bs) + evicted
+    page_table[:first_page] = new_pages[:first_page]
+    page_table[after_page:] = new_pages[first_page:]
+    return page_table, *bounds

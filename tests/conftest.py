@@ -45,3 +45,11 @@ def tiny_filters(tmp_path_factory):
 def engines(tiny_model, tiny_filters):
     """Engines by configuration, each started once."""
     return Engines(tiny_model, tiny_filters[0])
+
+
+@pytest.fixture(scope="session")
+def hf_model(tiny_model):
+    """``tiny_model`` in Hugging Face's implementation."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()

@@ -79,7 +79,7 @@ def watch(target, method: str) -> list:
 
 
 def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
-    """Token ids, log-probabilities and cached tokens of each request; what the engine evicted."""
+    """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
     backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
     if compression is not None:
         backend = BACKENDS[AttentionBackendEnum.TRITON_ATTN]
@@ -89,6 +89,8 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
     engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
+    if compression is not None:
+        engine.collective_rpc("record_kept_tokens")
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs = []
     for batch in batches:
@@ -114,6 +116,8 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
         stats = scheduler.compression_stats
         result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
         assert not scheduler.pages.evicted and not scheduler.pages.limits
+        (rank,) = engine.collective_rpc("take_kept_tokens")
+        result["kept"] = [[end, mask.hex()] for end, mask in rank["requests"].values()]
     if calibration is not None:
         filters = runner.calibrate_filters(calibration, "test")
         result |= {"filters": filters.filters.tolist(), "query_mean_before_rope": filters.query_mean_before_rope.tolist()}

@@ -22,10 +22,13 @@ class Rule:
     whole_pages: bool = False
 
 
-def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters, rule: Rule) -> tuple[list[float], list[int]]:
+def teacher_forced_logprobs(
+    model, prompt: list[int], forced: list[int], filters, rule: Rule, positions: list[torch.Tensor] | None = None
+) -> tuple[list[float], list[int]]:
     """Log-probabilities of ``forced`` after ``prompt``, and the resident tokens at each of these steps.
 
     filters: filters and statistics of the queries, as the product's Filters holds them.
+    positions: an empty list that becomes the positions resident in each layer at the end, ``[kv_heads, resident]``.
     """
     from transformers import DynamicCache
 
@@ -36,6 +39,7 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
     logprobs, residents = [], []
     position = 0
     seen = _Queries(model, rule.observed)
+    held = [torch.zeros(model.config.num_key_value_heads, 0, dtype=torch.int64) for _ in model.model.layers]
     observed, is_observed_after_prompt = None, False
     with torch.no_grad(), seen:
         while position < len(tokens) - 1:
@@ -58,9 +62,10 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                     looked_at = observed
                 scores = score(model, cache, filters, rule, position, looked_at)
                 if rule.whole_pages:
-                    evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
+                    kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
-                    observed = evict(cache, scores, evicted, sinks, window, rule, observed)
+                    kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed)
+                held = [rows.gather(1, kept_rows) for rows, kept_rows in zip(held, kept, strict=True)]
                 resident -= evicted
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
@@ -73,6 +78,7 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                 attention_mask=mask.to(model.dtype),
                 use_cache=True,
             )
+            held = [torch.cat((rows, torch.arange(position, end).expand(len(rows), -1)), 1) for rows in held]
             if position < len(prompt):
                 seen.end = end
             if observed is not None:
@@ -81,6 +87,8 @@ def teacher_forced_logprobs(model, prompt: list[int], forced: list[int], filters
                 logprobs.append(float(out.logits[0, -1].float().log_softmax(-1)[tokens[end]]))
                 residents.append(resident + n)
             position = end
+    if positions is not None:
+        positions.extend(held)
     return logprobs, residents
 
 
@@ -174,8 +182,8 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
 
 
 def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed):
-    """Keeps the best of each head, in the places the product gives them; returns ``observed`` of those kept."""
-    kept_observed = []
+    """Keeps the best of each head, in the places the product gives them; returns these, and ``observed`` of those kept."""
+    kept_of_layers, kept_observed = [], []
     for index, layer in enumerate(cache.layers):
         keys = layer.keys[0]
         resident = keys.shape[1]
@@ -201,13 +209,17 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
         kept_rows = torch.stack(kept)
         kept_index = kept_rows[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
         layer.keys, layer.values = layer.keys.gather(2, kept_index), layer.values.gather(2, kept_index)
+        kept_of_layers.append(kept_rows)
         if observed is not None:
             kept_observed.append(observed[index].gather(1, kept_rows))
-    return kept_observed or None
+    return kept_of_layers, kept_observed or None
 
 
-def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) -> None:
-    """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first."""
+def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) -> list[torch.Tensor]:
+    """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first.
+
+    Returns the tokens kept, per layer ``[kv_heads, kept]``.
+    """
     resident = cache.get_seq_length()
     pages = [range(start, start + rule.block) for start in range(0, resident, rule.block)]
     if rule.method == "streaming":
@@ -223,3 +235,4 @@ def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) 
     kept = torch.tensor([token for token in range(resident) if token not in gone])
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+    return [kept.expand(layer.keys.shape[1], -1) for layer in cache.layers]

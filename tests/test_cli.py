@@ -107,6 +107,7 @@ def test_without_a_subcommand(argv, status):
     [
         ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
         ("eval", ["--methods METHOD", "-o FILE", "passkey", "the King James Bible", "qfilters:window=0.25", "--help=all"]),
+        ("inspect", ["--prompt-file FILE", "-o FILE", "--max-tokens N", "shaded", "-config.budget 512", "--help=all"]),
         ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", "--ray N", '{"prompt": "..."}', "-config.budget 1024"]),
     ],
 )
@@ -151,6 +152,13 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["eval", "MODEL", "--fractions", "1.5"], "'1.5' is no fraction: 0 < F <= 1"),
         (["eval", "MODEL", "--depths", "half"], "'half' is no depth: 0 <= D <= 1"),
         (["eval", "MODEL", "-o", "in.jsonl"], "in.jsonl is not JSON"),
+        (["inspect", "MODEL"], "which prompt? Give one of --prompt TEXT and --prompt-file FILE"),
+        (["inspect", "MODEL", "--prompt", "a", "--prompt-file", "in.jsonl"], "which prompt?"),
+        (["inspect", "MODEL", "--prompt", " "], "the prompt is empty"),
+        (["inspect", "MODEL", "--prompt-file", "missing.txt"], "missing.txt: No such file"),
+        (["inspect", "MODEL", "--prompt-file", "latin1.txt"], "latin1.txt is not a UTF-8 text"),
+        (["inspect", "MODEL", "--prompt", "a", "-o", "missing/page.html"], "missing is no folder"),
+        (["inspect", "MODEL", "--prompt", "a", "--max-tokens", "1"], "'1' is no integer >= 2"),
         (["generate", "MODEL"], "the following arguments are required: --input, --output"),
         (["generate", "MODEL", "--input", "missing.jsonl", "--output", "o"], "missing.jsonl: No such file"),
         (["generate", "MODEL", "--input", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input"),
@@ -406,3 +414,17 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     assert len(starts) == 4
     assert cli.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming", "--tokens", "600"]) == 2
     assert "has streaming with other settings (tokens)" in capsys.readouterr().err and len(starts) == 4
+
+
+def test_inspect(model_with_tokenizer, tiny_filters, tmp_path, capsys):
+    page, prompt = tmp_path / "page.html", tmp_path / "prompt.txt"
+    prompt.write_text(" ".join(f"w{3 + i % 500}" for i in range(300)))
+    argv = ["inspect", str(model_with_tokenizer), "--prompt-file", str(prompt), "-o", str(page), "--dtype", "float32"]
+    argv += ["--block-size", "32", "--kv-cache-memory-bytes", "64M", "--max-model-len", "1024"]
+    argv += ["--kv-compression-config.filters", str(tiny_filters[0]), "--kv-compression-config.interval", "32"]
+    argv += ["--kv-compression-config.budget", "128", "--kv-compression-config.chunk", "64"]
+    assert cli.main(argv) == 0
+    # Cut to 128 at 256, then 45 tokens more: one page more goes when decoding begins.
+    assert f"{page} shows 301 tokens, of which every layer and head holds {301 - 256 + 128 - 64}" in capsys.readouterr().out
+    written = page.read_text()
+    assert ">w3</span>" in written and "> w302</span>" in written and written.count("data-kept=") == 301

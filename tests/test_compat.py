@@ -1,76 +1,63 @@
 """What we patch and subclass in vLLM, and that installing this package changes nothing by itself."""
 
 import ast
-import importlib
-import inspect
+import importlib.util
 import pathlib
+import zipfile
 
 import pytest
+
+from tests import seams
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    "target, parameters",
-    [
-        # patched in compat.py
-        ("vllm.engine.arg_utils:EngineArgs.add_cli_args", ["parser"]),
-        ("vllm.engine.arg_utils:EngineArgs.from_cli_args", ["args"]),
-        ("vllm.engine.arg_utils:EngineArgs.create_engine_config", ["self", "usage_context", "headless"]),
-        (
-            "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-            ["self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request", "tokenization_kwargs"]
-            + ["trace_headers", "priority", "data_parallel_rank", "resumable", "session_id", "kv_hints"],
-        ),
-        (
-            "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
-            ["self", "vllm_config", "engine_idxs", "custom_stat_loggers", "enable_default_loggers", "aggregate_engine_logging"]
-            + ["client_count"],
-        ),
-        # overridden without being public
-        (
-            "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
-            ["self", "request", "num_computed_tokens", "num_new_tokens"],
-        ),
-        ("vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit", ["self", "request"]),
-        ("vllm.v1.core.sched.scheduler:Scheduler._free_blocks", ["self", "request"]),
-        (
-            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-            ["self", "scheduler_output", "model_runner_output"],
-        ),
-        ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", ["self", "request", "timestamp", "drop_stale_output"]),
-        (
-            "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
-            ["self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens", "num_local_computed_tokens"]
-            + ["num_tokens_main_model", "apply_admission_cap", "prefill_end"],
-        ),
-        (
-            "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
-            ["self", "request_id", "num_tokens", "num_tokens_main_model"],
-        ),
-        ("vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free", ["self", "request_id"]),
-        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states", ["self", "scheduler_output"]),
-        (
-            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model",
-            ["self", "scheduler_output", "intermediate_tensors"],
-        ),
-        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", ["self", "grammar_output"]),
-        (
-            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
-            ["self", "scheduler_output", "num_scheduled_tokens"],
-        ),
-        (
-            "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
-            ["self", "layer", "key", "value", "kv_cache", "slot_mapping"],
-        ),
-    ],
-)
-def test_vllm_still_has_the_seam(target, parameters):
-    module, _, path = target.partition(":")
-    found = importlib.import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
-    assert list(inspect.signature(found).parameters) == parameters
+def _load_check_vllm():
+    spec = importlib.util.spec_from_file_location("check_vllm", ROOT / "scripts" / "check_vllm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check_vllm = _load_check_vllm()
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """Of the vLLM that is installed."""
+    return check_vllm.Sources(pathlib.Path(importlib.util.find_spec("vllm").origin).parent)
+
+
+def test_vllm_still_has_every_seam(sources):
+    found = dict(check_vllm.problems(sources))
+    assert len(found) > 150 and {target: problem for target, problem in found.items() if problem} == {}
+
+
+def test_the_table_has_every_method_of_vllm_that_is_overridden(sources):
+    assert check_vllm.overrides(sources) == set(seams.OVERRIDDEN)
+
+
+def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
+    other = {
+        "__init__": "LAZY = {'LLM': '.llm'}\ndef __getattr__(name): ...",
+        "plugins/__init__": "from .loading import *\nDEFAULT_PLUGINS_GROUP = 'vllm.plugins'",
+        "plugins/loading": "def load_endpoint_plugins(tasks): ...\ndef load_general_plugins(): ...",
+        "v1/metrics/stats": "class Base:\n    def __init__(self):\n        self.kv_connector_stats = None\n"
+        "class SchedulerStats(Base): ...",
+        "v1/elsewhere": "class AsyncScheduler: ...",
+    }
+    with zipfile.ZipFile(tmp_path / "vllm-1.whl", "w") as wheel:
+        for name, text in other.items():
+            wheel.writestr(f"vllm/{name}.py", text)
+    found = dict(check_vllm.problems(check_vllm.Sources(tmp_path / "vllm-1.whl")))
+    assert found["vllm.plugins:load_general_plugins"] is found["vllm:LLM"] is None
+    assert found["vllm.v1.metrics.stats:SchedulerStats.kv_connector_stats"] is None
+    assert found["vllm.plugins:load_endpoint_plugins"] == "takes (tasks), not (supported_tasks)"
+    assert found["vllm.plugins:DEFAULT_PLUGINS_GROUP"] == "is 'vllm.plugins', not 'vllm.general_plugins'"
+    assert found["vllm.v1.core.sched.async_scheduler:AsyncScheduler"] == "moved to vllm.v1.elsewhere"
+    assert found["vllm.v1.request:Request"] == "is gone"
+    with pytest.raises(ValueError, match="has no vllm/__init__.py"):
+        check_vllm.Sources(tmp_path)
 
 
 def test_registering_twice_patches_once():
@@ -114,6 +101,10 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
         (["--kv-compression", "qfilters", "--kv-compression-config.budgt", "1"], "unknown KV compression option budgt"),
         (["--kv-compression", "qfilters", "--kv-compression-config.method", "knorm"], "the method is named by --kv-compression"),
         (["--kv-compression", "qfilters", "--kv-compression-config.budget", "0"], "budget=0"),
+        (
+            ["--kv-compression", "qfilters", "--kv-compression-config.endpoint", "true", "--disable-log-stats"],
+            "endpoint=True lists what vLLM's statistics carry: drop --disable-log-stats",
+        ),
         (["--kv-compression", "qfilters", "--worker-cls", "other.Worker"], "--worker-cls other.Worker cannot be combined"),
     ],
 )

@@ -54,7 +54,10 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
 
 def assert_like_v1(engine, batches, result):
     assert engine.llm.reset_prefix_cache()
+    engine.llm.collective_rpc("record_kept_tokens")
     expected = [output for batch in batches for output in generate(engine, batch)]
+    (rank,) = engine.llm.collective_rpc("take_kept_tokens")
+    assert sorted(result["kept"]) == sorted([end, mask.hex()] for end, mask in rank["requests"].values())
     assert len(result["outputs"]) == len(expected)
     for found, output in zip(result["outputs"], expected, strict=True):
         ids, logprobs = tokens_and_logprobs(output)

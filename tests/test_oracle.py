@@ -36,26 +36,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def hf_model(tiny_model):
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
-    options, prompt_tokens, new_tokens = CASES[case]
+def options_and_rule(case: str) -> tuple[dict, Rule]:
+    """The engine's configuration and the oracle's."""
+    options, _, _ = CASES[case]
     if not case.startswith(("expected", "rotary")):
         options = {**options, "filter": "static"}
-    engine = engines.get(**options)
-    prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
-    before = engine.scheduler.compression_stats.compactions
-    outputs = engine.generate(prompts, max_tokens=new_tokens)
-    assert engine.scheduler.compression_stats.compactions - before >= 4
     window = options["window"] if isinstance(options["window"], int) else int(options["window"] * options["budget"])
     whole = options.get("prefill") == "full" or options.get("scope") == "decode"
-    rule = Rule(
+    return options, Rule(
         budget=options["budget"],
         window=window,
         sinks=options["sinks"],
@@ -70,6 +58,17 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
         observed=options.get("observed", 32) if "filter" not in options else 0,
         whole_pages=options.get("granularity") == "page",
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
+    _, prompt_tokens, new_tokens = CASES[case]
+    options, rule = options_and_rule(case)
+    engine = engines.get(**options)
+    prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
+    before = engine.scheduler.compression_stats.compactions
+    outputs = engine.generate(prompts, max_tokens=new_tokens)
+    assert engine.scheduler.compression_stats.compactions - before >= 4
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)
         expected, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)

@@ -1,5 +1,6 @@
 """The real server over HTTP, with the OpenAI client, on the demo model."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,10 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import openai
 import pytest
+
+from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -53,6 +57,11 @@ class Server:
         found = (re.match(r"(vllm:kv_compression_\w+)\{.*\} (\S+)", line) for line in lines)
         return {m[1].removeprefix("vllm:kv_compression_"): float(m[2]) for m in found if m and not m[1].endswith("_created")}
 
+    def sequences(self) -> list[dict]:
+        """From the endpoint."""
+        with urllib.request.urlopen(self.url + "/kv_compression", timeout=10) as response:
+            return json.load(response)["sequences"]
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
@@ -61,7 +70,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
-    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512}' % BUDGET
+    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": true}' % BUDGET
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
     server = Server("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config).wait()
     yield server
@@ -91,9 +100,8 @@ def test_the_log_says_what_is_active_and_where_filters_came_from(server):
 
 
 def test_every_metric_shows_from_the_start(server):
-    assert set(server.metrics()) >= {
-        "compactions_total", "evicted_tokens_total", "freed_pages_total", "resident_tokens", "compressed_requests"
-    }
+    shown = {f"{name}_total" for name in COUNTERS} | set(GAUGES) | {f"{name}_count" for name in HISTOGRAMS}
+    assert set(server.metrics()) >= shown
 
 
 def test_a_long_completion_is_counted_and_reads_on(server, client):
@@ -111,7 +119,11 @@ def test_a_long_completion_is_counted_and_reads_on(server, client):
     held_at_the_end = answer.usage.prompt_tokens + 299 - evicted
     assert BUDGET - 64 <= held_at_the_end <= BUDGET
     assert after["freed_pages_total"] - before["freed_pages_total"] >= evicted / BLOCK
-    assert after["resident_tokens"] == 0
+    assert after["resident_tokens"] == after["saved_pages"] == 0
+    assert 0 < after["compaction_seconds_total"] - before["compaction_seconds_total"] < 60
+    # It held most when its prompt was first cut, at a multiple of the chunk above the budget.
+    assert after["request_resident_tokens_count"] - before["request_resident_tokens_count"] == 1
+    assert after["request_resident_tokens_sum"] - before["request_resident_tokens_sum"] == 2 * BUDGET
 
 
 def test_chat_streams(client):
@@ -164,12 +176,21 @@ def test_a_clean_end(server, client):
     )
     for _, chunk in zip(range(5), stream):
         assert chunk.choices is not None
+    metrics = server.metrics()
+    assert metrics["compressed_requests"] == 1 and BUDGET - 64 <= metrics["resident_tokens"] <= BUDGET
+    assert metrics["saved_pages"] >= 2
+    (sequence,) = server.sequences()
+    assert sequence["request_id"].startswith(chunk.id)
+    assert sequence["position"] - sequence["resident_tokens"] >= 2 * BLOCK
+    assert sequence["prompt_tokens"] < sequence["position"] and BUDGET - 64 <= sequence["resident_tokens"] <= BUDGET
+    assert (sequence["engine"], sequence["budget"]) == (0, BUDGET) and sequence["evictions"] >= 1
     stream.close()
     end = time.monotonic() + 60
     while time.monotonic() < end and server.metrics()["resident_tokens"]:
         client.completions.create(model="demo", prompt="tick", max_tokens=2)
         time.sleep(0.5)
     assert server.metrics()["resident_tokens"] == 0
+    assert server.sequences() == []
 
 
 def test_page_granularity_frees_pages():
@@ -197,5 +218,7 @@ def test_a_plain_server_says_nothing_of_us():
     try:
         assert plain.metrics() == {}
         assert not any("compression" in line.lower() or "qfilters" in line.lower() for line in plain.log), plain.log
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            plain.sequences()
     finally:
         plain.stop()

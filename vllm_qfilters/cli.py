@@ -1,4 +1,6 @@
-"""The command ``vllm-qfilters``: calibrates filters, generates from files, and evaluates methods. Its engine arguments are vLLM's.
+"""The command ``vllm-qfilters``: calibrates filters, generates from files, evaluates methods, and shows what they keep.
+
+Its engine arguments are vLLM's.
 
 Exit status: 0; 1 if lines of the input failed; 2 for what the user has to change, said in one line; 130 when interrupted.
 vLLM is imported only once a subcommand is named.
@@ -20,6 +22,7 @@ from vllm_qfilters import __version__, offline
 from vllm_qfilters.arguments import UsageError, at_least
 from vllm_qfilters.engine_args import apply_kv_compression
 from vllm_qfilters.evaluation import command as evaluation
+from vllm_qfilters.inspection import command as inspection
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -136,6 +139,28 @@ def evaluate(args: argparse.Namespace) -> int:
         args.output = pathlib.Path(f"quality-{pathlib.Path(args.model).name}.json")
     _check_writable(args.output)
     evaluation.run(args, _engine_args(args))
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Shows on a page which tokens of a prompt the cache kept."""
+    from vllm.exceptions import VLLMClientError
+
+    prompt = inspection.read_prompt(args)
+    _check_writable(args.output)
+    with _engine(_engine_args(args)) as llm:
+        token_ids = llm.get_tokenizer().encode(prompt)
+        most = llm.model_config.max_model_len - args.max_tokens
+        if len(token_ids) > most:
+            raise UsageError(
+                f"the prompt has {len(token_ids)} tokens, and {most} fit beside --max-tokens {args.max_tokens}: shorten it, or "
+                "raise --max-model-len where the model allows it"
+            )
+        try:
+            found = inspection.inspect(llm, token_ids, args.max_tokens)
+        except (ValueError, VLLMClientError) as error:
+            raise UsageError(_one_line(error)) from error
+    print(inspection.write(found, args.output))
     return 0
 
 
@@ -467,5 +492,14 @@ SUBCOMMANDS = {
         add_options=evaluation.add_options,
         defaults=evaluation.ENGINE_DEFAULTS,
         run=evaluate,
+    ),
+    "inspect": Subcommand(
+        usage="MODEL --prompt-file FILE [-o FILE]",
+        summary="show on a page which tokens of a prompt the cache keeps",
+        description=inspection.DESCRIPTION,
+        examples=inspection.EXAMPLES,
+        add_options=inspection.add_options,
+        defaults=inspection.ENGINE_DEFAULTS,
+        run=inspect,
     ),
 }

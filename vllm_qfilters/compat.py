@@ -15,6 +15,9 @@ InputProcessor.process_inputs   refuses a bad ``kv_budget`` with a 400 at the do
 StatLoggerManager.__init__      puts our counters under ``/metrics``; stat logger plugins   SchedulerStats has a field for
                                 are announced in the log of every server, also where the    extensions, or stat loggers can be
                                 feature is off, and offline engines do not load them        named in the configuration
+load_endpoint_plugins           lets ``endpoint`` add a route to the API server; entry      endpoint plugins can be named in the
+(vllm.plugins)                  points of that group are warned of in the log of every      configuration
+                                server where VLLM_PLUGINS is not set
 ==============================  ==========================================================  ====================================
 
 tests/test_compat.py fails when one of these signatures changes.
@@ -25,6 +28,7 @@ import functools
 import json
 from typing import Any
 
+import vllm.plugins
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.input_processor import InputProcessor
@@ -47,6 +51,7 @@ def apply_patches() -> None:
     EngineArgs.create_engine_config = _with_config_check(EngineArgs.create_engine_config)
     InputProcessor.process_inputs = _with_request_check(InputProcessor.process_inputs)
     StatLoggerManager.__init__ = _with_stat_logger(StatLoggerManager.__init__)
+    vllm.plugins.load_endpoint_plugins = _with_endpoint(vllm.plugins.load_endpoint_plugins)
     setattr(EngineArgs, _MARK, True)
 
 
@@ -132,5 +137,17 @@ def _with_stat_logger(init):
         init(self, vllm_config, *args, **kwargs)
         if KVCompressionConfig.from_vllm_config(vllm_config) is not None:
             self.stat_loggers.insert(0, KVCompressionStatLogger(vllm_config, self.engine_indexes))
+
+    return wrapper
+
+
+def _with_endpoint(load_endpoint_plugins):
+    @functools.wraps(load_endpoint_plugins)
+    def wrapper(supported_tasks=None):
+        from vllm_qfilters.endpoint import KVCompressionEndpoint  # the API server alone has a web framework at hand
+
+        loaded = load_endpoint_plugins(supported_tasks)
+        is_eligible = set(KVCompressionEndpoint.required_tasks) & set(supported_tasks or ())
+        return [*loaded, KVCompressionEndpoint()] if is_eligible else loaded
 
     return wrapper

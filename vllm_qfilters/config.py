@@ -55,6 +55,8 @@ class KVCompressionConfig:
         observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none.
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this model,
             else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
+        endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are visible to
+            whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
 
     Raises:
         ValueError: a value is out of its range; the message names the value and the range.
@@ -73,6 +75,7 @@ class KVCompressionConfig:
     rank: int = 8
     observed: int = 32
     filters: str = "auto"
+    endpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.filter is None:
@@ -94,6 +97,8 @@ class KVCompressionConfig:
                 raise ValueError(f"{name}={value!r}: give an integer >= {least}{unit}")
         if not isinstance(self.filters, str) or not self.filters:
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
+        if not isinstance(self.endpoint, bool):
+            raise ValueError(f"endpoint={self.endpoint!r}: give true or false")
         if self.evicts_whole_pages and self.method == "qfilters" and self.filter != "static":
             raise ValueError(
                 f"filter={self.filter!r} scores a token by where its sequence stands, but the score of a page is final when the "

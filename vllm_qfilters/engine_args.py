@@ -62,4 +62,6 @@ def apply_kv_compression(engine_args: Any, method: str, options: Mapping[str, An
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value} cannot be combined with --kv-compression, which brings its own: drop one of them")
         setattr(engine_args, name, arguments[name])
+    if options.get("endpoint") and engine_args.disable_log_stats:
+        raise ValueError("endpoint=True lists what vLLM's statistics carry: drop --disable-log-stats, or endpoint")
     engine_args.additional_config = {**engine_args.additional_config, **arguments["additional_config"]}

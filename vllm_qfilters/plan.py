@@ -66,18 +66,22 @@ class QFiltersSchedulerOutput(SchedulerOutput):
 
 @dataclasses.dataclass
 class QFiltersModelRunnerOutput(ModelRunnerOutput):
-    """A step's model runner output with the scores of the pages it filled.
+    """A step's model runner output with the scores of the pages it filled, and the time compaction took.
 
     A subclass of vLLM's output reaches the scheduler whole: outputs are pickled between processes, and asynchronous ones are
     replaced by what their ``get_output`` returns.
 
     Attributes:
         page_scores: of the step's ``pages_to_score``, in their order.
+        compaction_seconds: that the rank which reports to the scheduler spent compacting since its last output.
     """
 
     page_scores: tuple[float, ...] = ()
+    compaction_seconds: float = 0.0
 
     @classmethod
-    def from_output(cls, output: ModelRunnerOutput, page_scores: tuple[float, ...]) -> "QFiltersModelRunnerOutput":
+    def from_output(
+        cls, output: ModelRunnerOutput, *, page_scores: tuple[float, ...] = (), compaction_seconds: float = 0.0
+    ) -> "QFiltersModelRunnerOutput":
         values = {field.name: getattr(output, field.name) for field in dataclasses.fields(ModelRunnerOutput)}
-        return cls(**values, page_scores=page_scores)
+        return cls(**values, page_scores=page_scores, compaction_seconds=compaction_seconds)

@@ -62,6 +62,9 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES
         ),
         "microbatches; drop --enable-dbo": parallel.use_ubatching,
+        "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1": (
+            config.endpoint and parallel._api_process_count > 1
+        ),
         "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
             model.original_max_model_len == -1
         ),

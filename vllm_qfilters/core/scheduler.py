@@ -4,6 +4,7 @@ Runs in the engine process. Freed pages are back in the pool before vLLM's own s
 the same step; which tokens go is the workers' business (worker/compactor.py).
 """
 
+import dataclasses
 import time
 from collections import Counter
 from typing import Any
@@ -25,12 +26,20 @@ from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.metrics import KVCompressionStats, attach_stats
-from vllm_qfilters.plan import CompactionPlan, QFiltersSchedulerOutput
+from vllm_qfilters.metrics import KVCompressionStats, RunningSequence, attach_stats
+from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
+
+
+@dataclasses.dataclass
+class _History:
+    """Of a request that evicted tokens, over its preemptions too: how often, and the most tokens it held before."""
+
+    evictions: int = 0
+    peak_tokens: int = 0
 
 
 class QFiltersScheduler(AsyncScheduler):
@@ -57,6 +66,8 @@ class QFiltersScheduler(AsyncScheduler):
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self.unverified_drafts: Counter[str] = Counter()  # by request: draft tokens of steps whose output is still to come
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
+        self._sent_stats = KVCompressionStats()
+        self._histories: dict[str, _History] = {}
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -74,6 +85,10 @@ class QFiltersScheduler(AsyncScheduler):
             self.unverified_drafts[req_id] += len(drafts)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
         rows = tuple(row for row in plan.rows if row.req_id in self.pages.evicted)
+        for row in rows:
+            history = self._histories.setdefault(row.req_id, _History())
+            history.evictions += 1
+            history.peak_tokens = max(history.peak_tokens, row.resident_tokens)
         self.compression_stats.compactions += len(rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
@@ -85,14 +100,21 @@ class QFiltersScheduler(AsyncScheduler):
             self.unverified_drafts[req_id] -= len(drafts)
             if not self.unverified_drafts[req_id]:
                 del self.unverified_drafts[req_id]
+        if isinstance(model_runner_output, QFiltersModelRunnerOutput):
+            self.compression_stats.compaction_seconds += model_runner_output.compaction_seconds
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self.compression_stats.resident_tokens = sum(self.pages.resident_tokens(r) for r in self.running)
-            self.compression_stats.compressed_requests = sum(r.request_id in self.pages.evicted for r in self.running)
-            attach_stats(stats, self.compression_stats)
+            evicted = [self.pages.evicted.get(request.request_id, 0) for request in self.running]
+            computed_tokens = sum(request.num_computed_tokens for request in self.running)
+            self.compression_stats.resident_tokens = computed_tokens - sum(evicted)
+            self.compression_stats.compressed_requests = sum(tokens > 0 for tokens in evicted)
+            self.compression_stats.saved_pages = sum(evicted) // self.block_size
+            if self.compression.endpoint:
+                self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
+            attach_stats(stats, self.compression_stats.take_news(self._sent_stats))
             self._log_stats()
         return stats
 
@@ -189,8 +211,23 @@ class QFiltersScheduler(AsyncScheduler):
         return super() if self.scheduler_config.async_scheduling else super(AsyncScheduler, self)
 
     def _free_blocks(self, request: Request) -> None:
+        history = self._histories.pop(request.request_id, _History())
+        peak_tokens = max(history.peak_tokens, self.pages.resident_tokens(request))
+        if self.log_stats and peak_tokens:
+            self.compression_stats.request_resident_tokens.append(peak_tokens)
         super()._free_blocks(request)
         self.pages.limits.pop(request.request_id, None)
+
+    def _running_sequence(self, request: Request) -> RunningSequence:
+        limits, history = self.pages.limits.get(request.request_id), self._histories.get(request.request_id)
+        return RunningSequence(
+            request_id=request.request_id,
+            prompt_tokens=request.num_prompt_tokens,
+            position=request.num_computed_tokens,
+            resident_tokens=self.pages.resident_tokens(request),
+            budget=None if limits is None else limits.budget,
+            evictions=0 if history is None else history.evictions,
+        )
 
     def _log_stats(self) -> None:
         now = time.monotonic()

@@ -26,13 +26,17 @@ class BatchCompactor:
 
     def compact(
         self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
-    ) -> None:
+    ) -> list[torch.Tensor]:
         """Evicts what ``compactions`` ask for. Does not wait for the device.
 
         Args:
             compactions: one per sequence.
             block_table: as it was before, int32; private copies are entered in it, pages taken out stay.
             recent_queries: of the prompts of the sequences.
+
+        Returns:
+            Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head where
+            the heads share them.
         """
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)
@@ -40,7 +44,9 @@ class BatchCompactor:
         scores = self.scorer.resident_scores(batch, recent_queries)
         if self.shared_by_heads:
             scores, num_heads = mean_standardised(scores, batch, num_layers, num_heads), 1
-        compact(self.cache, batch, select_kept(scores, batch, num_layers, num_heads), num_heads)
+        is_kept = select_kept(scores, batch, num_layers, num_heads)
+        compact(self.cache, batch, is_kept, num_heads)
+        return batch.split(is_kept, num_layers, num_heads)
 
     def warm_up(self) -> None:
         """Compiles the kernels, on vLLM's null page, which nobody reads."""

@@ -82,13 +82,17 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput):
         # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
-        self.forget(scheduler_output.finished_req_ids)
-        self.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        self.forget(scheduler_output.finished_req_ids, scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         if isinstance(scheduler_output, QFiltersSchedulerOutput):
             for row in scheduler_output.compaction.rows:
                 (block_ids,) = self.requests[row.req_id].block_ids
                 if not self.compression.evicts_whole_pages:  # else nothing moves
-                    self.compactor.compact(block_ids, row, self.recent_queries(row))
+                    with self.compaction_timer.measure():
+                        is_kept = self.compactor.compact(block_ids, row, self.recent_queries(row))
+                    if self.kept_tokens is not None:
+                        self.kept_tokens.compact(row, is_kept)
+                elif self.kept_tokens is not None:
+                    self.kept_tokens.take_out_pages(row, block_ids)
                 block_ids[:] = row.block_ids
                 batch_row = self.input_batch.req_id_to_index.get(row.req_id)
                 if batch_row is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -92,8 +93,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         return BatchExpectedAttentionScorer(cache, bank, key_scales, self.layers[0].impl.scale)
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
-        self.forget(scheduler_output.finished_req_ids)
-        self.forget(scheduler_output.preempted_req_ids or ())
+        self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         super().finish_requests(scheduler_output)
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -116,7 +116,16 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                     for index, row in zip(indices, rows, strict=True)
                 ]
                 recent_queries = [self.recent_queries(row) for row in rows]
-                self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
+                with self.compaction_timer.measure():
+                    kept = self.compactor.compact(compactions, self.block_tables.block_tables[0].gpu, recent_queries)
+                if self.kept_tokens is not None:
+                    for row, is_kept in zip(rows, kept, strict=True):
+                        self.kept_tokens.compact(row, is_kept)
+            elif self.kept_tokens is not None:
+                for index, row in zip(indices, rows, strict=True):
+                    num_pages = cdiv(row.resident_tokens, self.cache_config.block_size)
+                    old_block_ids = self.block_tables.block_tables[0].gpu[index, :num_pages].tolist()
+                    self.kept_tokens.take_out_pages(row, old_block_ids)
             for index, row in zip(indices, rows, strict=True):
                 self.block_tables.append_block_ids(index, (list(row.block_ids),), overwrite=True)
                 self.evicted.add(row.req_id, row.evicted_tokens)

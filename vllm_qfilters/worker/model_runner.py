@@ -18,6 +18,7 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -34,6 +35,8 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
+from vllm_qfilters.worker.compaction_timer import CompactionTimer
+from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.page_scores import PageScorer
 from vllm_qfilters.worker.request_state import EvictedTokens
 
@@ -55,9 +58,11 @@ class CompressedModelRunner:
         super().__init__(vllm_config, device)
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
+        self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
         self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
+        self.kept_tokens: KeptTokens | None = None  # while somebody wants to see them
 
     def bind_cache(self) -> None:
         """Finds out where the caches of ``layers`` lie."""
@@ -127,7 +132,9 @@ class CompressedModelRunner:
 
     def sample_tokens(self, grammar_output: Any):
         output = super().sample_tokens(grammar_output)
-        return output if self.page_scorer is None else self.page_scorer.attach(output)
+        if self.page_scorer is not None:
+            output = self.page_scorer.attach(output)
+        return self.compaction_timer.attach(output)
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
@@ -151,11 +158,33 @@ class CompressedModelRunner:
         rank = self.compression.rank if self.compression.filter == "expected" else 0
         return FilterBank(filters, self._rotations(), heads, rank, layer.impl.scale)
 
-    def forget(self, req_ids: Iterable[str]) -> None:
-        """Requests that ended, or start again after a preemption."""
-        self.evicted.forget(req_ids)
-        if self.recorder is not None:
-            self.recorder.forget(req_ids)
+    def record_kept_tokens(self) -> None:
+        """From now on; forgets what was recorded before."""
+        self.kept_tokens = KeptTokens(len(self.layers), self._kv_heads()[1], self.cache_config.block_size)
+
+    def take_kept_tokens(self) -> dict[str, Any]:
+        """What was recorded, and which part of the model it is; records no more.
+
+        Returns:
+            ``layers``: indices; ``first_kv_head`` and ``num_kv_heads``; ``requests``: see :meth:`KeptTokens.masks`.
+        """
+        first_kv_head, num_kv_heads = self._kv_heads()
+        recorded, self.kept_tokens = self.kept_tokens, None
+        return {
+            "layers": [extract_layer_index(layer.layer_name) for layer in self.layers],
+            "first_kv_head": first_kv_head,
+            "num_kv_heads": num_kv_heads,
+            "requests": recorded.masks(),
+        }
+
+    def forget(self, finished: Iterable[str], restarted: Iterable[str]) -> None:
+        """Requests that ended, and requests that start again after a preemption."""
+        for req_ids in (finished, restarted):
+            self.evicted.forget(req_ids)
+            if self.recorder is not None:
+                self.recorder.forget(req_ids)
+        if self.kept_tokens is not None:
+            self.kept_tokens.restart(restarted)
 
     def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
         """The last of the prompt's queries so far; handed out for the last time at the first eviction after the prompt."""

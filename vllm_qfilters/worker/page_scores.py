@@ -58,7 +58,7 @@ class PageScorer:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return AsyncPageScores(output, scores)
-        return QFiltersModelRunnerOutput.from_output(output, tuple(scores.tolist()))
+        return QFiltersModelRunnerOutput.from_output(output, page_scores=tuple(scores.tolist()))
 
 
 class AsyncPageScores(AsyncModelRunnerOutput):
@@ -70,4 +70,4 @@ class AsyncPageScores(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        return QFiltersModelRunnerOutput.from_output(output, tuple(self._scores.tolist()))
+        return QFiltersModelRunnerOutput.from_output(output, page_scores=tuple(self._scores.tolist()))

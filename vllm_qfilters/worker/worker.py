@@ -1,4 +1,6 @@
-"""What the workers of all platforms share: calibration for the command line."""
+"""What the workers of all platforms share: what the command line asks of them."""
+
+from typing import Any
 
 from vllm_qfilters.filters.format import ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path
@@ -21,3 +23,11 @@ class CompressedWorker:
         if self.rank == 0:
             save(path, filters, model)
         return path
+
+    def record_kept_tokens(self) -> None:
+        """See :meth:`vllm_qfilters.worker.model_runner.CompressedModelRunner.record_kept_tokens`."""
+        self.model_runner.record_kept_tokens()
+
+    def take_kept_tokens(self) -> dict[str, Any]:
+        """See :meth:`vllm_qfilters.worker.model_runner.CompressedModelRunner.take_kept_tokens`."""
+        return self.model_runner.take_kept_tokens()
