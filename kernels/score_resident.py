@@ -172,7 +172,7 @@ def score_resident(
     # At ranks up to 15 all query heads of eight share one read of the keys.
     group, slots = num_heads // cache.num_kv_heads, min(triton.next_power_of_2(1 + rank), 128)
     members = max(min(triton.next_power_of_2(group), 128 // slots), dots.SMALLEST // slots)
-    tile = min(256, (1 << 14) // (members * slots))
+    tile = min(256, (1 << 13) // (members * slots))
     num_parts = num_layers * cache.num_kv_heads * triton.cdiv(group, members)
     _score_resident_kernel[(batch.num_rows, num_parts, triton.cdiv(batch.max_resident, tile))](
         rows,

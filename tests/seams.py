@@ -51,6 +51,10 @@ OVERRIDDEN = {
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._reserve_prefill_lookahead": (
         "self request num_computed_tokens num_new_tokens"
     ),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": "self scheduler_output",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output": (
+        "self request new_token_ids prev_step_spec_token_ids"
+    ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.add_request": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.schedule": "self throttle_prefills",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output": "self scheduler_output model_runner_output",
