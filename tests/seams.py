@@ -53,7 +53,7 @@ OVERRIDDEN = {
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": "self scheduler_output",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_request_with_output": (
-        "self request new_token_ids prev_step_spec_token_ids"
+        "self request new_token_ids is_stale"
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.add_request": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.schedule": "self throttle_prefills",

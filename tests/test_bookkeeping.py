@@ -77,7 +77,7 @@ class Worker:
         sampled = [[self.rng.randrange(3, 500)] if samples[req_id] else [] for req_id in req_ids]
         answer = ModelRunnerOutput(req_ids, {req_id: i for i, req_id in enumerate(req_ids)}, sampled)
         scores = tuple(self.rng.random() for _ in output.pages_to_score)
-        return QFiltersModelRunnerOutput.from_output(answer, scores) if scores else answer
+        return QFiltersModelRunnerOutput.from_output(answer, page_scores=scores) if scores else answer
 
 
 class Simulation:
