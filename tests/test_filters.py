@@ -659,7 +659,13 @@ class Layers:
 
 
 @pytest.fixture
-def one_rank(monkeypatch):
+def one_stage(monkeypatch):
+    stage = SimpleNamespace(world_size=1, broadcast_object=lambda layers, rank: layers)
+    monkeypatch.setattr(calibrate, "get_pp_group", lambda: stage)
+
+
+@pytest.fixture
+def one_rank(one_stage, monkeypatch):
     monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=lambda tensor, dim: tensor))
 
 
@@ -715,7 +721,7 @@ def test_made_filters_keep_the_moments_of_the_queries(one_rank):
     [(2, 2), (2, 1), (4, 2)],
     ids=["a-kv-head-each", "two-ranks-share-one-kv-head", "four-ranks-share-two-kv-heads"],
 )
-def test_all_ranks_together_make_the_filters_of_one(monkeypatch, num_ranks, num_kv_heads):
+def test_all_ranks_together_make_the_filters_of_one(one_stage, monkeypatch, num_ranks, num_kv_heads):
     def use(all_gather):
         monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=all_gather))
 
