@@ -217,6 +217,7 @@ def _pool_kernel(
     plane_head_stride,
     MEAN_POOL: tl.constexpr,
     PEAK_POOL: tl.constexpr,
+    SHARED_BY_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -237,13 +238,14 @@ def _pool_kernel(
     tl.store(at, mean, mask=token < resident)
     observed = mean
     if is_question:
-        # The heads of a layer share the peak.
         peak = tl.zeros([TILE], tl.float32)
-        first_head = start - head * resident
+        first_head, num_heads = start, 1
+        if SHARED_BY_HEADS:
+            first_head, num_heads = start - head * resident, num_kv_heads
         for offset in tl.static_range(PEAK_POOL):
             neighbour = token + offset - PEAK_POOL // 2
             is_seen = (neighbour >= 0) & (neighbour < num_seen)
-            for any_head in range(num_kv_heads):
+            for any_head in range(num_heads):
                 at_head = peak_ptr + first_head + any_head * resident
                 peak = tl.maximum(peak, tl.load(at_head + neighbour, mask=is_seen, other=0.0))
         observed = tl.where(token < num_seen, peak, 0.0)
@@ -258,6 +260,7 @@ def observe(
     scale: float,
     mean_pool: int,
     peak_pool: int,
+    shared_by_heads: bool,
 ) -> torch.Tensor:
     """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold.
 
@@ -268,6 +271,7 @@ def observe(
         plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
         scale: of the attention's logits.
         mean_pool, peak_pool: neighbours, odd.
+        shared_by_heads: the peak is that of all heads of a layer.
 
     Returns:
         What the tokens of all rows are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row: what
@@ -285,7 +289,7 @@ def observe(
     observed = gather_scores(plane, batch)
     for first in range(0, len(observations), _SEQUENCES_AT_ONCE):
         some = observations[first : first + _SEQUENCES_AT_ONCE]
-        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool)
+        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads)
     return observed
 
 
@@ -298,6 +302,7 @@ def _observe(
     scale: float,
     mean_pool: int,
     peak_pool: int,
+    shared_by_heads: bool,
 ) -> None:
     rows = cache.rows
     numbers, num_queries = [], 0
@@ -345,6 +350,7 @@ def _observe(
         *plane.stride()[:3],
         MEAN_POOL=mean_pool,
         PEAK_POOL=peak_pool,
+        SHARED_BY_HEADS=shared_by_heads,
         BLOCK_SIZE=cache.block_size,
         TILE=wide,
     )

@@ -106,7 +106,7 @@ def observed_attention(
         float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; 0 for newer tokens.
 
         mean: over queries, the query heads of a KV head, and neighbours.
-        peak: the most that any query of the layer, of any head, pays to a neighbour: the same for its KV heads.
+        peak: the most that a query, of the query heads of a KV head, pays to a neighbour.
     """
     num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
@@ -119,7 +119,7 @@ def observed_attention(
         logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
         attention = logits.softmax(-1)
         mean[layer, :, :num_seen] = avg_pool1d(attention.mean((1, 2)), mean_pool, stride=1, padding=mean_pool // 2)
-        peak[layer, :, :num_seen] = max_pool1d(attention.amax((0, 1, 2))[None], peak_pool, stride=1, padding=peak_pool // 2)
+        peak[layer, :, :num_seen] = max_pool1d(attention.amax((1, 2)), peak_pool, stride=1, padding=peak_pool // 2)
     return mean, peak
 
 

@@ -86,7 +86,7 @@ def launch_all(has_fp8: bool) -> None:
             narrow = Sequences(sequences.evictions, dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=0)
             score_resident(narrow.cache, narrow.batch, filters, factors, torch.ones(cache.num_layers), turns)
         queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
-        observe(cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13)
+        observe(cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13, shared_by_heads=True)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 

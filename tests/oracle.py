@@ -57,6 +57,8 @@ def teacher_forced_logprobs(
                 if rule.observed and not is_observed_after_prompt:
                     observed, peaks = seen.attention(cache, newer=max(0, position - len(prompt)))
                     is_observed_after_prompt = position >= len(prompt)
+                    if rule.shared_by_heads:
+                        peaks = [peak.max(0).values for peak in peaks]
                     looked_at = peaks if is_observed_after_prompt else observed
                 else:
                     looked_at = observed
@@ -124,8 +126,8 @@ class _Queries:
             self.rows[layer] = torch.cat((self.rows[layer], new), 1)[:, -self.count :]
 
     def attention(self, cache, newer: int) -> list[torch.Tensor]:
-        """Per layer, 0 to newer tokens: what the last queries pay, averaged over 7 neighbours, ``[kv_heads, resident]``; the most
-        that one of them pays, in any head, to one of 13 neighbours, ``[resident]``."""
+        """Per layer ``[kv_heads, resident]``, 0 to newer tokens: what the last queries pay, averaged over 7 neighbours; the most
+        that one of them pays to one of 13 neighbours."""
         means, peaks = [], []
         for layer, rows in zip(cache.layers, self.rows, strict=True):
             keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
@@ -138,8 +140,8 @@ class _Queries:
             paid = torch.nn.functional.pad(logits.softmax(-1), (6, 6 + newer))
             mean = sum(paid[..., 6 + shift : 6 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
             means.append(torch.nn.functional.pad(mean, (0, newer)))
-            peak = paid.unfold(-1, 13, 1).amax((0, 1, 2, 4))
-            peaks.append(torch.nn.functional.pad(peak[:seen], (0, newer)))
+            peak = paid.unfold(-1, 13, 1).amax((1, 2, 4))
+            peaks.append(torch.nn.functional.pad(peak[:, :seen], (0, newer)))
         return means, peaks
 
 

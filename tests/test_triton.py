@@ -322,8 +322,8 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
 
 
 SCORERS = [
-    "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed", "expected, observed after the prompt",
-    "keydiff",
+    "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed",
+    "expected, observed after the prompt", "expected, observed after the prompt, shared", "keydiff",
 ]  # fmt: skip
 
 
@@ -346,8 +346,9 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
             batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
             scorer = RotaryFilterScorer(slow.cache, banks[1])
         else:
-            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, scale=0.1)
-            scorer = ExpectedAttentionScorer(slow.cache, banks[1], scale=0.1)
+            options = dict(scale=0.1, shared_by_heads="shared" in name)
+            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, **options)
+            scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
     if "observed" in name:
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
         end = slow.compactions[0].position - 3
@@ -443,7 +444,8 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     expected = cache.planes.clone()
     cache.planes.copy_(before)
     with forbidden_waiting():
-        found = observe(cache, batch, observations, cache.planes[:, :, 1], scale=0.2, mean_pool=7, peak_pool=13)
+        plane = cache.planes[:, :, 1]
+        found = observe(cache, batch, observations, plane, scale=0.2, mean_pool=7, peak_pool=13, shared_by_heads=False)
     torch.testing.assert_close(cache.planes, expected, atol=1e-6, rtol=1e-4)
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
     for index, row in enumerate(batch.split(found, cache.num_layers, cache.num_kv_heads)):

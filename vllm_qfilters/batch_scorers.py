@@ -104,11 +104,15 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
 
     Args:
         scale: of the attention's logits.
+        shared_by_heads: what one head is asked for, all heads of its layer keep.
     """
 
-    def __init__(self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, scale: float) -> None:
+    def __init__(
+        self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, scale: float, shared_by_heads: bool
+    ) -> None:
         super().__init__(cache, bank, key_scales, Score.VALUE_NORM)
         self.scale = scale
+        self.shared_by_heads = shared_by_heads
         self.factors = (bank.factors * 0.5**0.5)[None].to(cache.rows.device) if bank.factors.shape[2] else None
         self.observes = cache.planes.shape[2] > 1
 
@@ -134,4 +138,4 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         ]
         plane = self.cache.planes[:, :, ExpectedAttentionScorer.OBSERVED]
         pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
-        return observe(self.cache, batch, observations, plane, self.scale, *pools)
+        return observe(self.cache, batch, observations, plane, self.scale, *pools, self.shared_by_heads)

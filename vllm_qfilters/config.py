@@ -133,6 +133,11 @@ class KVCompressionConfig:
         return self.granularity == "page"
 
     @property
+    def heads_keep_the_same(self) -> bool:
+        """The heads of a layer keep the same tokens."""
+        return self.granularity == "layer"
+
+    @property
     def needs_scores(self) -> bool:
         """Whether keys are scored as they are written."""
         return self.method != "streaming"

@@ -156,6 +156,7 @@ class ExpectedAttentionScorer(Scorer):
         cache: with a second plane if the last queries of prompts are kept.
         bank: of this rank.
         scale: of the attention's logits.
+        shared_by_heads: what one head is asked for, all heads of its layer keep.
     """
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
@@ -163,10 +164,11 @@ class ExpectedAttentionScorer(Scorer):
     MEAN_POOL = 7  # neighbours that attention is averaged over
     PEAK_POOL = 13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
 
-    def __init__(self, cache: PagedCache, bank: FilterBank, scale: float) -> None:
+    def __init__(self, cache: PagedCache, bank: FilterBank, scale: float, shared_by_heads: bool) -> None:
         super().__init__(cache)
         self.bank = bank
         self.scale = scale
+        self.shared_by_heads = shared_by_heads
         self.observes = cache.planes.shape[2] > 1
 
     def write(self, layer, key, value, slot_mapping):
@@ -189,4 +191,6 @@ class ExpectedAttentionScorer(Scorer):
             self.cache, tokens.pages, tokens.num_tokens, queries, num_newer, self.MEAN_POOL, self.PEAK_POOL
         )
         self.cache.set_resident_plane(self.OBSERVED, tokens.pages, mean)
-        return peak if recent.have_read_prompt_at(tokens.position) else mean
+        if not recent.have_read_prompt_at(tokens.position):
+            return mean
+        return peak.amax(1, keepdim=True).expand_as(peak) if self.shared_by_heads else peak

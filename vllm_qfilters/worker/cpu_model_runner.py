@@ -53,7 +53,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
         if not self.compression.evicts_whole_pages:
-            self.compactor = Compactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+            self.compactor = Compactor(scorer, self.compression.heads_keep_the_same)
         for layer in self.layers:
             layer.impl.scorer = scorer
 
@@ -67,7 +67,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         bank = self.filter_bank(filters)
         if config.filter == "rotary":
             return RotaryFilterScorer(cache, bank)
-        return ExpectedAttentionScorer(cache, bank, self.layers[0].impl.scale)
+        return ExpectedAttentionScorer(cache, bank, self.layers[0].impl.scale, config.heads_keep_the_same)
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with

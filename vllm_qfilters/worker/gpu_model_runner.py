@@ -63,7 +63,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
         if not self.compression.evicts_whole_pages:
-            self.compactor = BatchCompactor(scorer, shared_by_heads=self.compression.granularity == "layer")
+            self.compactor = BatchCompactor(scorer, self.compression.heads_keep_the_same)
             self.compactor.warm_up()
         for index, layer in enumerate(self.layers):
             layer.impl.planes = self.cache.planes[index]
@@ -90,7 +90,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         key_scales = key_scales if cache.rows.element_size() == 1 else None
         if config.filter == "rotary":
             return BatchRotaryFilterScorer(cache, bank, key_scales)
-        return BatchExpectedAttentionScorer(cache, bank, key_scales, self.layers[0].impl.scale)
+        return BatchExpectedAttentionScorer(cache, bank, key_scales, self.layers[0].impl.scale, config.heads_keep_the_same)
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
