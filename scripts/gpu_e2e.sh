@@ -35,7 +35,8 @@ if [ "${1:-}" = --dry-run ]; then
   export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_CI_ENV=1  # one process per engine, and no warm-up
   write_config $BUILD/model 2 4 2 32 128 256 512 4096
   DUMMY='{"load_format": "dummy", "skip_tokenizer_init": true, "enforce_eager": true, "block_size": 32}'
-  "$PYTHON" -m benchmarks identity $BUILD/model --llm "${DUMMY%\}}, \"kv_cache_memory_bytes\": 67108864}"
+  "$PYTHON" -m benchmarks identity $BUILD/model --llm "${DUMMY%\}}, \"kv_cache_memory_bytes\": 67108864}" \
+      --dry-run --output $BUILD/identity.json
   "$PYTHON" -m benchmarks decode $BUILD/model --contexts 600 --budget 256 --sequences 2 --steps 20 --rounds 1 --dry-run \
       --kv-cache-memory-bytes 67108864 --options '{"interval": 32, "chunk": 256}' --llm "$DUMMY" --output $BUILD/decode.json
   exit
