@@ -5,7 +5,7 @@ What is set travels in vLLM's own configuration, so it reaches the ranks of ever
 want of GPUs it was not run: both its Ray executors give each actor the whole configuration; the actor's
 ``WorkerWrapperBase.init_worker`` loads the plugins and finds ``worker_cls`` by its name, as under the multiprocessing executor;
 the legacy one then calls our model runner directly, past the worker, which overrides nothing there. Plans and page scores are
-pickled with the outputs they are part of (tests/test_offline_ray.py).
+pickled with the outputs they are part of (tests/test_with_ray.py).
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,6 @@
 """``vllm-qfilters generate --ray N`` with made-up engines in real processes of Ray's, and once with real ones."""
 
+# After all tests with engines by name: its own reference engine takes vLLM's process groups with it.
 import functools
 import json
 import os
