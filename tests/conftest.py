@@ -6,6 +6,8 @@ import tempfile
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two ranks share what cores there are. Here and not in a test: vLLM remembers its environment once an engine has started.
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 if sys.dont_write_bytecode:  # else every process that a test starts compiles vLLM again
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -17,6 +17,15 @@ BLOCK = 32
 dispatcher.vars = lambda value: vars(value) if isinstance(vars(value), dict) else {}
 
 
+_alive: list[LLM] = []
+
+
+def keep_alive(llm: LLM) -> LLM:
+    """An engine that is collected takes down what all engines of the process share: of this one that never happens."""
+    _alive.append(llm)
+    return llm
+
+
 class Engines:
     """Starts each configuration once; tests share the engines and leave them idle."""
 
@@ -57,7 +66,6 @@ class Engine:
     """An in-process engine on the tiny model; llm: more keywords of vLLM's ``LLM``."""
 
     _ids = itertools.count()
-    _alive: list["Engine"] = []  # an engine that is collected takes down what all engines of the process share
 
     def __init__(self, model, num_blocks: int, max_model_len: int, max_batched: int, compression: dict, **llm) -> None:
         defaults = dict(
@@ -71,8 +79,7 @@ class Engine:
             max_num_batched_tokens=max_batched,
             max_num_seqs=16,
         )
-        self.llm = LLM(str(model), **{**defaults, **llm}, **compression)
-        self._alive.append(self)
+        self.llm = keep_alive(LLM(str(model), **{**defaults, **llm}, **compression))
 
     @property
     def scheduler(self):

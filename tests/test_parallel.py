@@ -18,9 +18,8 @@ REQUESTS += [dict(prompt=SHARED + random_prompt(length, seed=length), max_tokens
 
 
 @pytest.fixture
-def start(tiny_model, monkeypatch):
+def start(tiny_model):
     """Starts an engine with ranks in processes of their own, which end with the test."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     started = []
 
     def start(compression, **parallel):

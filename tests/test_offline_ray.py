@@ -1,6 +1,5 @@
 """``vllm-qfilters generate --ray N`` with made-up engines in real processes of Ray's, and once with real ones."""
 
-# After all tests with engines by name: its own reference engine takes vLLM's process groups with it.
 import functools
 import json
 import os
@@ -15,6 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from tests import fake_engines
+from tests.engines import keep_alive
 from vllm_qfilters import KVCompressionConfig, cli, kv_compression, offline, offline_ray
 from vllm_qfilters.arguments import UsageError
 from vllm_qfilters.offline import Request
@@ -112,7 +112,8 @@ def test_two_real_engines_say_what_one_says(model_with_tokenizer, tiny_filters, 
     assert cli.main(["generate", *argv, "--output", str(output), "--ray", "2"]) == 0
     # Not by the command: it ends its engine, and with it what engines of other tests in this process need.
     engine_args = EngineArgs.from_cli_args(cli.parse("generate", [*argv, "--output", str(alone)]))
-    generate_batch = cli.batch_generator(LLM.from_engine_args(engine_args), max_tokens=40, temperature=0.0)
+    llm = keep_alive(LLM.from_engine_args(engine_args))
+    generate_batch = cli.batch_generator(llm, max_tokens=40, temperature=0.0)
     offline.run(offline.read_input(path), alone, lambda: functools.partial(map, generate_batch), batch_size=2)
     written = output.read_text()
     assert written == alone.read_text() and written.count("\n") == 6
