@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.case import Case, Numbers, bars
+from benchmarks.case import Case, Numbers, bar_panels
 from benchmarks.engine import Engine
 
 OFF = ", prefix cache off"
@@ -86,11 +86,9 @@ def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
 
 
 def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
-    figure.set_size_inches(15, 4.5)
     titles = {"turns_per_s": "turns per second", "median_ttft_s": "median s to the first token"}
     titles["cached_percent"] = "percent of prompt tokens from the prefix cache"
-    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
-        bars(panel, numbers, key, title)
+    bar_panels(figure, numbers, titles)
 
 
 CASE = Case(

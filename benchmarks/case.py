@@ -138,6 +138,13 @@ def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: 
     panel.grid(axis="y", alpha=0.3)
 
 
+def bar_panels(figure: Any, numbers: Mapping[str, Sequence[Numbers]], titles: Mapping[str, str]) -> None:
+    """A panel of bars for each key of a number, side by side."""
+    figure.set_size_inches(15, 4.5)
+    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
+        bars(panel, numbers, key, title)
+
+
 def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
     command = [job.get("python") or sys.executable, *sys.argv[0].split()[1:], *sys.argv[1:], "--measure", json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

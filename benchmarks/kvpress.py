@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.case import Case, NotMeasured, Numbers, bars
+from benchmarks.case import Case, NotMeasured, Numbers, bar_panels
 from benchmarks.engine import Engine, text_tokens
 
 PRESSES = {"ExpectedAttentionPress": "kvpress, expected attention", "StreamingLLMPress": "kvpress, StreamingLLM"}
@@ -119,10 +119,8 @@ def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
 
 
 def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
-    figure.set_size_inches(15, 4.5)
     titles = {"prefill_s": "s to read all prompts", "mean_step_ms": "ms per decode step", "held_tokens": "tokens held"}
-    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
-        bars(panel, numbers, key, title)
+    bar_panels(figure, numbers, titles)
 
 
 CASE = Case(
