@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
+
 namespace vllm_qfilters {
 
 void score_and_store(
@@ -36,6 +38,15 @@ at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] 
     int64_t num_tokens,
     const at::Tensor& means,          // [num_layers, num_heads, head_size] float32
     const at::Tensor& factors);       // [num_layers, num_heads, rank, head_size] float32
+
+// Of the last queries of a sequence, the last of which is that of the last token: the mean over queries and the query heads of
+// a KV head, and the most; no neighbours yet.
+std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_heads, num_tokens] float32 each
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& key_offsets,    // [block_size, head_size] int64
+    const at::Tensor& page_table,     // [num_pages] int64
+    int64_t num_tokens,
+    const at::Tensor& queries);       // [num_layers, num_heads, num_queries, head_size] float32
 
 void fill_holes(
     at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]

@@ -8,12 +8,13 @@ keys and values, ``selection`` and ``compaction`` for all sequences of a :class:
 
 from vllm_qfilters.kernels import cpu, reference
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.reference import observed_attention, write_scores
+from vllm_qfilters.kernels.reference import write_scores
 
 _implementation, IMPLEMENTATION = (cpu, "C++") if cpu.load() else (reference, "PyTorch")
 
 compact = _implementation.compact
 expected_attention = _implementation.expected_attention
+observed_attention = _implementation.observed_attention
 page_scores = _implementation.page_scores
 score_and_store = _implementation.score_and_store
 select_kept = _implementation.select_kept

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from vllm_qfilters.kernels.layout import PagedCache
-from vllm_qfilters.kernels.reference import take_out_pages
+from vllm_qfilters.kernels.reference import pool_neighbours, take_out_pages
 
 LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
 OPERATORS = torch.ops.vllm_qfilters
@@ -39,10 +39,19 @@ def _register_fakes() -> None:
     )
     torch.library.register_fake(
         "vllm_qfilters::expected_attention",
-        lambda pages, key_offsets, page_table, num_tokens, means, factors: means.new_empty(
-            pages.shape[0], pages.shape[2], num_tokens
+        lambda pages, key_offsets, page_table, num_tokens, means, factors: _fake_attention(pages, num_tokens, means),
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::observed_attention",
+        lambda pages, key_offsets, page_table, num_tokens, queries: (
+            _fake_attention(pages, num_tokens, queries),
+            _fake_attention(pages, num_tokens, queries),
         ),
     )
+
+
+def _fake_attention(pages: torch.Tensor, num_tokens: int, queries: torch.Tensor) -> torch.Tensor:
+    return queries.new_empty(pages.shape[0], pages.shape[2], num_tokens)
 
 
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -61,6 +70,24 @@ def expected_attention(
     """See :func:`vllm_qfilters.kernels.reference.expected_attention`."""
     statistics = means.contiguous(), factors.contiguous()
     return OPERATORS.expected_attention.default(cache.pages, cache.layout.keys, pages, num_tokens, *statistics)
+
+
+def observed_attention(
+    cache: PagedCache,
+    pages: torch.Tensor,
+    num_tokens: int,
+    queries: torch.Tensor,
+    num_newer: int,
+    mean_pool: int,
+    peak_pool: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
+    mean, peak = torch.zeros(2, cache.num_layers, cache.num_kv_heads, num_tokens)
+    mean[..., : num_tokens - num_newer], peak[..., : num_tokens - num_newer] = OPERATORS.observed_attention.default(
+        cache.pages, cache.layout.keys, pages, num_tokens - num_newer, queries.contiguous()
+    )
+    pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
+    return mean, peak
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:

@@ -118,9 +118,20 @@ def observed_attention(
         logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
         logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
         attention = logits.softmax(-1)
-        mean[layer, :, :num_seen] = avg_pool1d(attention.mean((1, 2)), mean_pool, stride=1, padding=mean_pool // 2)
-        peak[layer, :, :num_seen] = max_pool1d(attention.amax((1, 2)), peak_pool, stride=1, padding=peak_pool // 2)
+        mean[layer, :, :num_seen], peak[layer, :, :num_seen] = attention.mean((1, 2)), attention.amax((1, 2))
+    pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
     return mean, peak
+
+
+def pool_neighbours(mean: torch.Tensor, peak: torch.Tensor, num_newer: int, mean_pool: int, peak_pool: int) -> None:
+    """Pools the attention to the neighbours of each token, as :func:`observed_attention` says, in place.
+
+    Args:
+        mean, peak: of each token alone, shape ``[num_layers, num_kv_heads, num_tokens]``.
+    """
+    seen = slice(0, mean.shape[-1] - num_newer)
+    mean[..., seen] = avg_pool1d(mean[..., seen], mean_pool, stride=1, padding=mean_pool // 2)
+    peak[..., seen] = max_pool1d(peak[..., seen], peak_pool, stride=1, padding=peak_pool // 2)
 
 
 def write_and_score(

@@ -18,7 +18,15 @@ from vllm_qfilters.scorers import StaticFilterScorer
 
 PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
 
-OPERATORS = ("score_and_store", "store_value_norms", "select_kept", "expected_attention", "fill_holes", "page_scores")
+OPERATORS = (
+    "score_and_store",
+    "store_value_norms",
+    "select_kept",
+    "expected_attention",
+    "observed_attention",
+    "fill_holes",
+    "page_scores",
+)
 needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpu.LIBRARY} is not built")
 
 
@@ -337,8 +345,8 @@ def test_expected_attention_matches_reference(group, rank, head_size, num_tokens
         pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
         pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
         pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
-        pytest.param(3, 0, "for 0 tokens", id="no-tokens"),
-        pytest.param(4, torch.zeros(3, 5, 8), "in groups of the 2 KV heads", id="odd-heads"),
+        pytest.param(3, 0, "no attention to 0 tokens", id="no-tokens"),
+        pytest.param(4, torch.zeros(3, 5, 8), "factors of as many heads", id="other-heads"),
         pytest.param(5, torch.zeros(3, 4, 2, 8, dtype=torch.float64), "float32", id="double"),
     ],
 )
@@ -347,6 +355,57 @@ def test_expected_attention_refuses(position, value, message):
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
         cpu.OPERATORS.expected_attention(*arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("num_newer", [0, 1, 40])
+@pytest.mark.parametrize(("num_seen", "num_queries"), [(1, 1), (32, 32), (63, 5), (64, 32), (200, 32)])
+@pytest.mark.parametrize(("group", "head_size"), [(1, 16), (3, 40), (4, 32)])
+def test_observed_attention_matches_reference(group, head_size, num_seen, num_queries, num_newer, dtype):
+    if CACHE_DTYPES[dtype].itemsize == 1:
+        pytest.skip("8-bit caches are refused")
+    num_tokens = num_seen + num_newer
+    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    pages = torch.randperm(16)[: -(-num_tokens // 16)]
+    queries = torch.randn(2, 2 * group, num_queries, head_size, generator=torch.Generator().manual_seed(num_seen))
+    arguments = (cache, pages, num_tokens, queries, num_newer, 7, 13)
+    for found, expected in zip(cpu.observed_attention(*arguments), reference.observed_attention(*arguments)):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("lowest", [0.0, -1e-3, -10.0, -86.0, -1e4])
+def test_attention_holds_over_the_range_of_logits(lowest):
+    """One query, whose products with the keys run from 0 down to ``lowest``."""
+    _, cache = make_cache(Geometry(num_layers=1, num_blocks=8, block_size=16, head_size=8, dtype=torch.float32))
+    pages, num_tokens = torch.arange(8), 123
+    logits = torch.linspace(0, lowest, num_tokens)
+    keys = torch.zeros(8 * 16, 8)
+    keys[:num_tokens, 3] = logits
+    for page in range(8):
+        cache.pages[0, page][:, cache.layout.keys] = keys[16 * page : 16 * page + 16]
+    query = torch.zeros(1, 2, 1, 8)
+    query[..., 3] = 1
+    mean, peak = cpu.observed_attention(cache, pages, num_tokens, query, 0, 1, 1)
+    expected = logits.double().softmax(0).expand(1, 2, -1)
+    for found in (mean, peak):
+        torch.testing.assert_close(found.double(), expected, atol=1e-36, rtol=2e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        pytest.param(torch.zeros(3, 5, 2, 8), "in groups of the 2 KV heads", id="odd-heads"),
+        pytest.param(torch.zeros(3, 4, 21, 8), "not more than the 20 tokens", id="more-queries-than-tokens"),
+        pytest.param(torch.zeros(3, 4, 2, 8, dtype=torch.bfloat16), "float32", id="bfloat16"),
+        pytest.param(torch.zeros(3, 4, 2, 16), "heads of size 8", id="other-size"),
+    ],
+)
+def test_observed_attention_refuses(queries, message):
+    with pytest.raises(RuntimeError, match=message):
+        cpu.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
 
 
 def attention_arguments() -> list:
@@ -364,6 +423,7 @@ def test_schemas_say_what_operators_do(operator):
         "store_value_norms": [key.clone(), torch.zeros(score_plane.shape[0], 2, *score_plane.shape[1:]), slots],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
         "expected_attention": attention_arguments(),
+        "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8)],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpu.OPERATORS, operator).default, tuple(arguments[operator]))

@@ -1,0 +1,111 @@
+// Keys of a sequence, gathered from its pages tile by tile, and their products with query vectors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "lanes.h"
+
+namespace vllm_qfilters {
+
+constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are gathered at once
+
+// out[vector, token] = <vectors[vector], keys[token]>; keys are stored dimension by dimension, kTile tokens each, and so is out
+// vector by vector.
+void project_tile(const float* vectors, int64_t num_vectors, const float* keys, int64_t head_size, float* out);
+
+// logits become e^logit divided by their sum.
+void softmax(float* logits, int64_t count);
+
+// The keys of all layers and heads of a sequence.
+//
+// pages: [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+// key_offsets: [block_size, head_size] int64, where the elements of a key lie in the pages of a head
+// page_table: [num_pages] int64
+template <typename Element>
+class PagedKeys {
+ public:
+  PagedKeys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table)
+      : pages_(pages),
+        offsets_(key_offsets.t().contiguous()),
+        page_table_(page_table.const_data_ptr<int64_t>()),
+        block_size_(key_offsets.size(0)),
+        head_size_(key_offsets.size(1)) {}
+
+  // Calls visit(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
+  // that of vectors[vector] and the key of token first + index.
+  template <typename Visit>
+  void project(int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, Visit visit) const {
+    std::vector<float> keys(head_size_ * kTile, 0.0f), products(num_vectors * kTile);
+    const Element* head_pages =
+        static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
+    for (int64_t first = 0; first < num_tokens; first += kTile) {
+      const int64_t count = std::min(kTile, num_tokens - first);
+      gather(head_pages, first, count, keys.data());
+      project_tile(vectors, num_vectors, keys.data(), head_size_, products.data());
+      visit(first, count, products.data());
+    }
+  }
+
+ private:
+  // Keys of tokens [first, first + count) of one head, dimension by dimension; the rest of the tile is left as it is.
+  void gather(const Element* head_pages, int64_t first, int64_t count, float* keys) const {
+    const int64_t* offsets = offsets_.const_data_ptr<int64_t>();
+    int64_t in_page;
+    for (int64_t done = 0; done < count; done += in_page) {
+      const int64_t token = first + done, slot = token % block_size_;
+      const Element* page = head_pages + page_table_[token / block_size_] * pages_.stride(1);
+      in_page = std::min(count - done, block_size_ - slot);
+      for (int64_t dim = 0; dim < head_size_; ++dim) {
+        const int64_t* offset = offsets + dim * block_size_ + slot;
+        float* key = keys + dim * kTile + done;
+        for (int64_t index = 0; index < in_page; ++index) {
+          key[index] = static_cast<float>(page[offset[index]]);
+        }
+      }
+    }
+  }
+
+  const at::Tensor& pages_;
+  const at::Tensor offsets_;  // [head_size, block_size]
+  const int64_t* page_table_;
+  const int64_t block_size_, head_size_;
+};
+
+// Calls run(PagedKeys<Element>) for what the pages are made of.
+template <typename Run>
+void with_paged_keys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, Run run) {
+  switch (pages.scalar_type()) {
+    case at::kFloat:
+      return run(PagedKeys<float>(pages, key_offsets, page_table));
+    case at::kBFloat16:
+      return run(PagedKeys<c10::BFloat16>(pages, key_offsets, page_table));
+    case at::kHalf:
+      return run(PagedKeys<c10::Half>(pages, key_offsets, page_table));
+    default:
+      TORCH_CHECK(false, "pages must be float32, bfloat16 or float16, found ", pages.scalar_type());
+  }
+}
+
+inline void check_paged_keys(
+    const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, int64_t num_tokens) {
+  TORCH_CHECK(pages.dim() == 4, "pages have 4 dimensions, found ", pages.dim());
+  TORCH_CHECK(pages.stride(3) == 1, "the elements of a page must lie side by side");
+  TORCH_CHECK(num_tokens > 0, "there is no attention to ", num_tokens, " tokens");
+  check_offsets(key_offsets, key_offsets.size(0), pages.size(3));
+  check_page_table(page_table, pages.size(1), key_offsets.size(0), num_tokens);
+}
+
+// Of queries: [num_layers, num_heads, ..., head_size] for num_layers and whole groups of the num_kv_heads of the pages.
+inline void check_queries(const at::Tensor& queries, const char* name, const at::Tensor& pages, int64_t head_size) {
+  TORCH_CHECK(
+      queries.is_contiguous() && queries.scalar_type() == at::kFloat && queries.dim() >= 3 && queries.size(0) == pages.size(0) &&
+          queries.size(1) % pages.size(2) == 0 && queries.size(-1) == head_size,
+      name, " must be contiguous and float32 for ", pages.size(0), " layers and query heads of size ", head_size,
+      " in groups of the ", pages.size(2), " KV heads, found ", queries.scalar_type(), queries.sizes());
+}
+
+}  // namespace vllm_qfilters
