@@ -112,3 +112,16 @@ def test_a_seed_survives_a_prompt_read_in_chunks(engines):
     first = sample(7)
     assert sample(7) == first
     assert sample(8) != first
+
+
+def test_more_queries_are_observed_than_tokens_are_held(engines):
+    """The prompt's last 64 queries are kept; when its end is cut, 32 tokens up to them are left."""
+    engine = engines.get(budget=40, window=0, sinks=4, interval=32, chunk=64, observed=64)
+    scores = []
+    resident_scores = engine.runner.compactor.scorer.resident_scores
+    engine.runner.compactor.scorer.resident_scores = lambda tokens: scores.append(resident_scores(tokens)) or scores[-1]
+    engine.add(random_prompt(130, seed=9), max_tokens=80)
+    engine.run()
+    del engine.runner.compactor.scorer.resident_scores
+    assert len(scores) >= 3 and all(bool(found.isfinite().all()) for found in scores)
+    engine.assert_idle()

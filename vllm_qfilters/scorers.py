@@ -38,6 +38,10 @@ class RecentQueries:
         """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks for."""
         return position >= self.num_prompt_tokens
 
+    def last(self, count: int) -> "RecentQueries":
+        """At most the last ``count`` of them."""
+        return dataclasses.replace(self, queries=self.queries[:, :, -count:])
+
 
 @dataclasses.dataclass(frozen=True)
 class ResidentTokens:

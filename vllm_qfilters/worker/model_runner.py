@@ -187,11 +187,14 @@ class CompressedModelRunner:
             self.kept_tokens.restart(restarted)
 
     def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
-        """The last of the prompt's queries so far; handed out for the last time at the first eviction after the prompt."""
+        """The last of the prompt's queries so far, no more than tokens up to them are held; handed out for the last time at the
+        first eviction after the prompt."""
         recent = self.recorder.get(row.req_id) if self.recorder is not None else None
-        if recent is not None and recent.have_read_prompt_at(row.position):
+        if recent is None:
+            return None
+        if recent.have_read_prompt_at(row.position):
             self.recorder.forget([row.req_id])
-        return recent
+        return recent.last(row.resident_tokens - (row.position - recent.end))
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
