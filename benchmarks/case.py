@@ -59,6 +59,7 @@ class Case:
             prog=f"python -m benchmarks {self.name}",
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            conflict_handler="resolve",  # a case may say more about a common option
         )
         _add_common_options(parser)
         self.add_options(parser)

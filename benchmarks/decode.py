@@ -1,9 +1,9 @@
 """Time per token, time to the first token, and pages, against context: plain vLLM, ours, StreamingLLM, and the limit.
 
-    python -m benchmarks decode models/SmolLM2-135M-Instruct [--contexts 1000 2000 4000 7000] [--budget 1024] [--sequences 8]
+    python -m benchmarks decode models/SmolLM2-135M-Instruct [--contexts 7000] [--budget 512 1024 2048] [--sequences 8]
 
-Every engine runs all contexts. The limit is plain vLLM at ``budget`` tokens of context, which no compression can beat. The time
-to the first token is that of a sequence alone.
+Every engine runs all contexts. The limit of a budget is plain vLLM where contexts are as long as the budget halfway through the
+steps timed: no compression can beat it. A sequence is read and decodes alone before the others come.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from benchmarks.engine import Engine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=int, nargs="+", default=[1024], help="tokens; default 1024")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1000, 2000, 4000, 7000], help="tokens when decoding begins")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed, per context")
@@ -24,8 +25,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    compressed = {method: {"method": method} for method in arguments.methods}
-    return {"plain": {"method": None}, **compressed, "limit": {"method": None, "contexts": [arguments.budget - 1]}}
+    compressed = {
+        f"{method} {budget}": {"method": method, "budget": budget} for method in arguments.methods for budget in arguments.budget
+    }
+    limits = {
+        f"limit {budget}": {"method": None, "contexts": [budget - arguments.steps // 2]} for budget in arguments.budget
+    }
+    return {"plain": {"method": None}, **compressed, **limits}
 
 
 def measure(job: dict[str, Any]) -> Numbers:
@@ -33,7 +39,7 @@ def measure(job: dict[str, Any]) -> Numbers:
         job,
         job["method"],
         {},
-        max_model_len=max(job["contexts"]) + job["steps"] + 256,
+        max_model_len=max(job["contexts"]) + 3 * job["steps"] + 256,
         enable_prefix_caching=False,
     )
     by_context = {str(context): measure_context(engine, job, context) for context in job["contexts"]}
@@ -46,54 +52,68 @@ def measure(job: dict[str, Any]) -> Numbers:
 
 
 def measure_context(engine: Engine, job: dict[str, Any], context: int) -> dict[str, Any]:
+    steps, evicted = job["steps"], engine.evicted_tokens
     first, *others = engine.prompts(job["sequences"], context)
-    evicted, pages_while_prefilling = engine.evicted_tokens, 0
-
-    def run_prefill() -> float:
-        nonlocal pages_while_prefilling
-        begin = time.perf_counter()
-        while any(r.is_prefill_chunk or not r.num_computed_tokens for r in engine.scheduler.requests.values()):
-            engine.step()
-            pages_while_prefilling = max(pages_while_prefilling, engine.pages())
-        return time.perf_counter() - begin
-
-    max_tokens = job["steps"] + 200  # the first sequence decodes while the others are read
-    engine.add(f"{context}-first", first, max_tokens)
-    ttft = run_prefill()
-    for index, prompt in enumerate(others):
-        engine.add(f"{context}-{index}", prompt, max_tokens)
-    prefill = run_prefill()
-    for _ in range(4):
-        engine.step()
-    seconds, pages = [], 0
-    for _ in range(job["steps"]):
-        begin = time.perf_counter()
-        engine.step()
-        seconds.append(time.perf_counter() - begin)
-        pages = max(pages, engine.pages())
+    engine.add("first", first, max_tokens=3 * steps + 100)  # it decodes on while the others are read
+    alone = read_prompts(engine)
+    decoding_alone = decode(engine, steps)
+    engine.drop_everything()
+    for index, prompt in enumerate((first, *others)):
+        engine.add(f"{context}-{index}", prompt, max_tokens=3 * steps + 100)
+    together = read_prompts(engine)
+    decoding = decode(engine, steps)
     evicted = engine.evicted_tokens - evicted
     engine.drop_everything()
     return {
-        "step_ms": 1000 * statistics.median(seconds),
-        "mean_step_ms": 1000 * statistics.fmean(seconds),
-        "ttft_s": ttft,
-        "prefill_s": ttft + prefill,
-        "pages_per_sequence": pages,
-        "pages_while_prefilling": pages_while_prefilling,
+        **decoding,
+        **{f"alone_{name}": number for name, number in decoding_alone.items()},
+        "ttft_s": alone["seconds"],
+        "prefill_s": together["seconds"],
+        "pages_while_prefilling": together["pages"],
         "evicted_tokens": evicted,
     }
 
 
+def read_prompts(engine: Engine) -> dict[str, float]:
+    """Until every sequence has its first token: the seconds it took, and most pages of a sequence."""
+    begin, pages = time.perf_counter(), 0
+    while any(request.is_prefill_chunk or not request.num_computed_tokens for request in engine.scheduler.requests.values()):
+        engine.step()
+        pages = max(pages, engine.pages())
+    return {"seconds": time.perf_counter() - begin, "pages": pages}
+
+
+def decode(engine: Engine, steps: int) -> dict[str, float]:
+    """Times ``steps`` steps after some that warm up."""
+    for _ in range(4):
+        engine.step()
+    seconds, pages, compressing = [], 0, engine.compression_seconds
+    for _ in range(steps):
+        begin = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begin)
+        pages = max(pages, engine.pages())
+    return {
+        "step_ms": 1000 * statistics.median(seconds),
+        "mean_step_ms": 1000 * statistics.fmean(seconds),
+        "compression_percent": 100 * (engine.compression_seconds - compressing) / sum(seconds),
+        "pages_per_sequence": pages,
+    }
+
+
 def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
-    plain, limit = of_round["plain"], of_round["limit"]
-    found = {}
-    for method, numbers in of_round.items():
+    plain, found = of_round["plain"], {}
+    for variant, numbers in of_round.items():
+        method, _, budget = variant.partition(" ")
         if method in ("plain", "limit"):
             continue
-        found[f"{method}: decode speedup over plain"] = plain["mean_step_ms"] / numbers["mean_step_ms"]
-        found[f"{method}: share of the limit"] = limit["mean_step_ms"] / numbers["mean_step_ms"]
-        found[f"{method}: prefill speedup over plain"] = plain["prefill_s"] / numbers["prefill_s"]
-        found[f"{method}: pages saved, times"] = plain["pages_per_sequence"] / numbers["pages_per_sequence"]
+        limit = of_round[f"limit {budget}"]
+        for key, name in (("mean_step_ms", "decode"), ("alone_mean_step_ms", "decode of one sequence")):
+            found[f"{variant}: {name} speedup over plain"] = plain[key] / numbers[key]
+            found[f"{variant}: {name}, share of the limit"] = limit[key] / numbers[key]
+        found[f"{variant}: prefill speedup over plain"] = plain["prefill_s"] / numbers["prefill_s"]
+        found[f"{variant}: time to the first token, plain to this"] = plain["ttft_s"] / numbers["ttft_s"]
+        found[f"{variant}: pages saved, times"] = plain["pages_per_sequence"] / numbers["pages_per_sequence"]
     return found
 
 
@@ -107,8 +127,9 @@ def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
     for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
         for variant, rounds in numbers.items():
             points = {int(c): statistics.median(r["contexts"][c][key] for r in rounds) for c in rounds[0]["contexts"]}
-            if variant == "limit":
-                panel.axhline(*points.values(), color="black", linestyle="--", linewidth=1, label="plain at the budget")
+            if variant.startswith("limit"):
+                label = variant.replace("limit", "plain at")
+                panel.axhline(*points.values(), color="black", linestyle="--", linewidth=1, label=label)
             else:
                 panel.plot(points.keys(), points.values(), marker="o", label=variant)
         panel.set_title(title, fontsize="medium")
@@ -127,6 +148,8 @@ CASE = Case(
     columns={
         "step_ms": "ms per step (median)",
         "mean_step_ms": "(mean)",
+        "compression_percent": "compression %",
+        "alone_mean_step_ms": "one sequence",
         "ttft_s": "ttft s",
         "prefill_s": "prefill s",
         "pages_per_sequence": "pages/sequence",

@@ -2,6 +2,8 @@
 
 import os
 import random
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,10 @@ class Engine:
         method: of KV compression; None: plain vLLM.
         options: of KV compression, for all variants; ``llm`` below takes precedence over the job's.
         llm: further arguments of vLLM's LLM.
+
+    Attributes:
+        compression_seconds: the worker has spent on compaction and on what scores are made of, so far; on CPUs alone.
+        preemptions: of the scheduler, so far.
     """
 
     def __init__(self, job: dict[str, Any], method: str | None, options: dict[str, Any], **llm: Any) -> None:
@@ -34,6 +40,11 @@ class Engine:
         self.preemptions = 0
         self._preempt_request = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._count_preemption
+        self.compression_seconds = 0.0
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        if hasattr(runner, "compactor"):
+            for part, method_name in ((runner.compactor, "compact"), (runner.compactor.scorer, "write")):
+                setattr(part, method_name, self._timed(getattr(part, method_name)))
 
     @property
     def evicted_tokens(self) -> int:
@@ -69,6 +80,15 @@ class Engine:
         self.engine.abort_request(list(self.scheduler.requests), internal=True)
         while self.engine.has_unfinished_requests():
             self.step()
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.compression_seconds += time.perf_counter() - begin
+            return result
+
+        return timed
 
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
         self.preemptions += 1
