@@ -25,13 +25,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    compressed = {
-        f"{method} {budget}": {"method": method, "budget": budget} for method in arguments.methods for budget in arguments.budget
-    }
-    limits = {
-        f"limit {budget}": {"method": None, "contexts": [budget - arguments.steps // 2]} for budget in arguments.budget
-    }
-    return {"plain": {"method": None}, **compressed, **limits}
+    found = {"plain": {"method": None}}
+    for budget in arguments.budget:
+        found |= {f"{method} {budget}": {"method": method, "budget": budget} for method in arguments.methods}
+        found[f"limit {budget}"] = {"method": None, "contexts": [budget - arguments.steps // 2]}
+    return found
 
 
 def measure(job: dict[str, Any]) -> Numbers:
@@ -55,32 +53,23 @@ def measure_context(engine: Engine, job: dict[str, Any], context: int) -> dict[s
     steps, evicted = job["steps"], engine.evicted_tokens
     first, *others = engine.prompts(job["sequences"], context)
     engine.add("first", first, max_tokens=3 * steps + 100)  # it decodes on while the others are read
-    alone = read_prompts(engine)
+    ttft, _ = engine.read_prompts()
     decoding_alone = decode(engine, steps)
     engine.drop_everything()
     for index, prompt in enumerate((first, *others)):
         engine.add(f"{context}-{index}", prompt, max_tokens=3 * steps + 100)
-    together = read_prompts(engine)
+    prefill, pages_while_prefilling = engine.read_prompts()
     decoding = decode(engine, steps)
     evicted = engine.evicted_tokens - evicted
     engine.drop_everything()
     return {
         **decoding,
         **{f"alone_{name}": number for name, number in decoding_alone.items()},
-        "ttft_s": alone["seconds"],
-        "prefill_s": together["seconds"],
-        "pages_while_prefilling": together["pages"],
+        "ttft_s": ttft,
+        "prefill_s": prefill,
+        "pages_while_prefilling": pages_while_prefilling,
         "evicted_tokens": evicted,
     }
-
-
-def read_prompts(engine: Engine) -> dict[str, float]:
-    """Until every sequence has its first token: the seconds it took, and most pages of a sequence."""
-    begin, pages = time.perf_counter(), 0
-    while any(request.is_prefill_chunk or not request.num_computed_tokens for request in engine.scheduler.requests.values()):
-        engine.step()
-        pages = max(pages, engine.pages())
-    return {"seconds": time.perf_counter() - begin, "pages": pages}
 
 
 def decode(engine: Engine, steps: int) -> dict[str, float]:

@@ -72,6 +72,14 @@ class Engine:
     def step(self) -> list[Any]:
         return self.engine.step()
 
+    def read_prompts(self) -> tuple[float, int]:
+        """Steps until every sequence has its first token: the seconds it took, and most pages a sequence held."""
+        begin, pages = time.perf_counter(), 0
+        while any(request.is_prefill_chunk or not request.num_computed_tokens for request in self.scheduler.requests.values()):
+            self.step()
+            pages = max(pages, self.pages())
+        return time.perf_counter() - begin, pages
+
     def pages(self) -> int:
         """Most pages one sequence holds now."""
         return max((len(blocks) for blocks in self.manager.req_to_blocks.values()), default=0)

@@ -11,7 +11,6 @@ own; variants it has not got the packages for are left out.
 
 import argparse
 import contextlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -54,10 +53,7 @@ def measure_vllm(job: dict[str, Any]) -> Numbers:
     )
     for index, prompt in enumerate(engine.prompts(job["sequences"], job["context"])):
         engine.add(str(index), prompt, job["steps"] + 60)
-    begin = time.perf_counter()
-    while any(r.is_prefill_chunk or not r.num_computed_tokens for r in engine.scheduler.requests.values()):
-        engine.step()
-    prefill = time.perf_counter() - begin
+    prefill, _ = engine.read_prompts()
     seconds = []
     for _ in range(job["steps"]):
         begin = time.perf_counter()
@@ -76,10 +72,10 @@ def measure_transformers(job: dict[str, Any]) -> Numbers:
     press = contextlib.nullcontext()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
     if job["press"] is not None:
-        if importlib.util.find_spec("kvpress") is None:
-            raise NotMeasured("kvpress is not installed: pip install kvpress")
-        import kvpress
-
+        try:
+            import kvpress
+        except ImportError as error:
+            raise NotMeasured(f"kvpress is not there with all it needs ({error}): pip install kvpress") from None
         press = getattr(kvpress, job["press"])(compression_ratio=1 - job["budget"] / job["context"])(model)
     stride = 997
     tokens = text_tokens(AutoTokenizer.from_pretrained(job["model"]), job["context"] + job["sequences"] * stride)
