@@ -4,7 +4,7 @@ import importlib
 import sys
 
 CASES = {
-    "decode": "time per token, time to the first token and pages against context: plain vLLM, ours, StreamingLLM, and the limit",
+    "decode": "time per token, to the first token, and pages against context: plain vLLM, ours, StreamingLLM, the limit",
     "throughput": "requests per second and concurrency with a cache of 1/8 of what the load would need",
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
     "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",

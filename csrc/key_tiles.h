@@ -1,6 +1,7 @@
 // Keys of a sequence, gathered from its pages tile by tile, and their products with query vectors.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -20,6 +21,19 @@ void project_tile(const float* vectors, int64_t num_vectors, const float* keys, 
 // logits become e^logit divided by their sum.
 void softmax(float* logits, int64_t count);
 
+template <typename Element>
+ALWAYS_INLINE void to_floats(const Element* from, int64_t count, float* floats) {
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) {
+    Floats part;
+    load(from + index, part);
+    std::memcpy(floats + index, &part, sizeof(part));
+  }
+  for (; index < count; ++index) {
+    floats[index] = static_cast<float>(from[index]);
+  }
+}
+
 // The keys of all layers and heads of a sequence.
 //
 // pages: [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
@@ -33,7 +47,8 @@ class PagedKeys {
         offsets_(key_offsets.t().contiguous()),
         page_table_(page_table.const_data_ptr<int64_t>()),
         block_size_(key_offsets.size(0)),
-        head_size_(key_offsets.size(1)) {}
+        head_size_(key_offsets.size(1)),
+        tokens_lie_side_by_side_(offsets_.diff().eq(1).all().item<bool>()) {}
 
   // Calls visit(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
   // that of vectors[vector] and the key of token first + index.
@@ -62,8 +77,12 @@ class PagedKeys {
       for (int64_t dim = 0; dim < head_size_; ++dim) {
         const int64_t* offset = offsets + dim * block_size_ + slot;
         float* key = keys + dim * kTile + done;
-        for (int64_t index = 0; index < in_page; ++index) {
-          key[index] = static_cast<float>(page[offset[index]]);
+        if (tokens_lie_side_by_side_) {
+          to_floats(page + *offset, in_page, key);
+        } else {
+          for (int64_t index = 0; index < in_page; ++index) {
+            key[index] = static_cast<float>(page[offset[index]]);
+          }
         }
       }
     }
@@ -73,6 +92,7 @@ class PagedKeys {
   const at::Tensor offsets_;  // [head_size, block_size]
   const int64_t* page_table_;
   const int64_t block_size_, head_size_;
+  const bool tokens_lie_side_by_side_;  // dimension by dimension, as in vLLM's "vec"
 };
 
 // Calls run(PagedKeys<Element>) for what the pages are made of.
@@ -102,8 +122,8 @@ inline void check_paged_keys(
 // Of queries: [num_layers, num_heads, ..., head_size] for num_layers and whole groups of the num_kv_heads of the pages.
 inline void check_queries(const at::Tensor& queries, const char* name, const at::Tensor& pages, int64_t head_size) {
   TORCH_CHECK(
-      queries.is_contiguous() && queries.scalar_type() == at::kFloat && queries.dim() >= 3 && queries.size(0) == pages.size(0) &&
-          queries.size(1) % pages.size(2) == 0 && queries.size(-1) == head_size,
+      queries.is_contiguous() && queries.scalar_type() == at::kFloat && queries.dim() >= 3 &&
+          queries.size(0) == pages.size(0) && queries.size(1) % pages.size(2) == 0 && queries.size(-1) == head_size,
       name, " must be contiguous and float32 for ", pages.size(0), " layers and query heads of size ", head_size,
       " in groups of the ", pages.size(2), " KV heads, found ", queries.scalar_type(), queries.sizes());
 }

@@ -21,7 +21,8 @@ void accumulate(const float* weights, int64_t count, float share, float* sum, fl
 
 template <typename Element>
 void observed_attention_of(const PagedKeys<Element>& keys, const at::Tensor& queries, at::Tensor& mean, at::Tensor& peak) {
-  const int64_t num_kv_heads = mean.size(1), num_tokens = mean.size(2), num_queries = queries.size(2), head_size = queries.size(3);
+  const int64_t num_kv_heads = mean.size(1), num_tokens = mean.size(2);
+  const int64_t num_queries = queries.size(2), head_size = queries.size(3);
   const int64_t num_vectors = queries.size(1) / num_kv_heads * num_queries;
   const float* first_query = queries.const_data_ptr<float>();
   float* first_mean = mean.mutable_data_ptr<float>();
@@ -40,8 +41,8 @@ void observed_attention_of(const PagedKeys<Element>& keys, const at::Tensor& que
         const int64_t seen = num_tokens - num_queries + vector % num_queries + 1;  // no query sees the tokens after its own
         float* own = logits.data() + vector * num_tokens;
         softmax(own, seen);
-        accumulate(
-            own, seen, 1.0f / static_cast<float>(num_vectors), first_mean + index * num_tokens, first_peak + index * num_tokens);
+        const float share = 1.0f / static_cast<float>(num_vectors);
+        accumulate(own, seen, share, first_mean + index * num_tokens, first_peak + index * num_tokens);
       }
     }
   });

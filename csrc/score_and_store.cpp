@@ -87,7 +87,8 @@ DEFINE_FOR(c10::Half)
 
 // Calls visit(token, block, slot) for every token that is no padding.
 template <typename Visit>
-void for_each_slot(const at::Tensor& slot_mapping, int64_t num_blocks, int64_t block_size, const Sizes& sizes, const Visit& visit) {
+void for_each_slot(
+    const at::Tensor& slot_mapping, int64_t num_blocks, int64_t block_size, const Sizes& sizes, const Visit& visit) {
   const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   const int64_t grain = kMultiplicationsPerThread / std::max<int64_t>(1, sizes.num_kv_heads * sizes.head_size) + 1;
   at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {

@@ -2,9 +2,10 @@
 
 vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the view
 tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the business of the
-attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing known values
-with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind the keys and values of all heads, each
-page carries one or more planes of float32 numbers, one per KV head and slot: the first holds scores or what they are made of.
+attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing
+known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind the keys and values of all
+heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the first holds scores or what they
+are made of.
 """
 
 import dataclasses

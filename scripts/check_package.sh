@@ -4,8 +4,8 @@
 #
 #   PYTHON=python3 scripts/check_package.sh [FOLDER]
 #
-# PYTHON, .venv/bin/python (of `make install`) by default, has torch, and cmake and a compiler are there, for the operators. The new
-# environments see its packages, but not this package. What is built stays in FOLDER, default build/package.
+# PYTHON, .venv/bin/python (of `make install`) by default, has torch, and cmake and a compiler are there, for the operators. The
+# new environments see its packages, but not this package. What is built stays in FOLDER, default build/package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(realpath --no-symlinks "$(command -v "${PYTHON:-.venv/bin/python}")")
