@@ -136,6 +136,7 @@ class QFiltersManager(FullAttentionManager):
         """
         request_id = request.request_id
         blocks, resident = self.req_to_blocks[request_id], self.resident_tokens(request)
+        shared_pages_out = tuple(blocks[i].block_id for i in indices if blocks[i].ref_cnt > 1)
         self._released.extend(blocks[i] for i in indices)
         for i in reversed(indices):
             del blocks[i]
@@ -150,4 +151,5 @@ class QFiltersManager(FullAttentionManager):
             window=window,
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,
+            shared_pages_out=shared_pages_out,
         )

@@ -112,6 +112,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                         window=row.window,
                         new_pages=row.block_ids,
                         copied_pages=row.copied_pages,
+                        shared_pages_out=row.shared_pages_out,
                     )
                     for index, row in zip(indices, rows, strict=True)
                 ]
