@@ -33,6 +33,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from tests.paged import ForbiddenReads
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.gpu import BACKENDS
@@ -79,11 +80,12 @@ def watch(target, method: str) -> list:
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
-    """From now on, what attention and captured graphs read in a step must be what the scheduler thinks, in persistent buffers."""
+    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent buffers."""
     prepare_attn, block_size = runner.prepare_attn, runner.cache_config.block_size
 
     def checked(input_batch):
-        (block_table,), slot_mappings = prepare_attn(input_batch)
+        with ForbiddenReads():
+            (block_table,), slot_mappings = prepare_attn(input_batch)
         buffers, tables = runner.input_buffers, runner.block_tables
         for found, persistent in (
             (input_batch.seq_lens, buffers.seq_lens),

@@ -4,12 +4,31 @@ import dataclasses
 import random
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")  # L layers, B blocks, N tokens, H heads, C content
+
+
+class ForbiddenReads(TorchFunctionMode):
+    """Where it is entered, code may not read tensors on the host: on a GPU it would wait for it."""
+
+    READS = {
+        "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero",
+        "__bool__", "__int__", "__float__", "__index__", "__iter__", "__contains__",
+    }  # fmt: skip
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in self.READS, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            is_mask = [isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices]
+            assert not any(is_mask), "a mask as an index waits for the device"
+        return func(*args, **(kwargs or {}))
 
 
 @dataclasses.dataclass(frozen=True)

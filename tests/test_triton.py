@@ -19,6 +19,7 @@ from tests.paged import (
     DEVICE,
     LAYOUTS,
     Eviction,
+    ForbiddenReads,
     Geometry,
     Sequences,
     layer_views,
@@ -69,11 +70,15 @@ def poison_new_tensors():
 
 @contextlib.contextmanager
 def forbidden_waiting():
-    """Where there is a GPU, waiting for it is an error."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    if DEVICE.type == "cuda":
+    """Waiting for a GPU is an error; without one, what would wait for it."""
+    if DEVICE.type == "cpu":
+        with ForbiddenReads():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -503,7 +508,8 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
         end = slow.compactions[0].position - 3
         recent[0] = RecentQueries(queries, end, num_prompt_tokens=end if "after" in name else 1 << 20)
     on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
-    flat = batch_scorer.resident_scores(fast.batch, on_device)
+    with forbidden_waiting():
+        flat = batch_scorer.resident_scores(fast.batch, on_device)
     for index, found in enumerate(fast.batch.split(flat, 2, 2)):
         resident, position = slow.evictions[index].resident, slow.compactions[index].position
         expected = scorer.resident_scores(ResidentTokens(slow.old_pages[index], resident, position, recent[index]))
@@ -604,6 +610,16 @@ def test_observed_attention_matches_reference(name, monkeypatch):
 
 
 @pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)
+def test_what_waits_for_a_gpu_is_told_from_what_does_not():
+    numbers, mask = torch.arange(4, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    reads = [numbers.tolist, numbers.cpu, mask.nonzero, lambda: int(numbers[0]), lambda: numbers[mask], lambda: bool(mask.any())]
+    for wait in reads:
+        with pytest.raises((AssertionError, RuntimeError)), forbidden_waiting():
+            wait()
+    with forbidden_waiting():
+        numbers[numbers.flip(0)] = numbers * 2
+
+
 def test_page_scores_match_reference(heads, block, layout):
     _, _, cache = make_cache(Geometry(num_layers=3, num_blocks=9, num_kv_heads=heads, block_size=block, layout=layout))
     pages = torch.tensor([7, 0, 3, 3], device=DEVICE)
