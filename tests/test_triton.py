@@ -609,17 +609,17 @@ def test_observed_attention_matches_reference(name, monkeypatch):
         torch.testing.assert_close(row, of_row, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)
 def test_what_waits_for_a_gpu_is_told_from_what_does_not():
     numbers, mask = torch.arange(4, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
-    reads = [numbers.tolist, numbers.cpu, mask.nonzero, lambda: int(numbers[0]), lambda: numbers[mask], lambda: bool(mask.any())]
-    for wait in reads:
+    by_function = [lambda: int(numbers[0]), lambda: bool(mask.any()), lambda: numbers[mask]]
+    for read in [numbers.tolist, numbers.cpu, mask.nonzero, *by_function]:
         with pytest.raises((AssertionError, RuntimeError)), forbidden_waiting():
-            wait()
+            read()
     with forbidden_waiting():
         numbers[numbers.flip(0)] = numbers * 2
 
 
+@pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)
 def test_page_scores_match_reference(heads, block, layout):
     _, _, cache = make_cache(Geometry(num_layers=3, num_blocks=9, num_kv_heads=heads, block_size=block, layout=layout))
     pages = torch.tensor([7, 0, 3, 3], device=DEVICE)
