@@ -153,7 +153,7 @@ flashinfer._copy_page_indices_kernel = MagicMock()
 flashinfer.get_seq_lens = lambda indptr, last, page: (indptr[1:] - indptr[:-1] - 1) * page + last
 plans = []
 flashinfer.fast_plan_decode = lambda wrapper, **plan: plans.append(plan)
-flashinfer.PIN_MEMORY = False
+flashinfer.PIN_MEMORY, flashinfer.BatchPrefillWithPagedKVCacheWrapper = False, MagicMock
 Builder = flashinfer.FlashInferMetadataBuilder
 builder = MagicMock(
     spec=Builder, reorder_batch_threshold=1, use_xqa=False, use_trtllm_gen_varlen_decode=False, page_size=16, use_dcp=False,

@@ -5,7 +5,6 @@ Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where on
 
 import contextlib
 import dataclasses
-import mmap
 import os
 from types import SimpleNamespace
 
@@ -366,27 +365,26 @@ def test_selection_from_128k_tokens_is_exact_among_ties():
         assert torch.equal(is_kept[0, 0].bool(), expected)
 
 
-def room(num_bytes: int) -> torch.Tensor:
-    """Memory that the CPU has only where something is written."""
+def room(num_bytes: int, path) -> torch.Tensor:
+    """Memory; without a GPU a file with holes, which takes up only what is written."""
     if DEVICE.type == "cuda":
         if torch.cuda.mem_get_info()[0] < num_bytes:
             pytest.skip(f"this GPU has no {num_bytes >> 30} GiB free")
         return torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.uint8)
+    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("layout", ["LBNHC", "BLHNC"])
-def test_caches_may_be_larger_than_32_bits_can_address(layout):
+def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
     """With offsets of layers and pages beyond 2^31, of keys, planes and words alike, everything is as in a small cache."""
     num_pages = 1 << 20
-    evictions = [Eviction(70, 32, 4, 9), Eviction(48, 16, 0, 5)]
+    evictions = [Eviction(130, 32, 4, 9), Eviction(48, 16, 0, 5)]
     geometry = Geometry(2, 8, 4, 16, 64, torch.bfloat16, layout)
     near = Sequences(evictions, geometry, seed=3)
     assert any(compaction.copied_pages for compaction in near.compactions)
     small = near.cache.num_blocks
     geometry = dataclasses.replace(geometry, num_blocks=num_pages + small)
-    far_views = layer_views(room(geometry.cache_bytes), geometry)
+    far_views = layer_views(room(geometry.cache_bytes, tmp_path / "cache"), geometry)
     far = StridedCache(far_views, geometry.num_planes)
     assert (geometry.cache_bytes if layout[0] == "B" else geometry.cache_bytes // 2) > 4 << 31
     far.words[:, num_pages:] = near.cache.words
