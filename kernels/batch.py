@@ -25,7 +25,7 @@ class Compaction:
         window: last tokens that stay.
         new_pages: its pages afterwards.
         copied_pages: private copies to make before anything moves, as (place in the block table, new page).
-        shared_pages_out: pages taken out that other sequences hold too.
+        shared_pages_out: pages taken out that other sequences hold too, where scoring writes beside the tokens of all pages.
     """
 
     old_row: int
