@@ -25,6 +25,7 @@ class Compaction:
         window: last tokens that stay.
         new_pages: its pages afterwards.
         copied_pages: private copies to make before anything moves, as (place in the block table, new page).
+        shared_pages_out: pages taken out that other sequences hold too, where scoring writes beside the tokens of all pages.
     """
 
     old_row: int
@@ -35,6 +36,7 @@ class Compaction:
     window: int
     new_pages: Sequence[int]
     copied_pages: Sequence[tuple[int, int]] = ()
+    shared_pages_out: Sequence[int] = ()
 
     @property
     def max_moves(self) -> int:

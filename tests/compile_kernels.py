@@ -65,11 +65,12 @@ def launch_all(has_fp8: bool) -> None:
             for score in Score:
                 write_and_score(key, key, sequences.views[0], cache.planes[0], slots, score, torch.zeros(heads, size))
             if has_fp8 and geometry.dtype == torch.bfloat16:
-                view, scale = sequences.views[0].view(torch.uint8).view(torch.float8_e4m3fn)[..., : 2 * size], torch.ones(1)
-                write_and_score(
-                    key, key, view, cache.planes[0], slots, Score.PROJECTION, torch.zeros(heads, size),
-                    key_scale=scale, value_scale=scale,
-                )  # fmt: skip
+                for dtype, score in ((torch.float8_e4m3fn, Score.PROJECTION), (torch.float8_e5m2, Score.VALUE_NORM)):
+                    view, scale = sequences.views[0].view(torch.uint8).view(dtype)[..., : 2 * size], torch.ones(1)
+                    write_and_score(
+                        key, key, view, cache.planes[0], slots, score, torch.zeros(heads, size),
+                        key_scale=scale, value_scale=scale,
+                    )  # fmt: skip
         copy_pages(cache, batch)
         scores = gather_scores(cache.scores, batch)
         shared = mean_standardised(scores, batch, cache.num_layers, heads)

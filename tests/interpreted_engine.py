@@ -33,6 +33,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from tests.paged import ForbiddenReads
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.gpu import BACKENDS
@@ -78,6 +79,41 @@ def watch(target, method: str) -> list:
     return calls
 
 
+def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
+    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent buffers."""
+    prepare_attn, block_size = runner.prepare_attn, runner.cache_config.block_size
+
+    def checked(input_batch):
+        with ForbiddenReads():
+            (block_table,), slot_mappings = prepare_attn(input_batch)
+        buffers, tables = runner.input_buffers, runner.block_tables
+        for found, persistent in (
+            (input_batch.seq_lens, buffers.seq_lens),
+            (input_batch.positions, buffers.positions),
+            (block_table, tables.input_block_tables[0]),
+            (slot_mappings, tables.slot_mappings),
+        ):
+            assert found.data_ptr() == persistent.data_ptr()
+        positions, slots, lengths = [], [], []
+        for row, (req_id, num_tokens) in enumerate(zip(input_batch.req_ids, input_batch.num_scheduled_tokens, strict=True)):
+            if req_id not in scheduler.requests:  # calibration
+                return (block_table,), slot_mappings
+            pages = [block.block_id for block in scheduler.pages.req_to_blocks[req_id]]
+            assert block_table[row, : len(pages)].tolist() == pages
+            evicted, end = scheduler.pages.evicted.get(req_id, 0), input_batch.num_computed_tokens_np[row] + num_tokens
+            positions += range(end - num_tokens, end)
+            residents = range(end - num_tokens - evicted, end - evicted)
+            slots += [pages[resident // block_size] * block_size + resident % block_size for resident in residents]
+            lengths.append(end - evicted)
+        assert input_batch.positions[: len(positions)].tolist() == positions
+        assert slot_mappings[0, : len(slots)].tolist() == slots
+        assert input_batch.seq_lens[: len(lengths)].tolist() == lengths
+        assert input_batch.seq_lens_cpu_upper_bound[: len(lengths)].tolist() == lengths  # FlashInfer plans with these
+        return (block_table,), slot_mappings
+
+    runner.prepare_attn = checked
+
+
 def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
     backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
@@ -89,8 +125,10 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
     engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     if compression is not None:
         engine.collective_rpc("record_kept_tokens")
+        check_metadata(runner, scheduler)
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs = []
     for batch in batches:
@@ -105,7 +143,6 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
                     "cached_tokens": output.num_cached_tokens,
                 }
             )
-    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     result = {
         "outputs": outputs,
         "runner": type(runner).__mro__[1 if compression is None else 2].__module__,

@@ -4,12 +4,31 @@ import dataclasses
 import random
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")  # L layers, B blocks, N tokens, H heads, C content
+
+
+class ForbiddenReads(TorchFunctionMode):
+    """Where it is entered, code may not read tensors on the host: on a GPU it would wait for it."""
+
+    READS = {
+        "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero",
+        "__bool__", "__int__", "__float__", "__index__", "__iter__", "__contains__",
+    }  # fmt: skip
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in self.READS, f"{name} waits for the device"
+        if name in ("__getitem__", "__setitem__"):
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            is_mask = [isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices]
+            assert not any(is_mask), "a mask as an index waits for the device"
+        return func(*args, **(kwargs or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,29 +42,41 @@ class Geometry:
     layout: str = "LBHNC"
     num_planes: int = 2
 
+    @property
+    def page_bytes(self) -> int:
+        return self.num_kv_heads * self.block_size * (2 * self.head_size * self.dtype.itemsize + 4 * self.num_planes)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_layers * self.num_blocks * self.page_bytes
+
 
 def make_cache(
     geometry: Geometry, seed: int = 0, device: torch.device = DEVICE
 ) -> tuple[torch.Tensor, list[torch.Tensor], StridedCache]:
     """A cache as vLLM lays it out: its bytes, the views of its layers, and our view of it. Full of small integers."""
-    g = geometry
-    content, element = 2 * g.head_size, g.dtype.itemsize
-    page = g.num_kv_heads * g.block_size * (content * element + 4 * g.num_planes) // element
-    in_page = {"NHC": (content, g.num_kv_heads * content, 1), "HNC": (g.block_size * content, content, 1)}[g.layout[2:]]
-    layer_stride, block_stride = (g.num_blocks * page, page) if g.layout[0] == "L" else (page, g.num_layers * page)
     generator = torch.Generator().manual_seed(seed)
     # No pattern of such bytes is NaN in any dtype, so that equality means the same bits.
-    numbers = torch.randint(1, 60, (g.num_layers * g.num_blocks * page * element,), generator=generator, dtype=torch.uint8)
-    buffer = numbers.to(device)
+    buffer = torch.randint(1, 60, (geometry.cache_bytes,), generator=generator, dtype=torch.uint8).to(device)
+    views = layer_views(buffer, geometry)
+    cache = StridedCache(views, geometry.num_planes)
+    cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
+    return buffer, views, cache
+
+
+def layer_views(buffer: torch.Tensor, geometry: Geometry) -> list[torch.Tensor]:
+    """What vLLM gives to attention layers of a cache that lies in ``buffer``."""
+    g = geometry
+    content = 2 * g.head_size
+    page = g.page_bytes // g.dtype.itemsize
+    in_page = {"NHC": (content, g.num_kv_heads * content, 1), "HNC": (g.block_size * content, content, 1)}[g.layout[2:]]
+    layer_stride, block_stride = (g.num_blocks * page, page) if g.layout[0] == "L" else (page, g.num_layers * page)
     elements = buffer.view(g.dtype)
     shape = (g.num_blocks, g.num_kv_heads, g.block_size, content)
-    views = [
+    return [
         elements.as_strided(shape, (block_stride, *in_page), elements.storage_offset() + layer * layer_stride)
         for layer in range(g.num_layers)
     ]
-    cache = StridedCache(views, g.num_planes)
-    cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
-    return buffer, views, cache
 
 
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

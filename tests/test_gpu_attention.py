@@ -111,13 +111,14 @@ def test_pages_a_backend_would_split_are_refused():
         CompressedRunner(256, [256]).get_kv_cache_spec()
 
 
-CHECK_BACKENDS = """
+MOCK_FLASHINFER = """
 import importlib.machinery, sys
 from unittest.mock import MagicMock
 
 for name in ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.utils"):  # not there without a GPU
     sys.modules[name] = MagicMock(__name__=name, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
-
+"""
+CHECK_BACKENDS = MOCK_FLASHINFER + """
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_qfilters.attention.gpu import BACKENDS, ScoringAttention
 from vllm_qfilters.attention.watched import WatchedAttention
@@ -133,6 +134,57 @@ print("checked", *BACKENDS)
 """
 
 
-def test_every_backend_writes_keys_where_we_score_them():
-    done = subprocess.run([sys.executable, "-c", CHECK_BACKENDS], capture_output=True, text=True)
+def run_checks(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "checked" in done.stdout, done.stderr[-3000:]
+
+
+def test_every_backend_writes_keys_where_we_score_them():
+    run_checks(CHECK_BACKENDS)
+
+
+# A step of a decode and a prompt's last 5 tokens, which hold 100 and 37 tokens in pages of 16; positions are far beyond.
+CHECK_FLASHINFER_PLAN = MOCK_FLASHINFER + """
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import flashinfer
+
+flashinfer._copy_page_indices_kernel = MagicMock()
+flashinfer.get_seq_lens = lambda indptr, last, page: (indptr[1:] - indptr[:-1] - 1) * page + last
+plans = []
+flashinfer.fast_plan_decode = lambda wrapper, **plan: plans.append(plan)
+flashinfer.PIN_MEMORY, flashinfer.BatchPrefillWithPagedKVCacheWrapper = False, MagicMock
+Builder = flashinfer.FlashInferMetadataBuilder
+builder = MagicMock(
+    spec=Builder, reorder_batch_threshold=1, use_xqa=False, use_trtllm_gen_varlen_decode=False, page_size=16, use_dcp=False,
+    use_trtllm_decode_attention=False, has_sinks=False, _num_speculative_tokens=0, enable_cuda_graph=True, num_qo_heads=4,
+    _decode_cudagraph_max_bs=8, dcp_world_size=1, num_kv_heads=2, nvfp4_trtllm=False, cache_dtype="auto",
+    attention_config=MagicMock(use_trtllm_attention=False), global_hyperparameters=MagicMock(), model_config=MagicMock(),
+    head_dim=64, sm_scale=0.1, window_left=-1, logits_soft_cap=0.0, kv_cache_dtype=torch.bfloat16, q_data_type_decode=None,
+    q_data_type_prefill=None, decode_fixed_split_size=-1, prefill_fixed_split_size=-1, disable_split_kv=False,
+    paged_kv_indptr=flashinfer.CpuGpuBuffer(9, dtype=torch.int32, device="cpu", pin_memory=False),
+    paged_kv_last_page_len=flashinfer.CpuGpuBuffer(8, dtype=torch.int32, device="cpu", pin_memory=False),
+    paged_kv_indices=torch.zeros(64, dtype=torch.int32),
+)
+builder._compute_flashinfer_kv_metadata = lambda *args: Builder._compute_flashinfer_kv_metadata(builder, *args)
+start = torch.tensor([0, 1, 6], dtype=torch.int32)
+lengths = torch.tensor([100, 37], dtype=torch.int32)
+Builder.build(builder, 0, CommonAttentionMetadata(
+    query_start_loc=start, query_start_loc_cpu=start, seq_lens=lengths, seq_lens_cpu_upper_bound=lengths, num_reqs=2,
+    num_actual_tokens=6, max_query_len=5, max_seq_len=100, block_table_tensor=torch.zeros(2, 625, dtype=torch.int32),
+    slot_mapping=torch.zeros(6, dtype=torch.int64), positions=torch.tensor([9999, *range(5000, 5005)]),
+))
+assert builder.paged_kv_indptr.np[:3].tolist() == [0, 7, 10]
+(decode,) = plans
+prefill = builder._get_prefill_wrapper.return_value.plan.call_args.kwargs
+assert decode["indptr_cpu"].tolist() == [0, 7] and decode["last_page_len_cpu"].tolist() == [4]
+assert decode["seq_lens_cpu"].tolist() == [100]
+assert prefill["paged_kv_indptr"].tolist() == [7, 10] and prefill["paged_kv_last_page_len"].tolist() == [5]
+assert prefill["seq_lens"].tolist() == [37] and prefill["qo_indptr"].tolist() == [0, 5]
+print("checked")
+"""
+
+
+def test_flashinfer_plans_with_the_lengths_we_give_it():
+    """Those on the host, which are resident lengths: tests/interpreted_engine.py checks them at every step."""
+    run_checks(CHECK_FLASHINFER_PLAN)

@@ -49,6 +49,16 @@ def test_a_request_after_another_with_the_same_prefix(engine):
     assert_same(warm, expected)
 
 
+def test_the_same_prompt_again_computes_the_queries_that_are_its_question(engine):
+    prompt = SHARED[:330]
+    expected = cold(engine, prompt)
+    generate(engine, prompt)
+    warm = generate(engine, prompt)
+    uncached = max(1, engine.runner.compression.observed_queries)
+    assert warm.num_cached_tokens == (330 - uncached) // 32 * 32
+    assert_same(warm, expected)
+
+
 def test_a_request_while_the_first_one_compacts(engine):
     expected_first, expected_second = cold(engine, FIRST), cold(engine, SECOND)
     ids = {engine.add(FIRST, NEW_TOKENS): expected_first}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -12,7 +13,7 @@ from tests.models import random_prompt
 from vllm_qfilters import kv_compression
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
-from vllm_qfilters.support import check_specs, check_supported
+from vllm_qfilters.support import check_cuda_graphs, check_specs, check_supported
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -156,6 +157,7 @@ def test_pages_in_pipelines_are_refused_by_name():
         (FullAttentionSpec, dict(sliding_window=128), "sliding-window, chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
         (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
+        (FullAttentionSpec, dict(dtype=torch.uint8), "second is torch.uint8, .* torch.float32; drop --kv-cache-dtype-skip"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
 )
@@ -165,6 +167,14 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs({"first": first, "second": first})
     with pytest.raises(ValueError, match=reason):
         check_specs({"first": first, "second": spec_cls(**{**usual, **change})})
+
+
+def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():
+    with pytest.raises(ValueError, match="observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"):
+        check_cuda_graphs(KVCompressionConfig(), CUDAGraphMode.FULL)
+    check_cuda_graphs(KVCompressionConfig(observed=0), CUDAGraphMode.FULL)
+    for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE):
+        check_cuda_graphs(KVCompressionConfig(), mode)
 
 
 def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):

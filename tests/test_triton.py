@@ -14,7 +14,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from tests.paged import DEVICE, LAYOUTS, Eviction, Geometry, Sequences, make_cache, random_evictions, random_tensor
+from tests.paged import (
+    DEVICE,
+    LAYOUTS,
+    Eviction,
+    ForbiddenReads,
+    Geometry,
+    Sequences,
+    layer_views,
+    make_cache,
+    random_evictions,
+    random_tensor,
+)
 from vllm_qfilters.batch_scorers import (
     BatchExpectedAttentionScorer,
     BatchKeyDiffScorer,
@@ -25,6 +36,7 @@ from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
+from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.observation import Observation, observe
@@ -47,7 +59,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-
 @pytest.fixture(autouse=True)
 def poison_new_tensors():
     """Fills torch.empty with NaN and largest integers."""
@@ -58,11 +69,15 @@ def poison_new_tensors():
 
 @contextlib.contextmanager
 def forbidden_waiting():
-    """Where there is a GPU, waiting for it is an error."""
-    if DEVICE.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    if DEVICE.type == "cuda":
+    """Waiting for a GPU is an error; without one, what would wait for it."""
+    if DEVICE.type == "cpu":
+        with ForbiddenReads():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -288,8 +303,10 @@ def test_compact_matches_reference(case, is_shared):
     assert torch.equal(fast.buffer, slow.buffer)
 
 
+@pytest.mark.parametrize("scores_at_once", [1, 1 << 26], ids=["one by one", "at once"])
 @pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
-def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared):
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared, scores_at_once, monkeypatch):
+    monkeypatch.setattr("vllm_qfilters.worker.batch_compactor.SCORES_AT_ONCE", scores_at_once)
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
     compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared)
     with forbidden_waiting():
@@ -298,6 +315,141 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared
         kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
         reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
+
+
+PAGES = [
+    # block size, head size, dtype, layout
+    (32, 100, torch.bfloat16, "LBNHC"),
+    (64, 256, torch.float16, "BLHNC"),
+    (128, 80, torch.float32, "BLNHC"),
+    (256, 64, torch.float8_e5m2, "LBHNC"),
+]
+
+
+@pytest.mark.parametrize(("block", "size", "dtype", "layout"), PAGES, ids=str)
+def test_pages_and_heads_of_any_size(block, size, dtype, layout):
+    if dtype == torch.float8_e5m2 and not HAS_FP8:
+        pytest.skip("this GPU has no fp8")
+    evictions = [Eviction(4 * block + 3, 2 * block, 4, block // 2 + 5), Eviction(2 * block, block, 9, 4)]
+    geometry = Geometry(2, 8, 2, block, size, dtype, layout)
+    fast, slow = (Sequences(evictions, geometry, seed=block) for _ in range(2))
+    cache, batch = fast.cache, fast.batch
+    copy_pages(cache, batch)
+    scores = gather_scores(cache.scores, batch)
+    filters = random_tensor(1, 2, 4, size, seed=1)
+    projections = batch.split(score_resident(cache, batch, filters), 2, 4)
+    is_kept = select_kept(scores, batch, 2, 2)
+    compact(cache, batch, is_kept, 2)
+    for index, kept in enumerate(batch.split(is_kept, 2, 2)):
+        eviction, pages = evictions[index], slow.old_pages[index]
+        keys = slow.cache.rows[:, pages][..., :size].float().transpose(1, 2).flatten(2, 3)[:, :, : eviction.resident]
+        torch.testing.assert_close(projections[index], reference.score_resident(keys, filters[0]), atol=1e-2, rtol=1e-3)
+        expected = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, False)
+        assert torch.equal(kept.bool(), expected)
+        reference.compact(slow.cache, pages, slow.new_pages[index], expected, eviction.sinks, eviction.window)
+    assert torch.equal(fast.buffer, slow.buffer)
+
+
+def test_selection_from_128k_tokens_is_exact_among_ties():
+    rows = [Eviction(131072, 128000, 4, 1024), Eviction(300, 16, 0, 0), Eviction(131071, 64, 40, 3)]
+    compactions = [Compaction(0, 0, row.resident, row.evicted, row.sinks, row.window, []) for row in rows]
+    batch = CompactionBatch.make(compactions, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE))
+    scores = random_tensor(batch.num_tokens, seed=1).mul(8).round()  # some fifty different ones
+    found = batch.split(select_kept(scores, batch, 1, 1), 1, 1)
+    for row, is_kept, of_row in zip(rows, found, batch.split(scores, 1, 1), strict=True):
+        between = of_row[0, 0, row.sinks : row.resident - row.window]
+        best = between.sort(descending=True, stable=True).indices[: row.kept - row.sinks - row.window]
+        expected = torch.ones(row.resident, dtype=torch.bool, device=DEVICE)
+        expected[row.sinks : row.resident - row.window] = False
+        expected[row.sinks + best] = True
+        assert torch.equal(is_kept[0, 0].bool(), expected)
+
+
+def room(num_bytes: int, path) -> torch.Tensor:
+    """Memory; without a GPU a file with holes, which takes up only what is written."""
+    if DEVICE.type == "cuda":
+        if torch.cuda.mem_get_info()[0] < num_bytes:
+            pytest.skip(f"this GPU has no {num_bytes >> 30} GiB free")
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=DEVICE)
+    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "BLHNC"])
+def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
+    """With offsets of layers and pages beyond 2^31, of keys, planes and words alike, everything is as in a small cache."""
+    num_pages = 1 << 20
+    evictions = [Eviction(130, 32, 4, 9), Eviction(48, 16, 0, 5)]
+    geometry = Geometry(2, 8, 4, 16, 64, torch.bfloat16, layout)
+    near = Sequences(evictions, geometry, seed=3)
+    assert any(compaction.copied_pages for compaction in near.compactions)
+    small = near.cache.num_blocks
+    geometry = dataclasses.replace(geometry, num_blocks=num_pages + small)
+    far_views = layer_views(room(geometry.cache_bytes, tmp_path / "cache"), geometry)
+    far = StridedCache(far_views, geometry.num_planes)
+    assert (geometry.cache_bytes if layout[0] == "B" else geometry.cache_bytes // 2) > 4 << 31
+    far.words[:, num_pages:] = near.cache.words
+    compactions = [
+        dataclasses.replace(
+            compaction,
+            new_pages=[page + num_pages for page in compaction.new_pages],
+            copied_pages=[(place, page + num_pages) for place, page in compaction.copied_pages],
+        )
+        for compaction in near.compactions
+    ]
+    block_table = near.batch.block_table
+    far_batch = CompactionBatch.make(compactions, torch.where(block_table < 0, 0, block_table + num_pages))
+    key, value, slots = make_step(9, Geometry(1, small, 4, 16, 64), torch.bfloat16, is_strided=True)
+    filters, queries = random_tensor(1, 2, 8, 64, seed=1), random_tensor(2, 8, 5, 64, seed=2, dtype=torch.bfloat16)
+    mean, deviation = random_tensor(2, 4, seed=4), random_tensor(2, 4, seed=5).abs()
+    results = []
+    for cache, views, batch, first in ((near.cache, near.views, near.batch, 0), (far, far_views, far_batch, num_pages)):
+        for layer in range(2):
+            far_slots = torch.where(slots < 0, -1, slots + 16 * first)
+            write_and_score(key, value, views[layer], cache.planes[layer], far_slots, Score.PROJECTION, filters[0, 0, :4])
+        copy_pages(cache, batch)
+        scores, plane = gather_scores(cache.scores, batch), cache.planes[:, :, 1]
+        observation = Observation(0, queries, 0, is_question=True)
+        observed = observe(cache, batch, [observation], plane, 0.1, 7, 13, shared_by_heads=True)
+        projections = score_resident(cache, batch, filters)
+        of_pages = page_scores(cache.scores, first + torch.arange(3, device=DEVICE), mean, deviation)
+        is_kept = select_kept(scores, batch, 2, 4)
+        compact(cache, batch, is_kept, 4)
+        results.append((scores, observed, projections, of_pages, is_kept, cache.words[:, first : first + small]))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_observed(monkeypatch):
+    monkeypatch.setattr("vllm_qfilters.scorers.expected_attention", reference.expected_attention)  # of any layout
+    geometry = Geometry(num_kv_heads=2, head_size=12)
+    evictions = [Eviction(96, 32, 4, 32), Eviction(90, 32, 4, 26)]
+    fast, slow = Sequences(evictions, geometry, seed=3), Sequences(evictions, geometry, seed=3, device=CPU)
+    slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
+    fast.cache.rows.copy_(slow.cache.rows)
+    for sequences in (fast, slow):
+        out = sequences.old_pages[0][2:4]
+        assert not {*out.tolist()} & {*sequences.new_pages[0].tolist(), *sequences.new_pages[1].tolist()}
+        sequences.old_pages[1][2:4] = out
+        sequences.batch.block_table[2, 2:4] = out.int()
+    compactions = [dataclasses.replace(compaction, shared_pages_out=out.tolist()) for compaction in fast.compactions]
+    recent = [
+        RecentQueries(random_tensor(2, 6, 5, 12, seed=index).cpu(), compaction.position, compaction.position)
+        for index, compaction in enumerate(compactions)
+    ]
+    options = dict(scale=1.0, shared_by_heads=False)
+    batch_scorer = BatchExpectedAttentionScorer(fast.cache, make_bank(fast.cache, 3, 0, 1), None, **options)
+    scorer = ExpectedAttentionScorer(slow.cache, make_bank(slow.cache, 3, 0, 1), **options)
+    on_device = [dataclasses.replace(queries, queries=queries.queries.to(DEVICE)) for queries in recent]
+    BatchCompactor(batch_scorer, shared_by_heads=False).compact(compactions, fast.batch.block_table, on_device)
+    for index, eviction in enumerate(evictions):
+        pages, new_pages = slow.old_pages[index], slow.new_pages[index]
+        scores = scorer.resident_scores(ResidentTokens(pages, eviction.resident, compactions[index].position, recent[index]))
+        kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
+        reference.compact(slow.cache, pages, new_pages, kept, eviction.sinks, eviction.window)
+        for plane in range(2):
+            found = fast.cache.resident_plane(plane, new_pages.to(DEVICE), eviction.kept).cpu()
+            torch.testing.assert_close(found, slow.cache.resident_plane(plane, new_pages, eviction.kept), atol=1e-5, rtol=1e-4)
+        assert torch.equal(fast.cache.rows[:, new_pages.to(DEVICE)].cpu(), slow.cache.rows[:, new_pages])
 
 
 POSITIONS = 2048
@@ -354,7 +506,8 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
         end = slow.compactions[0].position - 3
         recent[0] = RecentQueries(queries, end, num_prompt_tokens=end if "after" in name else 1 << 20)
     on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
-    flat = batch_scorer.resident_scores(fast.batch, on_device)
+    with forbidden_waiting():
+        flat = batch_scorer.resident_scores(fast.batch, on_device)
     for index, found in enumerate(fast.batch.split(flat, 2, 2)):
         resident, position = slow.evictions[index].resident, slow.compactions[index].position
         expected = scorer.resident_scores(ResidentTokens(slow.old_pages[index], resident, position, recent[index]))
@@ -452,6 +605,16 @@ def test_observed_attention_matches_reference(name, monkeypatch):
         pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
         of_row = judged_by[index] if index in judged_by else cache.resident_plane(1, pages, resident)
         torch.testing.assert_close(row, of_row, atol=1e-6, rtol=1e-4)
+
+
+def test_what_waits_for_a_gpu_is_told_from_what_does_not():
+    numbers, mask = torch.arange(4, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    by_function = [lambda: int(numbers[0]), lambda: bool(mask.any()), lambda: numbers[mask]]
+    for read in [numbers.tolist, numbers.cpu, mask.nonzero, *by_function]:
+        with pytest.raises((AssertionError, RuntimeError)), forbidden_waiting():
+            read()
+    with forbidden_waiting():
+        numbers[numbers.flip(0)] = numbers * 2
 
 
 @pytest.mark.parametrize(("heads", "block", "layout"), [(1, 16, "LBNHC"), (3, 32, "BLHNC"), (8, 128, "LBHNC")], ids=str)

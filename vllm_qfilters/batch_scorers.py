@@ -24,12 +24,16 @@ class BatchScorer:
         cache: of this rank.
         written: what that is.
         filters: for ``Score.PROJECTION``, shape ``[num_layers, num_kv_heads, head_size]``, float32.
+
+    Attributes:
+        num_heads: of a layer that a token is scored for.
     """
 
     def __init__(self, cache: StridedCache, written: Score, filters: torch.Tensor | None = None) -> None:
         self.cache = cache
         self.written = written
         self.filters = filters
+        self.num_heads = cache.num_kv_heads
 
     def resident_scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         """float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
@@ -111,6 +115,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, scale: float, shared_by_heads: bool
     ) -> None:
         super().__init__(cache, bank, key_scales, Score.VALUE_NORM)
+        self.num_heads = bank.means.shape[1]
         self.scale = scale
         self.shared_by_heads = shared_by_heads
         self.factors = (bank.factors * 0.5**0.5)[None].to(cache.rows.device) if bank.factors.shape[2] else None

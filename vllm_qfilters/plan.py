@@ -27,6 +27,7 @@ class RequestCompaction:
         block_ids: its pages afterwards. In token granularity the pages taken out of the middle held the end of the evictable
             region, and a page that was shared or prefix-cached and must be written is replaced by a private one.
         copied_pages: the private ones, as (place among the sequence's pages before, page).
+        shared_pages_out: pages taken out that other sequences hold too, where the workers write beside the tokens of all pages.
     """
 
     req_id: str
@@ -37,6 +38,7 @@ class RequestCompaction:
     window: int
     block_ids: tuple[int, ...]
     copied_pages: tuple[tuple[int, int], ...] = ()
+    shared_pages_out: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

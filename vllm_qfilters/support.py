@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -98,11 +98,29 @@ def check_specs(specs: dict[str, KVCacheSpec]) -> None:
             raise ValueError(f"KV compression does not support sliding-window, chunked or non-causal attention, which {name} has")
         if spec.head_size_v != spec.head_size or spec.num_head_slots is not None or spec.page_size_padded is not None:
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
+        if spec.dtype != first.dtype:
+            raise ValueError(
+                f"KV compression needs caches of one dtype: that of {name} is {spec.dtype}, the first layer's {first.dtype}; drop "
+                "--kv-cache-dtype-skip-layers"
+            )
         if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):
             raise ValueError(
                 f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x {spec.head_size}, "
                 f"the first layer {first.num_kv_heads} x {first.head_size}"
             )
+
+
+def check_cuda_graphs(config: KVCompressionConfig, mode: CUDAGraphMode) -> None:
+    """Refuses CUDA graphs that hide what is to be observed, once vLLM has settled on a mode.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    if config.observed_queries and mode.mixed_mode() == CUDAGraphMode.FULL:
+        raise ValueError(
+            f"observed={config.observed}: the last queries of a prompt cannot be seen in a full CUDA graph: use cudagraph_mode "
+            "FULL_AND_PIECEWISE, vLLM's default, or set observed to 0"
+        )
 
 
 def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request: Any) -> None:

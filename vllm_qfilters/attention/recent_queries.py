@@ -17,9 +17,18 @@ class QueryRecorder:
 
     def __init__(self, num_layers: int, num_queries: int) -> None:
         self.num_queries = num_queries
-        self._layers: list[dict[str, torch.Tensor]] = [{} for _ in range(num_layers)]  # [num_queries, num_heads, head_size]
+        self._num_layers = num_layers
+        self._kept: dict[str, torch.Tensor] = {}  # [num_layers, num_queries, num_heads, head_size]
         self._ends: dict[str, tuple[int, int]] = {}  # the position after the last query, and the prompt's length
-        self._rows: list[tuple[str, int, int]] = []
+        self._ignored: set[str] = set()
+        self._rows: dict[str, slice] = {}  # of the step's queries
+        self._tokens: list[int] = []  # whose queries those are
+        self._indices: torch.Tensor | None = None  # the same on the device
+        self._queries: torch.Tensor | None = None  # of the step, [num_layers, len(_tokens), num_heads, head_size]
+
+    def ignore(self, req_id: str) -> None:
+        """Keeps nothing of a request until it is forgotten: it will not evict."""
+        self._ignored.add(req_id)
 
     def start_step(
         self, req_ids: Sequence[str], num_scheduled_tokens: Sequence[int], computed: Sequence[int], prompt: Sequence[int]
@@ -36,33 +45,49 @@ class QueryRecorder:
         start = 0
         for req_id, num_tokens, position, num_prompt in zip(req_ids, num_scheduled_tokens, computed, prompt, strict=True):
             end = min(position + num_tokens, num_prompt)
-            if end > position:
-                self._rows.append((req_id, start, start + end - position))
+            if end > position and req_id not in self._ignored:
+                first = len(self._tokens)
+                self._tokens += range(start + max(0, end - position - self.num_queries), start + end - position)
+                self._rows[req_id] = slice(first, len(self._tokens))
                 self._ends[req_id] = end, num_prompt
             start += num_tokens
 
     def skip_step(self) -> None:
         """Announces a step whose queries are not to be kept."""
-        self._rows = []
+        self._file()
+        self._rows, self._tokens = {}, []
 
     def record(self, layer: int, query: torch.Tensor) -> None:
         """query: of a step's tokens after RoPE, shape ``[num_tokens, num_heads, head_size]``."""
-        kept = self._layers[layer]
-        for req_id, start, end in self._rows:
-            new = query[max(start, end - self.num_queries) : end]
-            old = kept.get(req_id)
-            missing = self.num_queries - new.shape[0]
-            kept[req_id] = new.clone() if old is None or not missing else torch.cat((old[-missing:], new))
+        if not self._tokens:
+            return
+        if self._queries is None:
+            tokens = torch.tensor(self._tokens, pin_memory=query.is_cuda)
+            self._indices = tokens.to(query.device, non_blocking=True)
+            self._queries = query.new_empty(self._num_layers, len(self._tokens), *query.shape[1:])
+        torch.index_select(query, 0, self._indices, out=self._queries[layer])
 
     def get(self, req_id: str) -> RecentQueries | None:
         """What is kept of a request's prompt."""
+        self._file()
         if req_id not in self._ends:
             return None
-        queries = torch.stack([layer[req_id] for layer in self._layers])
-        return RecentQueries(queries.transpose(1, 2), *self._ends[req_id])
+        return RecentQueries(self._kept[req_id].transpose(1, 2), *self._ends[req_id])
 
     def forget(self, req_ids: Iterable[str]) -> None:
+        self._file()
         for req_id in req_ids:
-            if self._ends.pop(req_id, None) is not None:
-                for layer in self._layers:
-                    layer.pop(req_id, None)
+            self._ignored.discard(req_id)
+            self._kept.pop(req_id, None)
+            self._ends.pop(req_id, None)
+
+    def _file(self) -> None:
+        """Puts what a step has recorded to what is kept of its requests."""
+        if self._queries is None:
+            return
+        for req_id, rows in self._rows.items():
+            new, old = self._queries[:, rows], self._kept.get(req_id)
+            missing = self.num_queries - new.shape[1]
+            # A copy, for one request's queries must not keep alive those of all others in its step.
+            self._kept[req_id] = new.clone() if old is None or not missing else torch.cat((old[:, -missing:], new), dim=1)
+        self._queries = None

@@ -136,6 +136,8 @@ class QFiltersManager(FullAttentionManager):
         """
         request_id = request.request_id
         blocks, resident = self.req_to_blocks[request_id], self.resident_tokens(request)
+        limits = self.limits[request_id]
+        shared = [blocks[i].block_id for i in indices if blocks[i].ref_cnt > 1]
         self._released.extend(blocks[i] for i in indices)
         for i in reversed(indices):
             del blocks[i]
@@ -146,8 +148,9 @@ class QFiltersManager(FullAttentionManager):
             position=request.num_computed_tokens,
             resident_tokens=resident,
             evicted_tokens=evicted_tokens,
-            sinks=self.limits[request_id].sinks,
+            sinks=limits.sinks,
             window=window,
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,
+            shared_pages_out=tuple(shared) if limits.private_window else (),
         )

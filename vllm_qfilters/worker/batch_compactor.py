@@ -1,6 +1,6 @@
 """Applies a whole compaction plan to the cache of this rank at once. Knows tensors, not vLLM."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -9,6 +9,8 @@ from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact, copy_pages
 from vllm_qfilters.kernels.selection import mean_standardised, select_kept
 from vllm_qfilters.scorers import RecentQueries
+
+SCORES_AT_ONCE = 1 << 26  # float32, of all layers and query heads: 256 MiB, and a few times that with what is made of them
 
 
 class BatchCompactor:
@@ -38,6 +40,31 @@ class BatchCompactor:
             Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head where
             the heads share them.
         """
+        kept = []
+        for part in self._parts(compactions):
+            kept += self._compact(compactions[part], block_table, recent_queries[part])
+        return kept
+
+    def _parts(self, compactions: Sequence[Compaction]) -> Iterator[slice]:
+        """Those that are compacted at once: almost always all of them.
+
+        There is no room for the scores of any number of tokens. And sequences write what their queries observe beside all their
+        tokens, in the pages taken out too, before the survivors move: two that take out the same page would move each other's.
+        """
+        most_tokens = SCORES_AT_ONCE // (self.cache.num_layers * self.scorer.num_heads)
+        first, num_tokens, shared = 0, 0, set()
+        for index, compaction in enumerate(compactions):
+            is_full = num_tokens + compaction.resident_tokens > most_tokens
+            if index > first and (is_full or not shared.isdisjoint(compaction.shared_pages_out)):
+                yield slice(first, index)
+                first, num_tokens, shared = index, 0, set()
+            num_tokens += compaction.resident_tokens
+            shared.update(compaction.shared_pages_out)
+        yield slice(first, len(compactions))
+
+    def _compact(
+        self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
+    ) -> list[torch.Tensor]:
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)
         copy_pages(self.cache, batch)

@@ -31,6 +31,7 @@ from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 from vllm_qfilters.plan import QFiltersSchedulerOutput
+from vllm_qfilters.support import check_cuda_graphs
 from vllm_qfilters.worker.batch_compactor import BatchCompactor
 from vllm_qfilters.worker.model_runner import CompressedModelRunner
 
@@ -56,6 +57,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                     f"KV compression does not work with attention backend {layer.get_attn_backend().get_name()}: use "
                     f"--attention-backend with one of {', '.join(backend.name for backend in BACKENDS)}"
                 )
+        check_cuda_graphs(self.compression, self.cudagraph_manager.cudagraph_mode)
         fp8_dtype = FP8_DTYPES.get(self.cache_config.cache_dtype)
         kv_caches = [layer.kv_cache if fp8_dtype is None else layer.kv_cache.view(fp8_dtype) for layer in self.layers]
         self.cache = StridedCache(kv_caches, self.compression.num_planes)
@@ -112,6 +114,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                         window=row.window,
                         new_pages=row.block_ids,
                         copied_pages=row.copied_pages,
+                        shared_pages_out=row.shared_pages_out,
                     )
                     for index, row in zip(indices, rows, strict=True)
                 ]

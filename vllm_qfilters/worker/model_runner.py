@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
@@ -125,6 +125,10 @@ class CompressedModelRunner:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
+        if self.recorder is not None:
+            for request in scheduler_output.scheduled_new_reqs:
+                if not self._may_evict(request):
+                    self.recorder.ignore(request.req_id)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if self.page_scorer is not None:
             self.page_scorer.score_filled_pages(scheduler_output)
@@ -195,6 +199,11 @@ class CompressedModelRunner:
         if recent.have_read_prompt_at(row.position):
             self.recorder.forget([row.req_id])
         return recent.last(row.resident_tokens - (row.position - recent.end))
+
+    def _may_evict(self, request: NewRequestData) -> bool:
+        params = request.sampling_params
+        limits = self.compression.request_limits(params.extra_args, request.prompt_len, self.cache_config.block_size)
+        return limits is not None and request.prompt_len + params.max_tokens > limits.budget
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)

@@ -1,0 +1,69 @@
+"""The last queries of prompts, whatever steps their tokens come in."""
+
+import random
+
+import torch
+
+from vllm_qfilters.attention.recent_queries import QueryRecorder
+
+NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
+
+
+def query_of(req_id: str, position: int, layer: int) -> torch.Tensor:
+    return torch.full((HEADS, SIZE), float(1000 * int(req_id) + 10 * position + layer))
+
+
+def run_step(recorder: QueryRecorder, tokens: dict[str, int], computed: dict[str, int], prompt: dict[str, int]) -> None:
+    """The next ``tokens`` of some requests, and two of padding, through all layers."""
+    recorder.start_step(list(tokens), list(tokens.values()), [computed[r] for r in tokens], [prompt[r] for r in tokens])
+    for layer in range(NUM_LAYERS):
+        rows = [query_of(r, computed[r] + i, layer) for r, count in tokens.items() for i in range(count)]
+        recorder.record(layer, torch.stack([*rows, *2 * [torch.full((HEADS, SIZE), torch.nan)]]))
+    for req_id, count in tokens.items():
+        computed[req_id] += count
+
+
+def assert_last_queries(recorder: QueryRecorder, req_id: str, end: int, num_prompt: int) -> None:
+    found = recorder.get(req_id)
+    assert (found.end, found.num_prompt_tokens) == (end, num_prompt)
+    positions = range(max(0, end - NUM_QUERIES), end)
+    expected = [torch.stack([query_of(req_id, position, layer) for position in positions]) for layer in range(NUM_LAYERS)]
+    assert torch.equal(found.queries, torch.stack(expected).transpose(1, 2))
+
+
+def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
+    rng, recorder = random.Random(0), QueryRecorder(NUM_LAYERS, NUM_QUERIES)
+    prompt = {str(r): rng.randint(1, 40) for r in range(12)}
+    computed = dict.fromkeys(prompt, 0)
+    for _ in range(60):
+        tokens = {r: rng.choice([1, 2, 3, 7, 12]) for r in rng.sample(sorted(prompt), 4)}
+        tokens = {r: min(count, prompt[r] - computed[r]) if computed[r] < prompt[r] else 1 for r, count in tokens.items()}
+        run_step(recorder, tokens, computed, prompt)
+        for req_id in tokens:
+            assert_last_queries(recorder, req_id, min(computed[req_id], prompt[req_id]), prompt[req_id])
+    assert all(computed[r] >= prompt[r] for r in prompt)
+
+
+def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():
+    recorder, prompt = QueryRecorder(NUM_LAYERS, NUM_QUERIES), {"1": 9, "2": 9, "3": 9}
+    recorder.ignore("2")
+    run_step(recorder, {"1": 7, "2": 7, "3": 7}, dict.fromkeys(prompt, 0), prompt)
+    recorder.forget(["3"])
+    assert recorder.get("2") is None and recorder.get("3") is None
+    run_step(recorder, {"3": 2}, {"3": 0}, prompt)
+    assert_last_queries(recorder, "1", 7, 9)
+    assert_last_queries(recorder, "3", 2, 9)
+    recorder.forget(["1", "2", "3"])
+    run_step(recorder, {"2": 3}, {"2": 0}, prompt)  # another one of that name
+    assert_last_queries(recorder, "2", 3, 9)
+    recorder.forget(["2"])
+    assert not recorder._kept and not recorder._ends and not recorder._ignored
+
+
+def test_a_skipped_step_leaves_what_was_kept():
+    recorder, prompt, computed = QueryRecorder(NUM_LAYERS, NUM_QUERIES), {"1": 9}, {"1": 0}
+    run_step(recorder, {"1": 7}, computed, prompt)
+    recorder.skip_step()
+    for layer in range(NUM_LAYERS):
+        recorder.record(layer, torch.full((4, HEADS, SIZE), torch.nan))
+    assert_last_queries(recorder, "1", 7, 9)
