@@ -1,6 +1,6 @@
 """Load and faults on a real server, on loopback and for a bounded time: what is lost, leaks, grows, or hangs?
 
-    python scripts/load_test.py [--minutes 10] [--model models/SmolLM2-135M-Instruct] [--full-size] [any argument of vllm serve]
+    python scripts/load_test.py [--minutes 10] [--model FOLDER] [--full-size] [any argument of vllm serve]
 
 Starts ``vllm serve`` with KV compression and a cache so small that requests are preempted all the time, and sends at once
 
@@ -251,9 +251,10 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
     seconds, memory = 60 * arguments.minutes, []
 
     async def watch_memory() -> None:
-        for tenth in range(11):
-            memory.append({"seconds": round(seconds * tenth / 10), **server.resident_mb()})
+        memory.append({"seconds": 0, **server.resident_mb()})
+        for tenth in range(1, 11):
             await asyncio.sleep(seconds / 10)
+            memory.append({"seconds": round(seconds * tenth / 10), **server.resident_mb()})
 
     bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
     mix = {load.short: 32, load.long: 4, load.leave: 3, load.malformed: 1}
