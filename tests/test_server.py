@@ -45,8 +45,8 @@ def text(words: int) -> str:
 def test_the_log_says_what_is_active_and_where_filters_came_from(server):
     (line,) = [line for line in server.log if "KV compression is on" in line]
     for part in (
-        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer", "prefill chunked (chunks of 512)",
-        "filters calibrated now (4 sequences of 2048 random token ids)",
+        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer",
+        "prefill chunked (chunks of 512)", "filters calibrated now (4 sequences of 2048 random token ids)",
         "at most 8 pages of 64 tokens per decoding sequence, 16 while its prompt is read",
     ):
         assert part in line, line
@@ -119,7 +119,8 @@ def test_two_budgets_at_once_give_what_each_gives_alone(client):
 @pytest.mark.parametrize("kv_budget", [-5, 100, 1.5, "much", [1]], ids=str)
 def test_a_bad_budget_is_a_400_with_a_reason_and_others_go_on(kv_budget, client):
     with pytest.raises(openai.BadRequestError, match="kv_budget"):
-        client.completions.create(model="demo", prompt="a b c", max_tokens=4, extra_body={"vllm_xargs": {"kv_budget": kv_budget}})
+        xargs = {"vllm_xargs": {"kv_budget": kv_budget}}
+        client.completions.create(model="demo", prompt="a b c", max_tokens=4, extra_body=xargs)
     assert client.completions.create(model="demo", prompt="a b c", max_tokens=4).choices
 
 
