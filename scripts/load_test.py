@@ -10,8 +10,8 @@ Starts ``vllm serve`` with KV compression and a cache so small that requests are
 - requests with malformed ``kv_budget`` values, which must be refused with a 400 and a reason.
 
 Then everything must have been answered, no page be held, the same prompt get the same answer as before, and no exception stand
-in the log. At last the worker's process is killed while it streams, and on another server the engine's: every client must hear of
-it, and the server say why and end. Prints a report, writes it to benchmarks/results/load.json and the logs of the servers to
+in the log. At last the worker's process is killed while it streams, and on another server the engine's: every client must hear
+of it, and the server say why and end. Prints a report, writes it to benchmarks/results/load.json and the logs of the servers to
 build/, and ends with status 1 if anything was not as it must be.
 
 The model has the demo model's vocabulary and random weights of 2 small layers, unless --full-size: the subject is the engine.
@@ -309,6 +309,11 @@ async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         status = None
     seconds_to_end = round(time.monotonic() - begin, 1)
+
+    async def all_ended() -> bool:
+        return not server.processes()
+
+    await wait_until(all_ended, HANG_SECONDS)  # workers find out by themselves that their engine is gone
     return {
         "clients": len(streams),
         "clients_told": sum(task.result() for task in done),
@@ -316,6 +321,7 @@ async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
         "server_status": status,
         "seconds_until_the_server_ended": seconds_to_end,
         "processes_left": len(server.processes()),
+        "seconds_until_all_processes_ended": round(time.monotonic() - begin, 1),
         "log_says_why": any("EngineDeadError" in line for line in server.log[lines_before:]),
     }
 

@@ -60,14 +60,15 @@ class Server:
         self.stop()
         raise RuntimeError("the server did not start:\n" + "".join(self.log[-40:]))
 
-    def metrics(self, prefix: str = METRICS) -> dict[str, float]:
-        """Those whose names begin with ``prefix``, by the rest of the name; sums over engines and other labels."""
+    def metrics(self, prefix: str = METRICS, **labels: str) -> dict[str, float]:
+        """Those whose names begin with ``prefix``, by the rest of the name; sums over labels other than ``labels``."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=30) as response:
             lines = response.read().decode().splitlines()
         sums = collections.defaultdict(float)
         for line in lines:
-            if match := re.match(prefix + r"(\w+)(?:\{.*\})? (\S+)$", line):
-                sums[match[1]] += float(match[2])
+            match = re.match(prefix + r"(\w+)(?:\{(.*)\})? (\S+)$", line)
+            if match and all(f'{name}="{value}"' in (match[2] or "") for name, value in labels.items()):
+                sums[match[1]] += float(match[3])
         return {name: value for name, value in sums.items() if not name.endswith("_created")}
 
     def sequences(self) -> list[dict[str, Any]]:
