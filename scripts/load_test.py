@@ -61,14 +61,14 @@ class LoadedServer(Server):
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str]) -> None:
         config = {"budget": BUDGET, "interval": BLOCK, "chunk": CHUNK}
-        flags = ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps(config), *flags]
-        flags += ["--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", str(MAX_MODEL_LEN)]
-        flags += ["--num-gpu-blocks-override", str(NUM_PAGES), "--kv-cache-memory-bytes", str(1 << 30)]
+        defaults = ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps(config)]
+        defaults += ["--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", str(MAX_MODEL_LEN)]
+        defaults += ["--num-gpu-blocks-override", str(NUM_PAGES), "--kv-cache-memory-bytes", str(1 << 30)]
         if not arguments.full_size:
-            flags += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
+            defaults += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
         # /reset_prefix_cache is there in this mode alone, which also logs the stack of every refusal.
-        flags.append("--no-log-error-stack")
-        super().__init__(arguments.model, *flags, name=NAME, environment={"VLLM_SERVER_DEV_MODE": "1"})
+        defaults.append("--no-log-error-stack")
+        super().__init__(arguments.model, *defaults, *flags, name=NAME, environment={"VLLM_SERVER_DEV_MODE": "1"})
 
     def processes(self) -> dict[int, str]:
         """All of its session: process id to command line."""
@@ -342,7 +342,8 @@ async def test(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any
                 print(f"kill {title} ...", file=sys.stderr, flush=True)
                 report["kills"][title] = await kill(title, server, load)
         finally:
-            server.stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the report says that it did not end
+                server.stop()
             LOG.parent.mkdir(exist_ok=True)
             LOG.with_suffix(f".{title.rpartition(':')[2]}.log").write_text("".join(server.log))
     return report
