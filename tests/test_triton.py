@@ -288,17 +288,14 @@ def test_compact_matches_reference(case, is_shared):
     assert torch.equal(fast.buffer, slow.buffer)
 
 
-@pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
-def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granularity):
-    """Other ranks, where there are any, think the opposite, and are more."""
+@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared):
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
-    is_shared, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else torch.clone
-    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared, mean_over_ranks)
+    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared)
     with forbidden_waiting():
         compactor.compact(fast.compactions, fast.batch.block_table, [None] * len(fast.compactions))
     for index, eviction in enumerate(slow.evictions):
-        scores = slow.scores_of(index) if mean_over_ranks is torch.clone else -slow.scores_of(index)
-        kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, is_shared)
+        kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
         reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
@@ -349,8 +346,7 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
             batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
             scorer = RotaryFilterScorer(slow.cache, banks[1])
         else:
-            # Other ranks saw more of what this one saw.
-            options = dict(scale=0.1, shared_by_heads="shared" in name, max_over_ranks=lambda peak: 3 * peak)
+            options = dict(scale=0.1, shared_by_heads="shared" in name)
             batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, **options)
             scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
     if "observed" in name:
