@@ -10,6 +10,7 @@ filters given as a file must be there on each machine. ``/metrics`` is answered 
 
 import argparse
 import contextlib
+import types
 from typing import Any
 
 import ray
@@ -44,6 +45,7 @@ class Replica:
         tasks = await self._engine.get_supported_tasks()
         self._app = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, self._app.state, args, tasks)
+        self._app.state.server = types.SimpleNamespace()  # that vLLM tells to end when its engine dies: Ray Serve sees to that
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -86,11 +86,11 @@ def supported_config() -> SimpleNamespace:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, original_max_model_len=4096,
-            max_model_len=4096,
+            max_model_len=4096, is_moe=True,
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
-            worker_cls=CPU_WORKER_CLS,
+            worker_cls=CPU_WORKER_CLS, data_parallel_size=1,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
         kv_transfer_config=None,
@@ -114,6 +114,7 @@ def supported_config() -> SimpleNamespace:
         ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV cache events; drop --kv-events-config"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.data_parallel_size", 2, "data parallelism of mixture-of-experts models"),
         ("parallel_config.use_ubatching", True, "microbatches; drop --enable-dbo"),
         ("parallel_config.worker_cls", GPU_WORKER_CLS, "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
         ("use_v2_model_runner", True, "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER"),

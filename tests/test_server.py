@@ -1,20 +1,15 @@
 """The real server over HTTP, with the OpenAI client, on the demo model."""
 
-import json
 import os
 import pathlib
-import re
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 
 import openai
 import pytest
 
+from tests.server import Server
 from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,49 +17,8 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 BUDGET, BLOCK = 512, 64
 
 
-class Server:
-    """`vllm serve` in a process of its own; its log is kept line by line."""
-
-    def __init__(self, *flags: str, name: str = "demo") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(pathlib.Path(sys.executable).parent / "vllm"), "serve", str(MODEL), "--served-model-name", name]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--block-size", str(BLOCK), "--enforce-eager"]
-        command += ["--kv-cache-memory-bytes", str(400 << 20), *flags]
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        self.url = f"http://127.0.0.1:{port}"
-        self.log: list[str] = []
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
-        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
-
-    def wait(self, seconds: float = 300) -> "Server":
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, "".join(self.log[-40:])
-            try:
-                with urllib.request.urlopen(self.url + "/health", timeout=5):
-                    return self
-            except OSError:
-                time.sleep(0.5)
-        raise AssertionError("".join(self.log[-40:]))
-
-    def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(self.url + "/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        found = (re.match(r"(vllm:kv_compression_\w+)\{.*\} (\S+)", line) for line in lines)
-        return {m[1].removeprefix("vllm:kv_compression_"): float(m[2]) for m in found if m and not m[1].endswith("_created")}
-
-    def sequences(self) -> list[dict]:
-        """From the endpoint."""
-        with urllib.request.urlopen(self.url + "/kv_compression", timeout=10) as response:
-            return json.load(response)["sequences"]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+def serve(*flags: str) -> Server:
+    return Server(MODEL, "--block-size", str(BLOCK), "--kv-cache-memory-bytes", str(400 << 20), *flags).wait()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +26,7 @@ def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
     config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": true}' % BUDGET
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
-    server = Server("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config).wait()
+    server = serve("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config)
     yield server
     server.stop()
 
@@ -91,8 +45,8 @@ def text(words: int) -> str:
 def test_the_log_says_what_is_active_and_where_filters_came_from(server):
     (line,) = [line for line in server.log if "KV compression is on" in line]
     for part in (
-        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer", "prefill chunked (chunks of 512)",
-        "filters calibrated now (4 sequences of 2048 random token ids)",
+        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer",
+        "prefill chunked (chunks of 512)", "filters calibrated now (4 sequences of 2048 random token ids)",
         "at most 8 pages of 64 tokens per decoding sequence, 16 while its prompt is read",
     ):
         assert part in line, line
@@ -165,7 +119,8 @@ def test_two_budgets_at_once_give_what_each_gives_alone(client):
 @pytest.mark.parametrize("kv_budget", [-5, 100, 1.5, "much", [1]], ids=str)
 def test_a_bad_budget_is_a_400_with_a_reason_and_others_go_on(kv_budget, client):
     with pytest.raises(openai.BadRequestError, match="kv_budget"):
-        client.completions.create(model="demo", prompt="a b c", max_tokens=4, extra_body={"vllm_xargs": {"kv_budget": kv_budget}})
+        xargs = {"vllm_xargs": {"kv_budget": kv_budget}}
+        client.completions.create(model="demo", prompt="a b c", max_tokens=4, extra_body=xargs)
     assert client.completions.create(model="demo", prompt="a b c", max_tokens=4).choices
 
 
@@ -197,7 +152,7 @@ def test_page_granularity_frees_pages():
     flags = ["--kv-compression", "qfilters", "--kv-compression-config.granularity", "page"]
     for name, value in (("budget", BUDGET), ("interval", BLOCK), ("chunk", 512)):
         flags += [f"--kv-compression-config.{name}", str(value)]
-    pages = Server(*flags).wait()
+    pages = serve(*flags)
     try:
         assert any("KV compression is on" in line and "granularity page" in line for line in pages.log)
         client = openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300)
@@ -214,7 +169,7 @@ def test_page_granularity_frees_pages():
 
 
 def test_a_plain_server_says_nothing_of_us():
-    plain = Server().wait()
+    plain = serve()
     try:
         assert plain.metrics() == {}
         assert not any("compression" in line.lower() or "qfilters" in line.lower() for line in plain.log), plain.log

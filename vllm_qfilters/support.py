@@ -61,6 +61,9 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype}; set observed to 0": (
             bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES
         ),
+        "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1": (
+            parallel.data_parallel_size > 1 and model.is_moe
+        ),
         "microbatches; drop --enable-dbo": parallel.use_ubatching,
         "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1": (
             config.endpoint and parallel._api_process_count > 1
