@@ -40,6 +40,9 @@ def measure(job: dict[str, Any]) -> Numbers:
         max_model_len=max(job["contexts"]) + 3 * job["steps"] + 256,
         enable_prefix_caching=False,
     )
+    if hasattr(engine.runner, "compactor"):
+        engine.time_calls(engine.runner.compactor, "compact", "compaction")
+        engine.time_calls(engine.runner.compactor.scorer, "write", "what scores are made of")
     by_context = {str(context): measure_context(engine, job, context) for context in job["contexts"]}
     return {
         **by_context[str(max(job["contexts"]))],
@@ -76,7 +79,8 @@ def decode(engine: Engine, steps: int) -> dict[str, float]:
     """Times ``steps`` steps after some that warm up."""
     for _ in range(4):
         engine.step()
-    seconds, pages, compressing = [], 0, engine.compression_seconds
+    seconds, pages = [], 0
+    engine.seconds.clear()
     for _ in range(steps):
         begin = time.perf_counter()
         engine.step()
@@ -85,7 +89,7 @@ def decode(engine: Engine, steps: int) -> dict[str, float]:
     return {
         "step_ms": 1000 * statistics.median(seconds),
         "mean_step_ms": 1000 * statistics.fmean(seconds),
-        "compression_percent": 100 * (engine.compression_seconds - compressing) / sum(seconds),
+        "compression_percent": 100 * engine.seconds.total() / sum(seconds),
         "pages_per_sequence": pages,
     }
 

@@ -1,9 +1,9 @@
 """An engine in this process, its scheduler within reach, and prompts for it."""
 
+import collections
 import os
 import random
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ class Engine:
         llm: further arguments of vLLM's LLM.
 
     Attributes:
-        compression_seconds: the worker has spent on compaction and on what scores are made of, so far; on CPUs alone.
+        runner: the model runner.
+        seconds: spent so far in calls that are timed.
         preemptions: of the scheduler, so far.
     """
 
@@ -40,11 +41,8 @@ class Engine:
         self.preemptions = 0
         self._preempt_request = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._count_preemption
-        self.compression_seconds = 0.0
-        runner = self.core.model_executor.driver_worker.worker.model_runner
-        if hasattr(runner, "compactor"):
-            for part, method_name in ((runner.compactor, "compact"), (runner.compactor.scorer, "write")):
-                setattr(part, method_name, self._timed(getattr(part, method_name)))
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.seconds: collections.Counter[str] = collections.Counter()
 
     @property
     def evicted_tokens(self) -> int:
@@ -72,6 +70,19 @@ class Engine:
     def step(self) -> list[Any]:
         return self.engine.step()
 
+    def time_calls(self, owner: Any, name: str, part: str) -> None:
+        """From now on calls of a method of ``owner`` count as ``part``."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds[part] += time.perf_counter() - begin
+
+        setattr(owner, name, timed)
+
     def read_prompts(self) -> tuple[float, int]:
         """Steps until every sequence has its first token: the seconds it took, and most pages a sequence held."""
         begin, pages = time.perf_counter(), 0
@@ -88,15 +99,6 @@ class Engine:
         self.engine.abort_request(list(self.scheduler.requests), internal=True)
         while self.engine.has_unfinished_requests():
             self.step()
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.compression_seconds += time.perf_counter() - begin
-            return result
-
-        return timed
 
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
         self.preemptions += 1

@@ -7,10 +7,9 @@ are.
 """
 
 import argparse
-import collections
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.case import Case, Numbers
@@ -41,19 +40,17 @@ def measure(job: dict[str, Any]) -> Numbers:
         max_model_len=job["context"] + job["steps"] + 64,
         enable_prefix_caching=False,
     )
-    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    runner = engine.runner
     owners = {"scorer": runner.layers[0].impl.scorer, "page_scorer": runner.page_scorer, "pages": engine.manager}
-    seconds: collections.Counter[str] = collections.Counter()
     for part, (owner, name) in PARTS.items():
-        setattr(owners[owner], name, timed(getattr(owners[owner], name), part, seconds))
+        engine.time_calls(owners[owner], name, part)
     for index, prompt in enumerate(engine.prompts(job["sequences"], job["context"])):
         engine.add(str(index), prompt[17 * index :], job["steps"] + 32)  # pages fill at other steps
-    while any(r.is_prefill_chunk or not r.num_computed_tokens for r in engine.scheduler.requests.values()):
-        engine.step()
+    engine.read_prompts()
     for _ in range(4):
         engine.step()
 
-    seconds.clear()
+    engine.seconds.clear()
     before = engine.evicted_tokens
     step_seconds = []
     for _ in range(job["steps"]):
@@ -66,21 +63,10 @@ def measure(job: dict[str, Any]) -> Numbers:
         "mean_step_ms": 1000 * total / len(step_seconds),
         "evicted_pages": (engine.evicted_tokens - before) // engine.manager.block_size,
         "block_size": engine.manager.block_size,
-        "all_ms": 1000 * sum(seconds.values()) / job["steps"],
-        "ms_per_step": {part: round(1000 * seconds[part] / job["steps"], 4) for part in PARTS},
-        "percent_of_decode": {part: round(100 * seconds[part] / total, 3) for part in PARTS},
+        "all_ms": 1000 * engine.seconds.total() / job["steps"],
+        "ms_per_step": {part: round(1000 * engine.seconds[part] / job["steps"], 4) for part in PARTS},
+        "percent_of_decode": {part: round(100 * engine.seconds[part] / total, 3) for part in PARTS},
     }
-
-
-def timed(function: Callable[..., Any], part: str, seconds: collections.Counter[str]) -> Callable[..., Any]:
-    def wrapper(*args: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return function(*args)
-        finally:
-            seconds[part] += time.perf_counter() - begin
-
-    return wrapper
 
 
 def shares(of_round: Mapping[str, Numbers]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def test_frees_the_pages_the_cpu_path_frees(runs, engines):
 def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     """What each one's queries observe there moves with its own survivors: later evictions go by it."""
     result = runs[5]
-    assert result["compactions"] == 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
+    assert result["compactions"] >= 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
 
 

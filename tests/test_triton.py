@@ -419,8 +419,14 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
         assert torch.equal(found, expected)
 
 
+def score_by_reference(monkeypatch):
+    """C++ operators read caches of CPUs alone."""
+    for operator in ("expected_attention", "observed_attention"):
+        monkeypatch.setattr(f"vllm_qfilters.scorers.{operator}", getattr(reference, operator))
+
+
 def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_observed(monkeypatch):
-    monkeypatch.setattr("vllm_qfilters.scorers.expected_attention", reference.expected_attention)  # of any layout
+    score_by_reference(monkeypatch)
     geometry = Geometry(num_kv_heads=2, head_size=12)
     evictions = [Eviction(96, 32, 4, 32), Eviction(90, 32, 4, 26)]
     fast, slow = Sequences(evictions, geometry, seed=3), Sequences(evictions, geometry, seed=3, device=CPU)
@@ -482,7 +488,7 @@ SCORERS = [
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"])
 def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
-    monkeypatch.setattr("vllm_qfilters.scorers.expected_attention", reference.expected_attention)  # of any layout
+    score_by_reference(monkeypatch)
     geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
     slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
