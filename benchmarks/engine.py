@@ -46,8 +46,11 @@ class Engine:
 
     @property
     def evicted_tokens(self) -> int:
-        stats = getattr(self.scheduler, "compression_stats", None)
-        return 0 if stats is None else stats.evicted_tokens
+        return self._compression_stats("evicted_tokens")
+
+    @property
+    def compaction_seconds(self) -> float:
+        return self._compression_stats("compaction_seconds")
 
     def prompts(self, count: int, num_tokens: int) -> list[list[int]]:
         """Pieces of a text, or of random token ids where there is no tokenizer; no two begin alike."""
@@ -99,6 +102,10 @@ class Engine:
         self.engine.abort_request(list(self.scheduler.requests), internal=True)
         while self.engine.has_unfinished_requests():
             self.step()
+
+    def _compression_stats(self, name: str) -> float:
+        """0 for plain vLLM."""
+        return getattr(getattr(self.scheduler, "compression_stats", None), name, 0)
 
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
         self.preemptions += 1

@@ -82,12 +82,10 @@ def observed_attention(
     peak_pool: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
-    mean, peak = torch.zeros(2, cache.num_layers, cache.num_kv_heads, num_tokens)
-    mean[..., : num_tokens - num_newer], peak[..., : num_tokens - num_newer] = OPERATORS.observed_attention.default(
+    mean, peak = OPERATORS.observed_attention.default(
         cache.pages, cache.layout.keys, pages, num_tokens - num_newer, queries.contiguous()
     )
-    pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
-    return mean, peak
+    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:

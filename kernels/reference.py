@@ -5,7 +5,7 @@ queries like.
 """
 
 import torch
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 
@@ -111,27 +111,28 @@ def observed_attention(
     num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
-    mean, peak = torch.zeros(2, num_layers, num_kv_heads, num_tokens, device=queries.device)
+    mean, peak = torch.empty(2, num_layers, num_kv_heads, num_seen, device=queries.device)
     is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(num_seen - num_queries + 1)
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
         logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
         logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
         attention = logits.softmax(-1)
-        mean[layer, :, :num_seen], peak[layer, :, :num_seen] = attention.mean((1, 2)), attention.amax((1, 2))
-    pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
-    return mean, peak
+        mean[layer], peak[layer] = attention.mean((1, 2)), attention.amax((1, 2))
+    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 
 
-def pool_neighbours(mean: torch.Tensor, peak: torch.Tensor, num_newer: int, mean_pool: int, peak_pool: int) -> None:
-    """Pools the attention to the neighbours of each token, as :func:`observed_attention` says, in place.
+def pool_neighbours(
+    mean: torch.Tensor, peak: torch.Tensor, num_newer: int, mean_pool: int, peak_pool: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the attention to each token alone what :func:`observed_attention` returns.
 
     Args:
-        mean, peak: of each token alone, shape ``[num_layers, num_kv_heads, num_tokens]``.
+        mean, peak: shape ``[num_layers, num_kv_heads, num_tokens - num_newer]``.
     """
-    seen = slice(0, mean.shape[-1] - num_newer)
-    mean[..., seen] = avg_pool1d(mean[..., seen], mean_pool, stride=1, padding=mean_pool // 2)
-    peak[..., seen] = max_pool1d(peak[..., seen], peak_pool, stride=1, padding=peak_pool // 2)
+    mean = avg_pool1d(mean, mean_pool, stride=1, padding=mean_pool // 2)
+    peak = max_pool1d(peak, peak_pool, stride=1, padding=peak_pool // 2)
+    return pad(mean, (0, num_newer)), pad(peak, (0, num_newer))
 
 
 def write_and_score(
