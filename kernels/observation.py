@@ -5,7 +5,7 @@ launches: the terms of each query's softmax; mean and peak over queries and quer
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -261,6 +261,7 @@ def observe(
     mean_pool: int,
     peak_pool: int,
     shared_by_heads: bool,
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> torch.Tensor:
     """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold.
 
@@ -272,6 +273,7 @@ def observe(
         scale: of the attention's logits.
         mean_pool, peak_pool: neighbours, odd.
         shared_by_heads: the peak is that of all heads of a layer.
+        max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
 
     Returns:
         What the tokens of all rows are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row: what
@@ -289,7 +291,7 @@ def observe(
     observed = gather_scores(plane, batch)
     for first in range(0, len(observations), _SEQUENCES_AT_ONCE):
         some = observations[first : first + _SEQUENCES_AT_ONCE]
-        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads)
+        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads, max_over_ranks)
     return observed
 
 
@@ -303,6 +305,7 @@ def _observe(
     mean_pool: int,
     peak_pool: int,
     shared_by_heads: bool,
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     rows = cache.rows
     numbers, num_queries = [], 0
@@ -336,6 +339,8 @@ def _observe(
     _observed_attention_kernel[(*grid, triton.cdiv(max_resident, tile))](
         rows, batch.block_table, batch.rows, table, queries, terms, mean, peak, *sizes, **constants
     )
+    if shared_by_heads and any(observation.is_question for observation in observations):
+        peak = max_over_ranks(peak)
     wide = 1024
     _pool_kernel[(*grid, triton.cdiv(max_resident, wide))](
         mean,

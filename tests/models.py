@@ -17,17 +17,19 @@ NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 32, 512
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 
 
-def make_tiny_llama(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+def make_tiny_llama(
+    folder: pathlib.Path, seed: int = 0, num_heads: int = NUM_HEADS, num_kv_heads: int = NUM_KV_HEADS, vocab: int = VOCAB
+) -> pathlib.Path:
     """A Llama with random weights, large enough that attention differs from token to token; float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=NUM_HEADS * HEAD_SIZE,
-        intermediate_size=256,
+        hidden_size=num_heads * HEAD_SIZE,
+        intermediate_size=2 * num_heads * HEAD_SIZE,
         num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         head_dim=HEAD_SIZE,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         max_position_embeddings=65536,
         initializer_range=0.12,
         rope_parameters=ROPE,

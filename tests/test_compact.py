@@ -253,8 +253,10 @@ def test_all_other_pages_stay_as_they_were(sequence):
     assert torch.equal(sequence.page_bytes()[:, others], sequence.page_bytes_before[:, others])
 
 
-@pytest.mark.parametrize("shared_by_heads", [False, True], ids=["head", "layer"])
-def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(shared_by_heads):
+@pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(granularity):
+    """Other ranks, where there are any, think the opposite, and are more."""
+    shared_by_heads, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else None
     _, cache = make_cache(Geometry(num_layers=2, num_blocks=12, num_kv_heads=3, block_size=16))
     old_pages, new_block_ids, resident, kept, sinks, window = [7, 2, 9, 4, 11, 0], (7, 5, 11, 0), 90, 58, 4, 21
     scorer = Scorer(cache)
@@ -264,9 +266,9 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(shared_by_heads
         for layer in range(2)
     ])
     assert torch.equal(scorer.resident_scores(ResidentTokens(torch.tensor(old_pages), resident, resident)), scores)
-    is_kept = select_kept(scores, kept, sinks, window, shared_by_heads)
+    is_kept = select_kept(scores if mean_over_ranks is None else -scores, kept, sinks, window, shared_by_heads)
     row = RequestCompaction("a", resident, resident, resident - kept, sinks, window, new_block_ids)
-    Compactor(scorer, shared_by_heads).compact(old_pages, row)
+    Compactor(scorer, shared_by_heads, mean_over_ranks).compact(old_pages, row)
     for (layer, head), rows in triples(cache, list(new_block_ids), kept).items():
         survivors = [row for token, row in enumerate(before[layer, head]) if is_kept[layer, head, token]]
         assert sorted(rows) == sorted(survivors)

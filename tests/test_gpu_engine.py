@@ -22,6 +22,12 @@ BATCHES = [
     [dict(prompt=LONG, max_tokens=12), dict(prompt=random_prompt(100, seed=2), max_tokens=12)],
     [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
 ]
+# The last two hold the first two pages in common, and take out the second one in the same step, at their first token.
+SHARING = dict(EVICTING, window=48)
+SHARED_PREFIX = [
+    [dict(prompt=LONG[:64] + random_prompt(63, seed=seed), max_tokens=max_tokens) for seed in seeds]
+    for max_tokens, seeds in ((1, (7,)), (4, (8, 9)))
+]
 SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
 CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
@@ -36,6 +42,7 @@ def runs(tiny_model, tiny_filters):
         dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
         dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
         dict(compression=PAGES, llm=LLM, requests=BATCHES),
+        dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
@@ -91,6 +98,13 @@ def test_frees_the_pages_the_cpu_path_frees(runs, engines):
     result = runs[4]
     assert result["evicted_tokens"] >= 3 * 32
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), BATCHES, result)
+
+
+def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
+    """What each one's queries observe there moves with its own survivors: later evictions go by it."""
+    result = runs[5]
+    assert result["compactions"] >= 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
 
 
 def test_calibrates_what_the_cpu_path_calibrates(runs, engines):

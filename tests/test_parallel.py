@@ -1,11 +1,17 @@
-"""Tensor and pipeline parallelism: ranks hold different heads or layers and evict the same counts."""
+"""Tensor and pipeline parallelism: ranks hold different heads or layers and evict the same counts. Data parallelism: engines
+that share a server."""
 
+import concurrent.futures
+import json
+
+import openai
 import pytest
 import torch
 
-from tests.engines import Engine
-from tests.models import random_prompt, tiny_identity
+from tests.engines import BLOCK, Engine, Engines
+from tests.models import make_tiny_llama, random_prompt, tiny_identity
 from tests.run_engine import generate_each
+from tests.server import Server
 from vllm_qfilters import kv_compression
 from vllm_qfilters.filters.format import load
 
@@ -22,8 +28,8 @@ def start(tiny_model):
     """Starts an engine with ranks in processes of their own, which end with the test."""
     started = []
 
-    def start(compression, **parallel):
-        started.append(Engine(tiny_model, **CACHE, compression=kv_compression(**compression), **parallel))
+    def start(compression, model=tiny_model, **parallel):
+        started.append(Engine(model, **CACHE, compression=kv_compression(**compression), **parallel))
         return started[-1]
 
     yield start
@@ -47,6 +53,15 @@ def test_two_ranks_answer_as_one(granularity, start, tiny_filters, engines):
     assert answer(start(compression, tensor_parallel_size=2)) == answer(engines.get(**compression, **CACHE))
 
 
+def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, monkeypatch, tmp_path):
+    """Each has one of the three KV heads, whose layers keep the tokens all heads agree on, as on one rank."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    model = make_tiny_llama(tmp_path / "model", num_heads=6, num_kv_heads=3, vocab=576)  # each has a third
+    found = answer(start(COMPRESSION, model, tensor_parallel_size=3))
+    (path,) = (tmp_path / "qfilters").iterdir()
+    assert found == answer(Engines(model, path).get(**COMPRESSION, **CACHE))
+
+
 def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeypatch, tmp_path):
     """One has one of the three layers, the other two. Two batches are in flight."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
@@ -60,3 +75,28 @@ def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeyp
     torch.testing.assert_close(
         calibrated.query_second_before_rope, expected.query_second_before_rope, atol=1e-3, rtol=1e-3
     )
+
+
+def test_two_engines_of_one_server_calibrate_and_answer_as_one(model_with_tokenizer, engines, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    flags = ["--data-parallel-size", "2", "--api-server-count", "1", "--dtype", "float32", "--block-size", str(BLOCK)]
+    flags += ["--num-gpu-blocks-override", str(CACHE["num_blocks"]), "--max-model-len", str(CACHE["max_model_len"])]
+    flags += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-batched-tokens", str(CACHE["max_batched"])]
+    flags += ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps({**COMPRESSION, "endpoint": True})]
+    server = Server(model_with_tokenizer, *flags).wait()
+    try:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+        def ask(request) -> list[int]:
+            extra = {"ignore_eos": True, "return_token_ids": True}
+            return client.completions.create(model="demo", temperature=0, extra_body=extra, **request).choices[0].token_ids
+
+        with concurrent.futures.ThreadPoolExecutor(len(REQUESTS)) as threads:
+            found = list(threads.map(ask, REQUESTS))
+        evicted = [server.metrics(engine=str(engine))["evicted_tokens_total"] for engine in (0, 1)]
+        assert min(evicted) > 0 and server.metrics()["evicted_tokens_total"] == sum(evicted) > 1000
+        assert server.sequences() == []
+    finally:
+        server.stop()
+    (path,) = (tmp_path / "qfilters").iterdir()
+    assert found == answer(engines.get(**COMPRESSION, **CACHE, filters=str(path)))

@@ -304,15 +304,18 @@ def test_compact_matches_reference(case, is_shared):
 
 
 @pytest.mark.parametrize("scores_at_once", [1, 1 << 26], ids=["one by one", "at once"])
-@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
-def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, is_shared, scores_at_once, monkeypatch):
+@pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
+def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granularity, scores_at_once, monkeypatch):
+    """Other ranks, where there are any, think the opposite, and are more."""
     monkeypatch.setattr("vllm_qfilters.worker.batch_compactor.SCORES_AT_ONCE", scores_at_once)
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
-    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared)
+    is_shared, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else torch.clone
+    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared, mean_over_ranks)
     with forbidden_waiting():
         compactor.compact(fast.compactions, fast.batch.block_table, [None] * len(fast.compactions))
     for index, eviction in enumerate(slow.evictions):
-        kept = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, is_shared)
+        scores = slow.scores_of(index) if mean_over_ranks is torch.clone else -slow.scores_of(index)
+        kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, is_shared)
         reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
@@ -504,7 +507,8 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
             batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
             scorer = RotaryFilterScorer(slow.cache, banks[1])
         else:
-            options = dict(scale=0.1, shared_by_heads="shared" in name)
+            # Other ranks saw more of what this one saw.
+            options = dict(scale=0.1, shared_by_heads="shared" in name, max_over_ranks=lambda peak: 3 * peak)
             batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, **options)
             scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
     if "observed" in name:

@@ -3,7 +3,7 @@
 What is left beside a key as it is written (``written``) is the business of the attention backend there, fused with the write.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -109,15 +109,23 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
     Args:
         scale: of the attention's logits.
         shared_by_heads: what one head is asked for, all heads of its layer keep.
+        max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
     """
 
     def __init__(
-        self, cache: StridedCache, bank: FilterBank, key_scales: torch.Tensor | None, scale: float, shared_by_heads: bool
+        self,
+        cache: StridedCache,
+        bank: FilterBank,
+        key_scales: torch.Tensor | None,
+        scale: float,
+        shared_by_heads: bool,
+        max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ) -> None:
         super().__init__(cache, bank, key_scales, Score.VALUE_NORM)
         self.num_heads = bank.means.shape[1]
         self.scale = scale
         self.shared_by_heads = shared_by_heads
+        self.max_over_ranks = max_over_ranks
         self.factors = (bank.factors * 0.5**0.5)[None].to(cache.rows.device) if bank.factors.shape[2] else None
         self.observes = cache.planes.shape[2] > 1
 
@@ -143,4 +151,5 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         ]
         plane = self.cache.planes[:, :, ExpectedAttentionScorer.OBSERVED]
         pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
-        return observe(self.cache, batch, observations, plane, self.scale, *pools, self.shared_by_heads)
+        heads = self.shared_by_heads, self.max_over_ranks
+        return observe(self.cache, batch, observations, plane, self.scale, *pools, *heads)

@@ -6,6 +6,7 @@ about to be compacted.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -161,6 +162,7 @@ class ExpectedAttentionScorer(Scorer):
         bank: of this rank.
         scale: of the attention's logits.
         shared_by_heads: what one head is asked for, all heads of its layer keep.
+        max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
     """
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
@@ -168,11 +170,19 @@ class ExpectedAttentionScorer(Scorer):
     MEAN_POOL = 7  # neighbours that attention is averaged over
     PEAK_POOL = 13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
 
-    def __init__(self, cache: PagedCache, bank: FilterBank, scale: float, shared_by_heads: bool) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        bank: FilterBank,
+        scale: float,
+        shared_by_heads: bool,
+        max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> None:
         super().__init__(cache)
         self.bank = bank
         self.scale = scale
         self.shared_by_heads = shared_by_heads
+        self.max_over_ranks = max_over_ranks
         self.observes = cache.planes.shape[2] > 1
 
     def write(self, layer, key, value, slot_mapping):
@@ -197,4 +207,4 @@ class ExpectedAttentionScorer(Scorer):
         self.cache.set_resident_plane(self.OBSERVED, tokens.pages, mean)
         if not recent.have_read_prompt_at(tokens.position):
             return mean
-        return peak.amax(1, keepdim=True).expand_as(peak) if self.shared_by_heads else peak
+        return self.max_over_ranks(peak.amax(1, keepdim=True)).expand_as(peak) if self.shared_by_heads else peak

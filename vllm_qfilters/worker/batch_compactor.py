@@ -1,6 +1,6 @@
 """Applies a whole compaction plan to the cache of this rank at once. Knows tensors, not vLLM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,12 +19,19 @@ class BatchCompactor:
     Args:
         scorer: of the cache of this rank.
         shared_by_heads: the heads of a layer keep the same tokens.
+        mean_over_ranks: of a tensor, where other ranks hold heads of the same layers.
     """
 
-    def __init__(self, scorer: BatchScorer, shared_by_heads: bool) -> None:
+    def __init__(
+        self,
+        scorer: BatchScorer,
+        shared_by_heads: bool,
+        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> None:
         self.scorer = scorer
         self.cache = scorer.cache
         self.shared_by_heads = shared_by_heads
+        self.mean_over_ranks = mean_over_ranks
 
     def compact(
         self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
@@ -70,7 +77,7 @@ class BatchCompactor:
         copy_pages(self.cache, batch)
         scores = self.scorer.resident_scores(batch, recent_queries)
         if self.shared_by_heads:
-            scores, num_heads = mean_standardised(scores, batch, num_layers, num_heads), 1
+            scores, num_heads = self.mean_over_ranks(mean_standardised(scores, batch, num_layers, num_heads)), 1
         is_kept = select_kept(scores, batch, num_layers, num_heads)
         compact(self.cache, batch, is_kept, num_heads)
         return batch.split(is_kept, num_layers, num_heads)

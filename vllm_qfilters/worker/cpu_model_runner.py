@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_pp_group
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -25,6 +25,7 @@ from vllm_qfilters.scorers import (
 )
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.model_runner import CompressedModelRunner
+from vllm_qfilters.worker.tensor_parallel import max_over_ranks, mean_over_ranks
 
 
 class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
@@ -53,7 +54,10 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
         if not self.compression.evicts_whole_pages:
-            self.compactor = Compactor(scorer, self.compression.heads_keep_the_same)
+            is_alone = get_tensor_model_parallel_world_size() == 1
+            self.compactor = Compactor(
+                scorer, self.compression.heads_keep_the_same, None if is_alone else mean_over_ranks
+            )
         for layer in self.layers:
             layer.impl.scorer = scorer
 
@@ -67,7 +71,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         bank = self.filter_bank(filters)
         if config.filter == "rotary":
             return RotaryFilterScorer(cache, bank)
-        return ExpectedAttentionScorer(cache, bank, self.layers[0].impl.scale, config.heads_keep_the_same)
+        return ExpectedAttentionScorer(cache, bank, self.layers[0].impl.scale, config.heads_keep_the_same, max_over_ranks)
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a request with

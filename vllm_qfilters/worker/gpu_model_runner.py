@@ -34,6 +34,7 @@ from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.support import check_cuda_graphs
 from vllm_qfilters.worker.batch_compactor import BatchCompactor
 from vllm_qfilters.worker.model_runner import CompressedModelRunner
+from vllm_qfilters.worker.tensor_parallel import max_over_ranks, mean_over_ranks
 
 
 class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
@@ -65,7 +66,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
         if not self.compression.evicts_whole_pages:
-            self.compactor = BatchCompactor(scorer, self.compression.heads_keep_the_same)
+            self.compactor = BatchCompactor(scorer, self.compression.heads_keep_the_same, mean_over_ranks)
             self.compactor.warm_up()
         for index, layer in enumerate(self.layers):
             layer.impl.planes = self.cache.planes[index]
@@ -92,7 +93,8 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         key_scales = key_scales if cache.rows.element_size() == 1 else None
         if config.filter == "rotary":
             return BatchRotaryFilterScorer(cache, bank, key_scales)
-        return BatchExpectedAttentionScorer(cache, bank, key_scales, self.layers[0].impl.scale, config.heads_keep_the_same)
+        scale, is_shared = self.layers[0].impl.scale, config.heads_keep_the_same
+        return BatchExpectedAttentionScorer(cache, bank, key_scales, scale, is_shared, max_over_ranks)
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())

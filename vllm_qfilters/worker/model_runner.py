@@ -14,7 +14,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_world_group,
-    tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
@@ -39,6 +38,7 @@ from vllm_qfilters.worker.compaction_timer import CompactionTimer
 from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.page_scores import PageScorer
 from vllm_qfilters.worker.request_state import EvictedTokens
+from vllm_qfilters.worker.tensor_parallel import mean_over_ranks
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -246,11 +246,6 @@ class CompressedModelRunner:
                     len(sequences),
                     len(sequences[0]),
                 )
-        num_ranks = get_tensor_model_parallel_world_size()
-
-        def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-            return tensor_model_parallel_all_reduce(values) / num_ranks
-
         return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
 
     @property
