@@ -34,6 +34,13 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
 
 
+def _awaits_last_token(request: Request) -> bool:
+    """Whether all tokens of a request are computed, the last under asynchronous scheduling: vLLM, by the same sum in
+    ``Scheduler.schedule``, schedules no other step for it, and an eviction would serve nobody."""
+    known_tokens = request.num_computed_tokens + 2 - request.num_output_placeholders
+    return request.num_output_placeholders > 0 and known_tokens >= request.num_prompt_tokens + request.max_tokens
+
+
 @dataclasses.dataclass
 class _History:
     """Of a request that evicted tokens, over its preemptions too: how often, and the most tokens it held before."""
@@ -123,6 +130,8 @@ class QFiltersScheduler(AsyncScheduler):
         for request in list(self.running):
             if request.status != RequestStatus.RUNNING:
                 continue  # preempted for one before it
+            if _awaits_last_token(request):
+                continue
             evicted_tokens = self._evicted_tokens_due(request)
             if not evicted_tokens:
                 continue
