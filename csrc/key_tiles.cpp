@@ -23,17 +23,46 @@ ALWAYS_INLINE void exponentiate(Floats& x) {
   x = sum * reinterpret_cast<Floats>((reinterpret_cast<Words>(shifted) + 127) << 23);
 }
 
+template <typename Element>
+ALWAYS_INLINE void widen(const Element* from, int64_t count, float* floats) {
+  int64_t index = 0;
+  for (; index + kLanes <= count; index += kLanes) {
+    Floats part;
+    load(from + index, part);
+    std::memcpy(floats + index, &part, sizeof(part));
+  }
+  for (; index < count; ++index) {
+    floats[index] = static_cast<float>(from[index]);
+  }
+}
+
 }  // namespace
 
 CLONE_FOR_WIDER_VECTORS
-void project_tile(const float* vectors, int64_t num_vectors, const float* keys, int64_t head_size, float* out) {
+void to_floats(const float* from, int64_t count, float* floats) {
+  widen(from, count, floats);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void to_floats(const c10::BFloat16* from, int64_t count, float* floats) {
+  widen(from, count, floats);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void to_floats(const c10::Half* from, int64_t count, float* floats) {
+  widen(from, count, floats);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void project_tile(
+    const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out) {
   for (int64_t first = 0; first < num_vectors; first += kVectorsAtOnce) {
     const int64_t count = std::min(kVectorsAtOnce, num_vectors - first);
     Floats sums[kVectorsAtOnce][kTile / kLanes] = {};
     for (int64_t dim = 0; dim < head_size; ++dim) {
       Floats key[kTile / kLanes];
       for (int64_t part = 0; part < kTile / kLanes; ++part) {
-        load(keys + dim * kTile + part * kLanes, key[part]);
+        load(keys + dim * key_stride + part * kLanes, key[part]);
       }
       for (int64_t vector = 0; vector < kVectorsAtOnce; ++vector) {
         const float element = vectors[(first + std::min(vector, count - 1)) * head_size + dim];

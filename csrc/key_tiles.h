@@ -12,27 +12,20 @@
 
 namespace vllm_qfilters {
 
-constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are gathered at once
+constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are projected at once
 
-// out[vector, token] = <vectors[vector], keys[token]>; keys are stored dimension by dimension, kTile tokens each, and so is out
-// vector by vector.
-void project_tile(const float* vectors, int64_t num_vectors, const float* keys, int64_t head_size, float* out);
+// out[vector, token] = <vectors[vector], keys[token]> for kTile tokens; keys are stored dimension by dimension, key_stride tokens
+// each, and out vector by vector.
+void project_tile(
+    const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out);
 
 // logits become e^logit divided by their sum.
 void softmax(float* logits, int64_t count);
 
-template <typename Element>
-ALWAYS_INLINE void to_floats(const Element* from, int64_t count, float* floats) {
-  int64_t index = 0;
-  for (; index + kLanes <= count; index += kLanes) {
-    Floats part;
-    load(from + index, part);
-    std::memcpy(floats + index, &part, sizeof(part));
-  }
-  for (; index < count; ++index) {
-    floats[index] = static_cast<float>(from[index]);
-  }
-}
+// Of elements that lie side by side.
+void to_floats(const float* from, int64_t count, float* floats);
+void to_floats(const c10::BFloat16* from, int64_t count, float* floats);
+void to_floats(const c10::Half* from, int64_t count, float* floats);
 
 // The keys of all layers and heads of a sequence.
 //
@@ -48,25 +41,28 @@ class PagedKeys {
         page_table_(page_table.const_data_ptr<int64_t>()),
         block_size_(key_offsets.size(0)),
         head_size_(key_offsets.size(1)),
+        gathered_((block_size_ + kTile - 1) / kTile * kTile),
         tokens_lie_side_by_side_(offsets_.diff().eq(1).all().item<bool>()) {}
 
   // Calls visit(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
   // that of vectors[vector] and the key of token first + index.
   template <typename Visit>
   void project(int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, Visit visit) const {
-    std::vector<float> keys(head_size_ * kTile, 0.0f), products(num_vectors * kTile);
+    std::vector<float> keys(head_size_ * gathered_, 0.0f), products(num_vectors * kTile);
     const Element* head_pages =
         static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
-    for (int64_t first = 0; first < num_tokens; first += kTile) {
-      const int64_t count = std::min(kTile, num_tokens - first);
+    for (int64_t first = 0; first < num_tokens; first += gathered_) {
+      const int64_t count = std::min(gathered_, num_tokens - first);
       gather(head_pages, first, count, keys.data());
-      project_tile(vectors, num_vectors, keys.data(), head_size_, products.data());
-      visit(first, count, products.data());
+      for (int64_t done = 0; done < count; done += kTile) {
+        project_tile(vectors, num_vectors, keys.data() + done, gathered_, head_size_, products.data());
+        visit(first + done, std::min(kTile, count - done), products.data());
+      }
     }
   }
 
  private:
-  // Keys of tokens [first, first + count) of one head, dimension by dimension; the rest of the tile is left as it is.
+  // Keys of tokens [first, first + count) of one head, dimension by dimension; the rest is left as it is.
   void gather(const Element* head_pages, int64_t first, int64_t count, float* keys) const {
     const int64_t* offsets = offsets_.const_data_ptr<int64_t>();
     int64_t in_page;
@@ -76,7 +72,7 @@ class PagedKeys {
       in_page = std::min(count - done, block_size_ - slot);
       for (int64_t dim = 0; dim < head_size_; ++dim) {
         const int64_t* offset = offsets + dim * block_size_ + slot;
-        float* key = keys + dim * kTile + done;
+        float* key = keys + dim * gathered_ + done;
         if (tokens_lie_side_by_side_) {
           to_floats(page + *offset, in_page, key);
         } else {
@@ -92,6 +88,7 @@ class PagedKeys {
   const at::Tensor offsets_;  // [head_size, block_size]
   const int64_t* page_table_;
   const int64_t block_size_, head_size_;
+  const int64_t gathered_;  // tokens whose keys are gathered at once: a whole page, which is read from its start to its end
   const bool tokens_lie_side_by_side_;  // dimension by dimension, as in vLLM's "vec"
 };
 

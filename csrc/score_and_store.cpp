@@ -13,6 +13,8 @@ namespace {
 // Below this many multiplications per thread, waking one costs more than it saves. A decode step stays on its own thread.
 constexpr int64_t kMultiplicationsPerThread = 1 << 16;
 
+constexpr float kNotObserved = -1;  // reference.NOT_OBSERVED
+
 // As a tree, whose additions do not wait for each other.
 template <int64_t count>
 ALWAYS_INLINE float sum_of(const float* floats) {
@@ -127,7 +129,7 @@ void store_norms(const at::Tensor& value, at::Tensor& planes, const at::Tensor& 
     norm_token(values + token * value_stride, numbers, sizes);
     for (int64_t plane = 1; plane < num_planes; ++plane) {
       for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {
-        numbers[plane * plane_stride + head * sizes.number_stride] = 0;
+        numbers[plane * plane_stride + head * sizes.number_stride] = kNotObserved;
       }
     }
   });

@@ -15,8 +15,10 @@ from vllm_qfilters.kernels import dots
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.reference import NOT_OBSERVED
 from vllm_qfilters.kernels.selection import gather_scores
 
+_NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 _SEQUENCES_AT_ONCE = 8
 
 
@@ -234,7 +236,7 @@ def _pool_kernel(
     pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=token < resident, other=0).to(tl.int64)
     at = plane_ptr + layer * plane_layer_stride + page * plane_block_stride + head * plane_head_stride + token % BLOCK_SIZE
-    mean = tl.where(token < num_seen, mean, 0.0)
+    mean = tl.where(token < num_seen, mean, _NOT_OBSERVED)
     tl.store(at, mean, mask=token < resident)
     observed = mean
     if is_question:
@@ -248,7 +250,7 @@ def _pool_kernel(
             for any_head in range(num_heads):
                 at_head = peak_ptr + first_head + any_head * resident
                 peak = tl.maximum(peak, tl.load(at_head + neighbour, mask=is_seen, other=0.0))
-        observed = tl.where(token < num_seen, peak, 0.0)
+        observed = tl.where(token < num_seen, peak, _NOT_OBSERVED)
     tl.store(observed_ptr + start + token, observed, mask=token < resident)
 
 

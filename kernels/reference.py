@@ -9,6 +9,8 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 
+NOT_OBSERVED = -1.0  # stands for the attention to a token that no query was seen to look at, or not yet
+
 
 def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Stores the projections of a step's keys on the filters of their heads beside the keys.
@@ -23,7 +25,7 @@ def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch
 
 
 def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Stores the norms of a step's values in the first plane, and 0 in the others.
+    """Stores the norms of a step's values in the first plane, and ``NOT_OBSERVED`` in the others.
 
     Args:
         value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
@@ -32,7 +34,7 @@ def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: t
     """
     write_scores(value.to(torch.float32).norm(dim=-1), planes[:, 0], slot_mapping)
     for plane in range(1, planes.shape[1]):
-        write_scores(torch.zeros(value.shape[:2]), planes[:, plane], slot_mapping)
+        write_scores(torch.full(value.shape[:2], NOT_OBSERVED), planes[:, plane], slot_mapping)
 
 
 def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -103,7 +105,7 @@ def observed_attention(
         mean_pool, peak_pool: neighbours, the token among them, odd.
 
     Returns:
-        float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; 0 for newer tokens.
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; ``NOT_OBSERVED`` for newer tokens.
 
         mean: over queries, the query heads of a KV head, and neighbours.
         peak: the most that a query, of the query heads of a KV head, pays to a neighbour.
@@ -132,7 +134,7 @@ def pool_neighbours(
     """
     mean = avg_pool1d(mean, mean_pool, stride=1, padding=mean_pool // 2)
     peak = max_pool1d(peak, peak_pool, stride=1, padding=peak_pool // 2)
-    return pad(mean, (0, num_newer)), pad(peak, (0, num_newer))
+    return pad(mean, (0, num_newer), value=NOT_OBSERVED), pad(peak, (0, num_newer), value=NOT_OBSERVED)
 
 
 def write_and_score(

@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_qfilters.kernels.reference import NOT_OBSERVED
+
 
 class Score(enum.IntEnum):
     """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a number
-    drawn from its bits, or the norm of its value. The other planes get zeros."""
+    drawn from its bits, or the norm of its value. The other planes get ``NOT_OBSERVED``."""
 
     NONE = 0
     PROJECTION = 1
@@ -22,6 +24,7 @@ _PROJECTION: tl.constexpr = tl.constexpr(Score.PROJECTION.value)
 _NEGATIVE_NORM: tl.constexpr = tl.constexpr(Score.NEGATIVE_NORM.value)
 _RANDOM: tl.constexpr = tl.constexpr(Score.RANDOM.value)
 _VALUE_NORM: tl.constexpr = tl.constexpr(Score.VALUE_NORM.value)
+_NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -99,7 +102,7 @@ def _write_and_score_kernel(
         plane_at = planes_ptr + page * planes_block_stride + head * planes_head_stride + in_page
         tl.store(plane_at, score, mask=is_token)
         for plane in tl.static_range(1, NUM_PLANES):
-            tl.store(plane_at + plane * planes_plane_stride, tl.zeros_like(score), mask=is_token)
+            tl.store(plane_at + plane * planes_plane_stride, tl.full([TILE], _NOT_OBSERVED, tl.float32), mask=is_token)
 
 
 def write_and_score(

@@ -84,7 +84,7 @@ def teacher_forced_logprobs(
             if position < len(prompt):
                 seen.end = end
             if observed is not None:
-                observed = [torch.nn.functional.pad(rows, (0, n)) for rows in observed]
+                observed = [torch.nn.functional.pad(rows, (0, n), value=-1) for rows in observed]
             if end >= len(prompt):
                 logprobs.append(float(out.logits[0, -1].float().log_softmax(-1)[tokens[end]]))
                 residents.append(resident + n)
@@ -126,7 +126,7 @@ class _Queries:
             self.rows[layer] = torch.cat((self.rows[layer], new), 1)[:, -self.count :]
 
     def attention(self, cache, newer: int) -> list[torch.Tensor]:
-        """Per layer ``[kv_heads, resident]``, 0 to newer tokens: what the last queries pay, averaged over 7 neighbours; the most
+        """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7 neighbours; the most
         that one of them pays to one of 13 neighbours."""
         means, peaks = [], []
         for layer, rows in zip(cache.layers, self.rows, strict=True):
@@ -139,9 +139,9 @@ class _Queries:
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
             paid = torch.nn.functional.pad(logits.softmax(-1), (6, 6 + newer))
             mean = sum(paid[..., 6 + shift : 6 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
-            means.append(torch.nn.functional.pad(mean, (0, newer)))
+            means.append(torch.nn.functional.pad(mean, (0, newer), value=-1))
             peak = paid.unfold(-1, 13, 1).amax((1, 2, 4))
-            peaks.append(torch.nn.functional.pad(peak[:, :seen], (0, newer)))
+            peaks.append(torch.nn.functional.pad(peak[:, :seen], (0, newer), value=-1))
         return means, peaks
 
 
@@ -177,7 +177,7 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
         rows = torch.stack(rows).unflatten(0, (-1, group)).mean(1)
         if rule.filter == "expected":
             if observed is not None:
-                rows = (rows + observed[index]) / 2
+                rows = torch.where(observed[index] < 0, rows, (rows + observed[index]) / 2)
             rows = rows * values.norm(dim=-1)
         scores.append(rows)
     return scores

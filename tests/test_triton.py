@@ -138,7 +138,7 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
         else:
             reference.write_and_score(key, value, view, cache.scores[0], slots, filters, 0.5, 2.0)
             for plane in range(1, geometry.num_planes):
-                reference.write_scores(torch.zeros(key.shape[:2], device=DEVICE), cache.planes[0][:, plane], slots)
+                reference.write_scores(torch.full(key.shape[:2], -1.0, device=DEVICE), cache.planes[0][:, plane], slots)
         buffers.append(cache.scores.clone())
         cache.scores.zero_()
         buffers.append(buffer)

@@ -14,7 +14,7 @@ from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores
 from vllm_qfilters.kernels.write_and_score import Score
-from vllm_qfilters.scorers import ExpectedAttentionScorer, KeyDiffScorer, RecentQueries, ResidentTokens
+from vllm_qfilters.scorers import ExpectedAttentionScorer, KeyDiffScorer, RecentQueries, ResidentTokens, mix_in_observed
 
 
 class BatchScorer:
@@ -134,7 +134,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         logits = score_resident(self.cache, batch, self.means, self.factors, key_scales=self.key_scales, turns=turns)
         attention = mean_softmax(logits, batch, self.cache.num_layers, self.cache.num_kv_heads, self.group)
         if self.observes:
-            attention.lerp_(self._observed(batch, recent_queries), ExpectedAttentionScorer.OBSERVED_SHARE)
+            attention = mix_in_observed(attention, self._observed(batch, recent_queries))
         return attention * gather_scores(self.cache.planes[:, :, ExpectedAttentionScorer.VALUE_NORMS], batch)
 
     def _observed(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:

@@ -148,6 +148,11 @@ class RotaryFilterScorer(Scorer):
         ])
 
 
+def mix_in_observed(expected: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+    """The mean of both; what is expected where nothing was observed, as of generated tokens. Of any one shape."""
+    return torch.where(observed < 0, expected, expected.lerp(observed, 0.5))
+
+
 class ExpectedAttentionScorer(Scorer):
     """What a token is expected to add to the attention output of the coming queries: attention times the norm of its value.
 
@@ -166,7 +171,6 @@ class ExpectedAttentionScorer(Scorer):
     """
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
-    OBSERVED_SHARE = 0.5
     MEAN_POOL = 7  # neighbours that attention is averaged over
     PEAK_POOL = 13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
 
@@ -191,7 +195,7 @@ class ExpectedAttentionScorer(Scorer):
     def resident_scores(self, tokens):
         attention = expected_attention(self.cache, tokens.pages, tokens.num_tokens, *self.bank.at(tokens.position))
         if self.observes:
-            attention.lerp_(self._observed(tokens), self.OBSERVED_SHARE)
+            attention = mix_in_observed(attention, self._observed(tokens))
         return attention * self.cache.resident_plane(self.VALUE_NORMS, tokens.pages, tokens.num_tokens)
 
     def _observed(self, tokens: ResidentTokens) -> torch.Tensor:
