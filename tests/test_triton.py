@@ -161,7 +161,7 @@ def test_other_scores(score):
         assert torch.equal(after, before)
         return
     assert torch.equal(after[~is_written], before[~is_written])
-    assert bool((cache.planes[:, :, 1][is_written] == 0).all()) and bool((cache.planes[:, :, 1][~is_written] != 0).all())
+    assert bool((cache.planes[:, :, 1][is_written] == reference.NOT_OBSERVED).all()) and bool((cache.planes[:, :, 1][~is_written] != 0).all())
     if score in (Score.NEGATIVE_NORM, Score.VALUE_NORM):
         expected = cache.scores.clone()
         norm = -key.norm(dim=-1) if score == Score.NEGATIVE_NORM else value.norm(dim=-1)
