@@ -104,10 +104,6 @@ def is_answered(text: str, answer: str) -> bool:
     return number is not None and number.group() == answer
 
 
-def _key_value_tail(frame: PromptFrame, key: str) -> list[int]:
-    return frame.tail(f"\n\nWhat is the number of the {key}?", f"The number of the {key} is")
-
-
 def _hide(
     frame: PromptFrame,
     filler: Sequence[int],
