@@ -54,6 +54,16 @@ void to_floats(const c10::Half* from, int64_t count, float* floats) {
 }
 
 CLONE_FOR_WIDER_VECTORS
+void to_floats(const c10::Float8_e4m3fn* from, int64_t count, float* floats) {
+  widen(from, count, floats);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void to_floats(const c10::Float8_e5m2* from, int64_t count, float* floats) {
+  widen(from, count, floats);
+}
+
+CLONE_FOR_WIDER_VECTORS
 void project_tile(
     const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out) {
   for (int64_t first = 0; first < num_vectors; first += kVectorsAtOnce) {

@@ -26,6 +26,8 @@ void softmax(float* logits, int64_t count);
 void to_floats(const float* from, int64_t count, float* floats);
 void to_floats(const c10::BFloat16* from, int64_t count, float* floats);
 void to_floats(const c10::Half* from, int64_t count, float* floats);
+void to_floats(const c10::Float8_e4m3fn* from, int64_t count, float* floats);
+void to_floats(const c10::Float8_e5m2* from, int64_t count, float* floats);
 
 // The keys of all layers and heads of a sequence.
 //
@@ -102,8 +104,12 @@ void with_paged_keys(const at::Tensor& pages, const at::Tensor& key_offsets, con
       return run(PagedKeys<c10::BFloat16>(pages, key_offsets, page_table));
     case at::kHalf:
       return run(PagedKeys<c10::Half>(pages, key_offsets, page_table));
+    case at::kFloat8_e4m3fn:
+      return run(PagedKeys<c10::Float8_e4m3fn>(pages, key_offsets, page_table));
+    case at::kFloat8_e5m2:
+      return run(PagedKeys<c10::Float8_e5m2>(pages, key_offsets, page_table));
     default:
-      TORCH_CHECK(false, "pages must be float32, bfloat16 or float16, found ", pages.scalar_type());
+      TORCH_CHECK(false, "pages must be float32, bfloat16, float16 or fp8, found ", pages.scalar_type());
   }
 }
 

@@ -64,11 +64,16 @@ def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: t
     OPERATORS.store_value_norms.default(value, planes, slot_mapping)
 
 
+def _times_key_scales(cache: PagedCache, vectors: torch.Tensor) -> torch.Tensor:
+    """``vectors``, shape ``[num_layers, ...]``, contiguous: their products with stored keys are then those with the keys."""
+    return (vectors * cache.key_scales.view(-1, *[1] * (vectors.dim() - 1))).contiguous()
+
+
 def expected_attention(
     cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
 ) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.expected_attention`."""
-    statistics = means.contiguous(), factors.contiguous()
+    statistics = _times_key_scales(cache, means), _times_key_scales(cache, factors)
     return OPERATORS.expected_attention.default(cache.pages, cache.layout.keys, pages, num_tokens, *statistics)
 
 
@@ -83,7 +88,7 @@ def observed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
     mean, peak = OPERATORS.observed_attention.default(
-        cache.pages, cache.layout.keys, pages, num_tokens - num_newer, queries.contiguous()
+        cache.pages, cache.layout.keys, pages, num_tokens - num_newer, _times_key_scales(cache, queries)
     )
     return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 

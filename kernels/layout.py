@@ -35,8 +35,9 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
     """Finds the layout a cache writer uses, by writing the digits of each element's number and reading where they land.
 
     Args:
-        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer; key and value of shape
-            ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 * head_size]``, slot_mapping ``[num_tokens]`` int64.
+        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers as they
+            are; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 * head_size]``,
+            slot_mapping ``[num_tokens]`` int64.
         block_size: tokens per page.
         head_size: elements per key and value.
         dtype: of key, value and cache.
@@ -108,8 +109,10 @@ class PagedCache(_Planes):
             all of one allocation at a constant distance, each page followed by room for its planes.
         layout: of a page.
         num_planes: float32 numbers per token and KV head.
+        key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
 
     Attributes:
+        key_scales: what stored keys are to be multiplied by, float32, shape ``[num_layers]``.
         pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]``.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
         scores: the first plane.
@@ -118,7 +121,13 @@ class PagedCache(_Planes):
         ValueError: the views are not laid out like that.
     """
 
-    def __init__(self, kv_caches: Sequence[torch.Tensor], layout: PageLayout, num_planes: int = 1) -> None:
+    def __init__(
+        self,
+        kv_caches: Sequence[torch.Tensor],
+        layout: PageLayout,
+        num_planes: int = 1,
+        key_scales: torch.Tensor | None = None,
+    ) -> None:
         first = kv_caches[0]
         num_blocks, num_kv_heads, block_size, content = first.shape
         page_elements = block_size * content
@@ -128,6 +137,7 @@ class PagedCache(_Planes):
         self.layout = layout
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
+        self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
         layer_stride = _layer_stride(kv_caches)
         self.pages = first.as_strided(
             (self.num_layers, num_blocks, num_kv_heads, page_elements),
@@ -154,8 +164,9 @@ class PagedCache(_Planes):
     def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
         offsets = self.layout.keys.flatten().expand(self.num_kv_heads, pages.shape[0], -1)
-        keys = self.pages[layer, pages].transpose(0, 1).gather(2, offsets)  # [num_kv_heads, num_pages, block_size * head_size]
-        return keys.view(self.num_kv_heads, -1, self.layout.keys.shape[1])[:, :num_tokens].to(torch.float32)
+        elements = self.pages[layer, pages].to(torch.float32).transpose(0, 1)  # first: PyTorch gathers no fp8
+        keys = elements.gather(2, offsets).view(self.num_kv_heads, -1, self.layout.keys.shape[1])
+        return keys[:, :num_tokens] * self.key_scales[layer]
 
 
 class StridedCache(_Planes):

@@ -11,7 +11,7 @@ import torch
 
 import vllm_qfilters
 from tests.test_compact import SEQUENCES, Eviction, make_scores, random_eviction
-from tests.test_layout import DTYPES, Geometry, make_cache
+from tests.test_layout import DTYPES, Geometry, make_cache, transposed_keys_layout
 from vllm_qfilters import kernels
 from vllm_qfilters.kernels import cpu, reference
 from vllm_qfilters.scorers import StaticFilterScorer
@@ -217,7 +217,7 @@ def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pa
     return buffer
 
 
-CACHE_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn}
+CACHE_DTYPES = {**DTYPES, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 WIDE_EVICTIONS = {
     "bs128": (Eviction(128, resident=1024, evicted=128, sinks=4, window=128), 0),
     "bs128-three-pages": (Eviction(128, resident=1000, evicted=384, sinks=4, window=300), 1),
@@ -327,8 +327,6 @@ def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize(("group", "rank", "head_size"), [(1, 0, 16), (3, 1, 40), (4, 8, 32)])
 def test_expected_attention_matches_reference(group, rank, head_size, num_tokens, dtype):
-    if CACHE_DTYPES[dtype].itemsize == 1:
-        pytest.skip("8-bit caches are refused")
     _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     statistics = make_statistics(2, 2 * group, rank, head_size)
@@ -358,13 +356,47 @@ def test_expected_attention_refuses(position, value, message):
 
 
 @needs_library
+@pytest.mark.parametrize("lies_side_by_side", [False, True])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, lies_side_by_side):
+    """One element per key, among those within a factor of 2 of it: logits that tell any two of them apart."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(CACHE_DTYPES[dtype]).float()
+    numbers = numbers[numbers.isfinite()]
+    exponents = torch.frexp(numbers).exponent
+    for exponent in exponents.unique().tolist():
+        own = numbers[exponents == exponent].to(CACHE_DTYPES[dtype])
+        _, cache = make_cache(Geometry(num_layers=1, num_blocks=2, num_kv_heads=1, block_size=256, dtype=CACHE_DTYPES[dtype]))
+        if lies_side_by_side:
+            cache.layout = transposed_keys_layout(256, 8)
+        cache.pages.zero_()
+        cache.pages[0, 1, 0, cache.layout.keys[: len(own), 3]] = own
+        means = torch.zeros(1, 1, 8)
+        means[0, 0, 3] = 2.0**-exponent
+        arguments = (cache, torch.tensor([1]), len(own), means, torch.zeros(1, 1, 0, 8))
+        torch.testing.assert_close(cpu.expected_attention(*arguments), reference.expected_attention(*arguments))
+
+
+@needs_library
+def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer():
+    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, head_size=16, dtype=torch.float8_e4m3fn))
+    pages, queries = torch.arange(5), torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    statistics = make_statistics(2, 4, 3, 16)
+    scales = torch.tensor([0.25, 3.0])
+    expected = cpu.expected_attention(cache, pages, 75, *(vectors * scales[:, *[None] * (vectors.dim() - 1)] for vectors in statistics))
+    observed = cpu.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, 13)
+    cache.key_scales = scales
+    for kernels in (cpu, reference):
+        torch.testing.assert_close(kernels.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4)
+        for found, wanted in zip(kernels.observed_attention(cache, pages, 75, queries, 3, 7, 13), observed):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("num_newer", [0, 1, 40])
 @pytest.mark.parametrize(("num_seen", "num_queries"), [(1, 1), (32, 32), (63, 5), (64, 32), (200, 32)])
 @pytest.mark.parametrize(("group", "head_size"), [(1, 16), (3, 40), (4, 32)])
 def test_observed_attention_matches_reference(group, head_size, num_seen, num_queries, num_newer, dtype):
-    if CACHE_DTYPES[dtype].itemsize == 1:
-        pytest.skip("8-bit caches are refused")
     num_tokens = num_seen + num_newer
     _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
     pages = torch.randperm(16)[: -(-num_tokens // 16)]

@@ -12,9 +12,9 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_budget_above_length_is_bit_identical_to_plain_vllm(dtype, tiny_model, tiny_filters):
-    llm = dict(LLM, dtype=dtype, block_size=32, skip_tokenizer_init=True)
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "fp8")])
+def test_budget_above_length_is_bit_identical_to_plain_vllm(dtype, kv_cache_dtype, tiny_model, tiny_filters):
+    llm = dict(LLM, dtype=dtype, kv_cache_dtype=kv_cache_dtype, block_size=32, skip_tokenizer_init=True)
     plain = run_engine(tiny_model, REQUESTS, None, **llm)
     compressed = run_engine(
         tiny_model, REQUESTS, dict(method="qfilters", budget=1536, filters=str(tiny_filters[0])), **llm

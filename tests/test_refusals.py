@@ -50,7 +50,6 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
     "llm, reason",
     [
         (dict(block_size=64), "interval=32 is not a multiple of the block size 64: set interval to 64"),
-        (dict(kv_cache_dtype="fp8"), "KV compression does not support --kv-cache-dtype fp8"),
         (
             dict(speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
             "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
@@ -118,8 +117,7 @@ def supported_config() -> SimpleNamespace:
         ("parallel_config.use_ubatching", True, "microbatches; drop --enable-dbo"),
         ("parallel_config.worker_cls", GPU_WORKER_CLS, "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
         ("use_v2_model_runner", True, "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
-        ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype fp8; use auto"),
-        ("cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto"),
+        ("cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto or fp8"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, value, reason):

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
-from vllm_qfilters.attention.gpu import FP8_DTYPES
+from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
@@ -26,7 +26,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     speculative, on_cpu = vllm_config.speculative_config, parallel.worker_cls == CPU_WORKER_CLS
-    has_fp8 = current_platform.is_cuda() and current_platform.has_device_capability(89)
+    has_fp8 = on_cpu or (current_platform.is_cuda() and current_platform.has_device_capability(89))
     refused = {
         "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -58,8 +58,8 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
             parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner
         ),
-        f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype}; set observed to 0": (
-            bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES
+        f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype} on GPUs; set observed to 0": (
+            bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES and not on_cpu
         ),
         "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1": (
             parallel.data_parallel_size > 1 and model.is_moe

@@ -2,8 +2,15 @@
 
 from collections.abc import Mapping
 
+import torch
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}  # by vLLM's names; it stores them as bytes
 
 
 def register(backends: Mapping[AttentionBackendEnum, str]) -> None:

@@ -9,13 +9,8 @@ from typing import Any, Protocol
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.attention.watched import WatchedAttention
-
-FP8_DTYPES = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}  # by vLLM's names; it stores them as bytes
 
 BACKENDS = {
     AttentionBackendEnum.FLASH_ATTN: "vllm_qfilters.attention.flash_attn.QFiltersFlashAttentionBackend",

@@ -46,10 +46,13 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         first = self.layers[0]
 
         def write_cache(key, value, kv_cache, slot_mapping):
-            first.impl.do_kv_cache_update(first, key, value, kv_cache, slot_mapping)
+            # vLLM divides by the scales of an fp8 cache, and wants it as bytes.
+            key, value = key.to(self.dtype) * first._k_scale_float, value.to(self.dtype) * first._v_scale_float
+            first.impl.do_kv_cache_update(first, key, value, kv_cache.view(first.kv_cache.dtype), slot_mapping)
 
-        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, first.kv_cache.dtype)
-        self.cache = PagedCache([layer.kv_cache for layer in self.layers], layout, self.compression.num_planes)
+        kv_caches = self.kv_caches_in_their_dtype()
+        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, kv_caches[0].dtype)
+        self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales())
 
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)

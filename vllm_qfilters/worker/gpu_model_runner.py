@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
-from vllm_qfilters.attention.gpu import BACKENDS, FP8_DTYPES, ScoringAttention
+from vllm_qfilters.attention.gpu import BACKENDS, ScoringAttention
 from vllm_qfilters.batch_scorers import (
     BatchExpectedAttentionScorer,
     BatchKeyDiffScorer,
@@ -59,9 +59,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                     f"--attention-backend with one of {', '.join(backend.name for backend in BACKENDS)}"
                 )
         check_cuda_graphs(self.compression, self.cudagraph_manager.cudagraph_mode)
-        fp8_dtype = FP8_DTYPES.get(self.cache_config.cache_dtype)
-        kv_caches = [layer.kv_cache if fp8_dtype is None else layer.kv_cache.view(fp8_dtype) for layer in self.layers]
-        self.cache = StridedCache(kv_caches, self.compression.num_planes)
+        self.cache = StridedCache(self.kv_caches_in_their_dtype(), self.compression.num_planes)
 
     def start_scoring(self, filters: Filters | None) -> None:
         scorer = self._scorer(filters)
@@ -89,8 +87,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             static = self.static_filters(filters).to(self.device, torch.float32).contiguous()
             return BatchScorer(cache, Score.PROJECTION, static)
         bank = self.filter_bank(filters)
-        key_scales = torch.stack([layer._k_scale.reshape(()) for layer in self.layers]).to(self.device, torch.float32)
-        key_scales = key_scales if cache.rows.element_size() == 1 else None
+        key_scales = self.key_scales()
         if config.filter == "rotary":
             return BatchRotaryFilterScorer(cache, bank, key_scales)
         scale, is_shared = self.layers[0].impl.scale, config.heads_keep_the_same

@@ -23,6 +23,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
+from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
@@ -67,6 +68,17 @@ class CompressedModelRunner:
     def bind_cache(self) -> None:
         """Finds out where the caches of ``layers`` lie."""
         raise NotImplementedError
+
+    def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
+        """Of ``layers``; vLLM stores fp8 as bytes."""
+        fp8_dtype = FP8_DTYPES.get(self.cache_config.cache_dtype)
+        return [layer.kv_cache if fp8_dtype is None else layer.kv_cache.view(fp8_dtype) for layer in self.layers]
+
+    def key_scales(self) -> torch.Tensor | None:
+        """What keys in an fp8 cache are to be multiplied by, float32, shape ``[num_layers]``; None for other caches."""
+        if self.cache_config.cache_dtype not in FP8_DTYPES:
+            return None
+        return torch.stack([layer._k_scale.reshape(()) for layer in self.layers]).to(self.device, torch.float32)
 
     def start_scoring(self, filters: Filters | None) -> None:
         """Makes what scores and compacts; layers see keys and values from now on. filters: None for methods without."""
