@@ -19,7 +19,7 @@ from vllm_qfilters.kernels.reference import NOT_OBSERVED
 from vllm_qfilters.kernels.selection import gather_scores
 
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
-_SEQUENCES_AT_ONCE = 8
+SEQUENCES_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +291,8 @@ def observe(
         )
     # The queries of a launch lie in one tensor: a few sequences each, so that the copy of theirs stays small.
     observed = gather_scores(plane, batch)
-    for first in range(0, len(observations), _SEQUENCES_AT_ONCE):
-        some = observations[first : first + _SEQUENCES_AT_ONCE]
+    for first in range(0, len(observations), SEQUENCES_AT_ONCE):
+        some = observations[first : first + SEQUENCES_AT_ONCE]
         _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads, max_over_ranks)
     return observed
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 import random
+import weakref
+from collections import Counter
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
@@ -29,6 +33,43 @@ class ForbiddenReads(TorchFunctionMode):
             is_mask = [isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices]
             assert not any(is_mask), "a mask as an index waits for the device"
         return func(*args, **(kwargs or {}))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Watches tensors that are made where it is entered: ``bytes`` is the most that was alive of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._alive = 0
+        self._holders: Counter[int] = Counter()  # by address of what they hold: tensors
+        self._older: set[int] = set()  # addresses of what was there before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._older |= {address(tensor) for tensor in given} - set(self._holders)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and address(tensor) not in self._older:
+                self._watch(tensor)
+        return made
+
+    def _watch(self, tensor: torch.Tensor) -> None:
+        at, size = address(tensor), tensor.untyped_storage().nbytes()
+        if not self._holders[at]:
+            self._alive += size
+            self.bytes = max(self.bytes, self._alive)
+        self._holders[at] += 1
+        weakref.finalize(tensor, self._let_go, at, size)
+
+    def _let_go(self, at: int, size: int) -> None:
+        self._holders[at] -= 1
+        if not self._holders[at]:
+            del self._holders[at]
+            self._alive -= size
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,7 @@ OVERRIDDEN = {
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.worker.cpu_worker:CPUWorker.__init__": "self vllm_config local_rank rank distributed_init_method is_driver_worker",
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": "self",
+    "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": "self",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__": "self vllm_config device",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
@@ -107,6 +108,7 @@ OVERRIDDEN = {
     "vllm.v1.worker.gpu_worker:Worker.__init__": "self vllm_config local_rank rank distributed_init_method is_driver_worker",
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": "self",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "self",
+    "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "self",
 }
 
 # Functions and methods called, of those a release may well change.

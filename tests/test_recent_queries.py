@@ -9,6 +9,10 @@ from vllm_qfilters.attention.recent_queries import QueryRecorder
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
 
 
+def make_recorder(num_prompts: int) -> QueryRecorder:
+    return QueryRecorder(torch.full((NUM_LAYERS, num_prompts, NUM_QUERIES, HEADS, SIZE), torch.nan))
+
+
 def query_of(req_id: str, position: int, layer: int) -> torch.Tensor:
     return torch.full((HEADS, SIZE), float(1000 * int(req_id) + 10 * position + layer))
 
@@ -32,7 +36,7 @@ def assert_last_queries(recorder: QueryRecorder, req_id: str, end: int, num_prom
 
 
 def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
-    rng, recorder = random.Random(0), QueryRecorder(NUM_LAYERS, NUM_QUERIES)
+    rng, recorder = random.Random(0), make_recorder(12)
     prompt = {str(r): rng.randint(1, 40) for r in range(12)}
     computed = dict.fromkeys(prompt, 0)
     for _ in range(60):
@@ -45,7 +49,7 @@ def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
 
 
 def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():
-    recorder, prompt = QueryRecorder(NUM_LAYERS, NUM_QUERIES), {"1": 9, "2": 9, "3": 9}
+    recorder, prompt = make_recorder(3), {"1": 9, "2": 9, "3": 9}
     recorder.ignore("2")
     run_step(recorder, {"1": 7, "2": 7, "3": 7}, dict.fromkeys(prompt, 0), prompt)
     recorder.forget(["3"])
@@ -57,13 +61,25 @@ def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():
     run_step(recorder, {"2": 3}, {"2": 0}, prompt)  # another one of that name
     assert_last_queries(recorder, "2", 3, 9)
     recorder.forget(["2"])
-    assert not recorder._kept and not recorder._ends and not recorder._ignored
+    assert not recorder._prompts and not recorder._ignored and sorted(recorder._free_rows) == [0, 1, 2]
 
 
 def test_a_skipped_step_leaves_what_was_kept():
-    recorder, prompt, computed = QueryRecorder(NUM_LAYERS, NUM_QUERIES), {"1": 9}, {"1": 0}
+    recorder, prompt, computed = make_recorder(1), {"1": 9}, {"1": 0}
     run_step(recorder, {"1": 7}, computed, prompt)
     recorder.skip_step()
     for layer in range(NUM_LAYERS):
         recorder.record(layer, torch.full((4, HEADS, SIZE), torch.nan))
     assert_last_queries(recorder, "1", 7, 9)
+
+
+def test_prompts_take_no_more_room_than_they_are_given():
+    recorder, prompt, computed = make_recorder(2), dict.fromkeys("1234", 9), dict.fromkeys("1234", 0)
+    recorder.ignore("1")
+    run_step(recorder, dict.fromkeys("1234", 7), computed, prompt)
+    assert recorder.get("1") is None and recorder.get("4") is None
+    recorder.forget(["2"])
+    run_step(recorder, {"4": 1, "3": 1}, computed, prompt)
+    found = recorder.get("4")  # of its last token but one, where queries of "2" were
+    assert found.end == 8 and torch.equal(found.queries[0, :, :, 0], torch.full((HEADS, 1), 4070.0))
+    assert_last_queries(recorder, "3", 8, 9)

@@ -20,6 +20,7 @@ from tests.paged import (
     Eviction,
     ForbiddenReads,
     Geometry,
+    PeakMemory,
     Sequences,
     layer_views,
     make_cache,
@@ -51,7 +52,7 @@ from vllm_qfilters.scorers import (
     ResidentTokens,
     RotaryFilterScorer,
 )
-from vllm_qfilters.worker.batch_compactor import BatchCompactor
+from vllm_qfilters.worker.batch_compactor import BatchCompactor, workspace_bytes
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 CPU = torch.device("cpu")
@@ -525,6 +526,31 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
     torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("group, is_shared", [(1, False), (4, True)], ids=["head", "layer"])
+def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, monkeypatch):
+    """A few sequences at once, one by itself that is longer than they are together; all prompts have been read."""
+    monkeypatch.setattr("vllm_qfilters.worker.batch_compactor.SCORES_AT_ONCE", 2 * 2 * group * 200)
+    evictions = [*3 * [Eviction(66, 16, 4, 20)], Eviction(300, 208, 4, 40), Eviction(48, 16, 4, 16)]
+    sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=1)
+    cache, residents = sequences.cache, [eviction.resident for eviction in evictions]
+    scorer = BatchExpectedAttentionScorer(cache, make_bank(cache, group, 3, 1), None, scale=0.1, shared_by_heads=is_shared)
+    queries = random_tensor(2, 2 * group, 2, 12, seed=4)
+    recent = [RecentQueries(queries, compaction.position, compaction.position) for compaction in sequences.compactions]
+    with PeakMemory() as taken:
+        BatchCompactor(scorer, is_shared).compact(sequences.compactions, sequences.batch.block_table, recent)
+    set_aside = workspace_bytes(
+        num_layers=2,
+        num_heads=2 * group,
+        num_kv_heads=2,
+        head_size=12,
+        num_sequences=len(residents),
+        longest_sequence=max(residents),
+        cached_tokens=sum(residents),
+        prompt_bytes=queries.nbytes,
+    )
+    assert 0.5 * set_aside < taken.bytes <= set_aside
+
+
 def test_warming_up_touches_the_null_page_alone():
     buffer, _, cache = make_cache(Geometry())
     before = cache.words.clone()
@@ -590,7 +616,7 @@ OBSERVATIONS = {
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_observed_attention_matches_reference(name, monkeypatch):
     geometry, group, observed = OBSERVATIONS[name]
-    monkeypatch.setattr("vllm_qfilters.kernels.observation._SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
+    monkeypatch.setattr("vllm_qfilters.kernels.observation.SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
     sequences = Sequences([Eviction(70, 16, 4, 20), Eviction(137, 32, 4, 33), Eviction(96, 16, 0, 0)], geometry, seed=1)
     cache, batch = sequences.cache, sequences.batch
     cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))

@@ -133,6 +133,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         turns = self.turns(batch.positions)
         logits = score_resident(self.cache, batch, self.means, self.factors, key_scales=self.key_scales, turns=turns)
         attention = mean_softmax(logits, batch, self.cache.num_layers, self.cache.num_kv_heads, self.group)
+        del logits  # the largest of all that compaction makes
         if self.observes:
             attention = mix_in_observed(attention, self._observed(batch, recent_queries))
         return attention * gather_scores(self.cache.planes[:, :, ExpectedAttentionScorer.VALUE_NORMS], batch)

@@ -152,9 +152,14 @@ class KVCompressionConfig:
         return min_budget(window=self.window, sinks=self.sinks + ends, interval=self.interval)
 
     @property
+    def expects_attention(self) -> bool:
+        """Scores go by the attention expected of each query head."""
+        return self.method == "qfilters" and self.filter == "expected"
+
+    @property
     def observed_queries(self) -> int:
         """Last queries of a prompt to keep; 0 where the scores do not go by them."""
-        return self.observed if self.method == "qfilters" and self.filter == "expected" else 0
+        return self.observed if self.expects_attention else 0
 
     @property
     def num_planes(self) -> int:

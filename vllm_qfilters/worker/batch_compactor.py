@@ -7,10 +7,42 @@ import torch
 from vllm_qfilters.batch_scorers import BatchScorer
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.observation import SEQUENCES_AT_ONCE
 from vllm_qfilters.kernels.selection import mean_standardised, select_kept
 from vllm_qfilters.scorers import RecentQueries
 
-SCORES_AT_ONCE = 1 << 26  # float32, of all layers and query heads: 256 MiB, and a few times that with what is made of them
+SCORES_AT_ONCE = 1 << 26  # float32, of all layers and query heads: 256 MiB; with what is made of them see workspace_bytes
+
+
+def workspace_bytes(
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    num_sequences: int,
+    longest_sequence: int,
+    cached_tokens: int,
+    prompt_bytes: int,
+) -> int:
+    """Most memory that :class:`BatchCompactor` takes at once. Not of ``keydiff``, which is there for comparison.
+
+    Args:
+        num_layers, num_kv_heads, head_size: of this rank.
+        num_heads: of a layer that a token is scored for.
+        num_sequences: most of them.
+        longest_sequence: tokens it holds; more than ``SCORES_AT_ONCE`` allow are compacted at once if they are of one sequence.
+        cached_tokens: of all sequences.
+        prompt_bytes: of the recent queries of one prompt.
+    """
+    tokens = max(SCORES_AT_ONCE // (num_layers * num_heads), longest_sequence)
+    # Logits with the attention expected of them; or that, what was observed, and as much again twice while they are mixed.
+    scores = 4 * num_layers * max(num_heads + num_kv_heads, 5 * num_kv_heads) * tokens
+    # Which tokens stay, of each head, and the numbers of their pages.
+    kept = (num_layers * num_kv_heads + 2) * cached_tokens
+    # Sums over tokens of each head, and what turns filters to the positions of each sequence.
+    per_sequence = 4 * num_layers * (2 * num_heads + 2 * head_size)
+    return scores + kept + num_sequences * per_sequence + SEQUENCES_AT_ONCE * prompt_bytes
 
 
 class BatchCompactor:

@@ -89,7 +89,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
 
     def _update_states(self, scheduler_output: SchedulerOutput):
         # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
-        self.forget(scheduler_output.finished_req_ids, scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         if isinstance(scheduler_output, QFiltersSchedulerOutput):
             for row in scheduler_output.compaction.rows:
                 (block_ids,) = self.requests[row.req_id].block_ids

@@ -32,7 +32,7 @@ from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.write_and_score import Score, write_and_score
 from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.support import check_cuda_graphs
-from vllm_qfilters.worker.batch_compactor import BatchCompactor
+from vllm_qfilters.worker.batch_compactor import BatchCompactor, workspace_bytes
 from vllm_qfilters.worker.model_runner import CompressedModelRunner
 from vllm_qfilters.worker.tensor_parallel import max_over_ranks, mean_over_ranks
 
@@ -50,6 +50,25 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
     def positions(self) -> torch.Tensor:
         """Begins with the positions of the step's tokens."""
         return self.input_buffers.positions
+
+    def compaction_bytes(self, cache_bytes: int) -> int:
+        """Most memory that compaction takes beside a cache of ``cache_bytes``. Before the cache exists."""
+        if self.compression.evicts_whole_pages:
+            return 0
+        specs = self.get_kv_cache_spec()
+        name, spec = next(iter(specs.items()))
+        layer = self.compilation_config.static_forward_context[name]
+        cached_tokens = cache_bytes // (len(specs) * spec.page_size_bytes) * spec.block_size
+        return workspace_bytes(
+            num_layers=len(specs),
+            num_heads=layer.num_heads if self.compression.expects_attention else layer.num_kv_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            num_sequences=self.scheduler_config.max_num_seqs,
+            longest_sequence=min(self.model_config.max_model_len, cached_tokens),  # a request may set any budget
+            cached_tokens=cached_tokens,
+            prompt_bytes=0 if self.recorder is None else self.recorder.prompt_bytes,
+        )
 
     def bind_cache(self) -> None:
         for layer in self.layers:

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
+from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
@@ -61,7 +62,7 @@ class CompressedModelRunner:
         self.evicted = EvictedTokens()
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
-        self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts
+        self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts, once there is room for them
         self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
         self.kept_tokens: KeptTokens | None = None  # while somebody wants to see them
 
@@ -108,6 +109,17 @@ class CompressedModelRunner:
             for name, spec in specs.items()
         }
 
+    def reserve_recent_queries(self) -> None:
+        """Takes the memory for the last queries of the prompts of all requests that can run at once."""
+        if self.compression.observed_queries:
+            specs = self.get_kv_cache_spec()
+            layer = self.compilation_config.static_forward_context[next(iter(specs))]
+            num_prompts, num_queries = self.scheduler_config.max_num_seqs, self.compression.observed_queries
+            shape = (len(specs), num_prompts, num_queries, layer.num_heads, layer.head_size)
+            queries = torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
+            self.recorder = QueryRecorder(queries)
+            logger.info("KV compression: the last queries of %d prompts take %s GiB", num_prompts, format_gib(queries.nbytes))
+
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if is_profiling:
@@ -126,8 +138,6 @@ class CompressedModelRunner:
         if self.compression.method == "qfilters":
             filters, origin = self._find_or_calibrate_filters()
             filters = filters.of_layers(*self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config))
-        if self.compression.observed_queries:
-            self.recorder = QueryRecorder(len(self.layers), self.compression.observed_queries)
         self.start_scoring(filters)
         for index, layer in enumerate(self.layers):
             layer.impl.index, layer.impl.recorder = index, self.recorder

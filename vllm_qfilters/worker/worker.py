@@ -9,6 +9,11 @@ from vllm_qfilters.filters.load import cache_path
 class CompressedWorker:
     """Goes before a worker of vLLM whose model runner is a ``CompressedModelRunner``."""
 
+    def determine_available_memory(self) -> int:
+        # First, so that vLLM counts what it takes.
+        self.model_runner.reserve_recent_queries()
+        return super().determine_available_memory()
+
     def calibrate_filters(self, sequences: list[list[int]], description: str, path: str) -> str:
         """Calibrates filters and writes them to ``path``, or where ``filters: auto`` looks for them if it is empty.
 

@@ -1,0 +1,92 @@
+"""Memory beside the cache: what vLLM's profile does not see is set aside."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from tests.models import HEAD_SIZE, NUM_LAYERS
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
+from vllm_qfilters.worker.gpu_worker import QFiltersGPUWorker
+
+GIB = 1 << 30
+NUM_PAGES = 20_000
+
+
+def make_8b_runner(**options) -> QFiltersGPUModelRunner:
+    """A runner of a model like Llama-3.1-8B that has not allocated anything."""
+    spec = dict(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_resident_tokens=4096)
+    layer = SimpleNamespace(num_heads=32, num_kv_heads=8, head_size=128)
+    runner = object.__new__(QFiltersGPUModelRunner)
+    runner.compression = KVCompressionConfig(**options)
+    runner.compilation_config = SimpleNamespace(static_forward_context=dict.fromkeys(map(str, range(32)), layer))
+    runner.scheduler_config = SimpleNamespace(max_num_seqs=256)
+    runner.model_config = SimpleNamespace(max_model_len=32_768, dtype=torch.bfloat16)
+    runner.device = torch.device("meta")
+    runner.recorder = None
+    runner.get_kv_cache_spec = lambda: dict.fromkeys(map(str, range(32)), QFiltersSpec(**spec))
+    return runner
+
+
+def cache_bytes(runner: QFiltersGPUModelRunner) -> int:
+    return NUM_PAGES * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
+
+
+def test_recent_queries_of_all_requests_that_run_at_once_are_reserved(engines):
+    runner = make_8b_runner()
+    runner.reserve_recent_queries()
+    assert runner.recorder.prompt_bytes == 8 << 20
+    assert runner.recorder._queries.nbytes == 2 * GIB
+    engine = engines.get(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
+    kept = engine.runner.recorder._queries
+    assert kept.shape == (NUM_LAYERS, 16, 32, engine.runner.layers[0].num_heads, HEAD_SIZE)
+    assert kept.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options, mebibytes",
+    [
+        # 65,536 tokens at once, five float32 per KV head; a byte per head and token of the cache; the queries of 8 prompts.
+        ({}, 320 + 79 + 64),
+        (dict(observed=0), 320 + 79),
+        (dict(filter="static"), 1280 + 79),
+        (dict(granularity="page"), 0),
+    ],
+    ids=str,
+)
+def test_what_compaction_takes_of_an_8b_model(options, mebibytes):
+    runner = make_8b_runner(**options)
+    runner.reserve_recent_queries()
+    assert runner.compaction_bytes(cache_bytes(runner)) / 2**20 == pytest.approx(mebibytes, abs=12)
+
+
+def test_a_longer_sequence_takes_more():
+    runner = make_8b_runner()
+    usual = runner.compaction_bytes(cache_bytes(runner))
+    runner.model_config.max_model_len = 131_072
+    assert runner.compaction_bytes(cache_bytes(runner)) - usual == 4 * 32 * 40 * (131_072 - 65_536)
+    runner.model_config.max_model_len = 1 << 20  # more than the cache holds
+    assert runner.compaction_bytes(cache_bytes(runner)) - usual == 4 * 32 * 40 * (16 * NUM_PAGES - 65_536)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["profiled", "kv_cache_memory_bytes"])
+def test_the_worker_sets_it_aside_where_vllm_profiles(is_fixed, monkeypatch):
+    calls = []
+
+    def profile(worker):
+        calls.append("profile")
+        worker.peak_activation_memory, worker.available_kv_cache_memory_bytes = GIB, 9 * GIB
+        return 9 * GIB
+
+    monkeypatch.setattr(Worker, "determine_available_memory", profile)
+    worker = object.__new__(QFiltersGPUWorker)
+    worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=9 * GIB if is_fixed else None)
+    worker.model_runner = SimpleNamespace(
+        reserve_recent_queries=lambda: calls.append("reserve"), compaction_bytes=lambda available: available // 9
+    )
+    assert worker.determine_available_memory() == (9 if is_fixed else 8) * GIB
+    assert calls == ["reserve", "profile"]
+    assert worker.peak_activation_memory + worker.available_kv_cache_memory_bytes == 10 * GIB
