@@ -35,8 +35,8 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
     """Finds the layout a cache writer uses, by writing the digits of each element's number and reading where they land.
 
     Args:
-        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers as they
-            are; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 * head_size]``,
+        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers or
+            little more; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 * head_size]``,
             slot_mapping ``[num_tokens]`` int64.
         block_size: tokens per page.
         head_size: elements per key and value.

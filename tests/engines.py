@@ -40,10 +40,11 @@ class Engines:
         max_batched: int = 512,
         method: str = "qfilters",
         num_drafts: int = 0,
+        kv_cache_dtype: str = "auto",
         **options,
     ) -> "Engine":
         """num_drafts: draft tokens of n-gram speculative decoding; options: of the compression."""
-        key = (num_blocks, max_model_len, max_batched, method, num_drafts, tuple(sorted(options.items())))
+        key = (num_blocks, max_model_len, max_batched, method, num_drafts, kv_cache_dtype, tuple(sorted(options.items())))
         if key not in self._engines:
             self._engines[key] = Engine(
                 self._model,
@@ -51,6 +52,7 @@ class Engines:
                 max_model_len,
                 max_batched,
                 kv_compression(method, **{"filters": str(self._filters), **options}),
+                kv_cache_dtype=kv_cache_dtype,
                 **(speculation(num_drafts) if num_drafts else {}),
             )
         return self._engines[key]

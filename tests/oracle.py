@@ -20,6 +20,7 @@ class Rule:
     rank: int = 0
     observed: int = 0
     whole_pages: bool = False
+    has_fp8_cache: bool = False
 
 
 def teacher_forced_logprobs(
@@ -33,6 +34,8 @@ def teacher_forced_logprobs(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    if rule.has_fp8_cache:
+        _store_in_fp8(cache)
     budget = rule.budget + (len(prompt) if rule.keep_prompt else 0)
     sinks = max(rule.sinks, len(prompt)) if rule.keep_prompt else rule.sinks
     tokens = prompt + forced
@@ -92,6 +95,21 @@ def teacher_forced_logprobs(
     if positions is not None:
         positions.extend(held)
     return logprobs, residents
+
+
+def _store_in_fp8(cache) -> None:
+    """From now on keys and values are stored, and attended to, as an fp8 cache of vLLM on a CPU holds them: it cuts off what does
+    not fit into the 3 bits after the first one, of multiples of 2^-9."""
+    update = cache.update
+
+    def cut_off(states):
+        bits = (states.view(torch.int32) & 0xFFF00000 - 2**32).view(torch.float32)
+        return torch.where(states.abs() < 2**-6, (states * 2**9).trunc() / 2**9, bits)
+
+    def update_in_fp8(keys, values, *args, **kwargs):
+        return update(cut_off(keys), cut_off(values), *args, **kwargs)
+
+    cache.update = update_in_fp8
 
 
 def rotate(model, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Where bytes lie: probing a backend's cache writer, and the cache on an allocation like vLLM's."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm import _custom_ops as ops
 
+from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.kernels import PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import PageLayout
+from vllm_qfilters.worker.cpu_model_runner import cache_writer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCORE_BYTES = 4
@@ -215,6 +218,30 @@ def test_keys_and_values_are_read_where_vllm_wrote_them(isa, block_size, head_si
         assert torch.equal(found[0], key[:, head])
         assert torch.equal(found[1], value[:, head])
     assert not cache.pages[0].any() and not cache.scores.any()
+
+
+@pytest.mark.parametrize(("key_scale", "value_scale"), [(1.0, 1.0), (0.3, 0.02), (7.7, 1.3)])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("isa", ["vec", pytest.param("amx", marks=needs_avx512)])
+def test_an_fp8_cache_is_read_as_vllm_wrote_it(isa, dtype, kv_cache_dtype, key_scale, value_scale):
+    def do_kv_cache_update(layer, key, value, kv_cache, slot_mapping):
+        key_cache, value_cache = kv_cache.view(*kv_cache.shape[:2], 64, -1).chunk(2, dim=2)
+        scales = dict(k_scale=layer._k_scale_float, v_scale=layer._v_scale_float, kv_cache_dtype=kv_cache_dtype)
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa, **scales)
+
+    kv_cache = torch.zeros(1, 1, 32, 128, dtype=torch.uint8)
+    impl = SimpleNamespace(do_kv_cache_update=do_kv_cache_update)
+    layer = SimpleNamespace(impl=impl, kv_cache=kv_cache, _k_scale_float=key_scale, _v_scale_float=value_scale)
+    layout = probe_page_layout(cache_writer(layer, DTYPES[dtype]), 32, 64, FP8_DTYPES[kv_cache_dtype])
+
+    key, value = torch.randn(2, 32, 1, 64, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    do_kv_cache_update(layer, key, value, kv_cache, torch.arange(32))
+    stored = kv_cache.view(FP8_DTYPES[kv_cache_dtype]).flatten().float()
+    for offsets, scale, written in ((layout.keys, key_scale, key), (layout.values, value_scale, value)):
+        # At most a mantissa's last bit is cut off, or a multiple of the smallest number.
+        rtol, atol = (0.13, 0.002 * scale) if kv_cache_dtype == "fp8" else (0.26, 2e-5 * scale)
+        torch.testing.assert_close(stored[offsets] * scale, written[:, 0].float(), rtol=rtol, atol=atol)
 
 
 GEOMETRIES = {

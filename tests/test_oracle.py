@@ -25,6 +25,7 @@ CASES = {
     "expected-observed-layer-full": (dict(budget=250, window=45, sinks=7, interval=32, prefill="full", rank=32), 700, 200),
     "expected-observed-below-budget": (dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0), 100, 400),
     "rotary": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"), 700, 200),
+    "rotary-fp8": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, filter="rotary", kv_cache_dtype="fp8"), 700, 200),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
     "page-chunked": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="page"), 900, 300),
     "page-odd-window": (dict(budget=331, window=45, sinks=39, interval=96, chunk=128, granularity="page"), 700, 400),
@@ -57,6 +58,7 @@ def options_and_rule(case: str) -> tuple[dict, Rule]:
         rank=options.get("rank", 0),
         observed=options.get("observed", 32) if "filter" not in options else 0,
         whole_pages=options.get("granularity") == "page",
+        has_fp8_cache="kv_cache_dtype" in options,
     )
 
 
@@ -66,13 +68,14 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
     options, rule = options_and_rule(case)
     engine = engines.get(**options)
     prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
+    atol = 1e-2 if rule.has_fp8_cache else 2e-4  # fp8 makes a last bit of float32 one of 3 bits, now and then
     before = engine.scheduler.compression_stats.compactions
     outputs = engine.generate(prompts, max_tokens=new_tokens)
     assert engine.scheduler.compression_stats.compactions - before >= 4
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)
         expected, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
-        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected), atol=2e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected), atol=atol, rtol=0)
     engine.assert_idle()
 
 

@@ -64,7 +64,7 @@ class KVCompressionConfig:
 
     method: str = "qfilters"
     budget: int | float = 2048
-    window: int | float = 0.5
+    window: int | float = 0.25
     sinks: int = 4
     interval: int = 128
     granularity: str = "layer"

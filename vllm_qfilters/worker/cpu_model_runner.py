@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, page_scores, probe_page_layout
+from vllm_qfilters.kernels.layout import WriteCache
 from vllm_qfilters.plan import QFiltersSchedulerOutput
 from vllm_qfilters.scorers import (
     ExpectedAttentionScorer,
@@ -26,6 +27,17 @@ from vllm_qfilters.scorers import (
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.model_runner import CompressedModelRunner
 from vllm_qfilters.worker.tensor_parallel import max_over_ranks, mean_over_ranks
+
+
+def cache_writer(layer: torch.nn.Module, dtype: torch.dtype) -> WriteCache:
+    """How an attention layer writes its cache, for :func:`probe_page_layout`; dtype: of the model."""
+
+    def write_cache(key, value, kv_cache, slot_mapping):
+        # Into an fp8 cache vLLM writes bytes, of what is left after a division by a scale, and cuts off what does not fit.
+        key, value = (1.01 * layer._k_scale_float * key.to(dtype), 1.01 * layer._v_scale_float * value.to(dtype))
+        layer.impl.do_kv_cache_update(layer, key, value, kv_cache.view(layer.kv_cache.dtype), slot_mapping)
+
+    return write_cache
 
 
 class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
@@ -43,14 +55,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             )
 
     def bind_cache(self) -> None:
-        first = self.layers[0]
-
-        def write_cache(key, value, kv_cache, slot_mapping):
-            # vLLM divides by the scales of an fp8 cache, and wants it as bytes.
-            key, value = key.to(self.dtype) * first._k_scale_float, value.to(self.dtype) * first._v_scale_float
-            first.impl.do_kv_cache_update(first, key, value, kv_cache.view(first.kv_cache.dtype), slot_mapping)
-
-        kv_caches = self.kv_caches_in_their_dtype()
+        first, kv_caches = self.layers[0], self.kv_caches_in_their_dtype()
+        write_cache = cache_writer(first, self.dtype)
         layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, kv_caches[0].dtype)
         self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales())
 
