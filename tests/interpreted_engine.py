@@ -4,7 +4,8 @@
 
 A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests": [...]}]}. The
 runs of a job take place one after the other, each on an engine of its own; the requests of a run in one batch, or, as a list of
-lists, batch by batch. A run with "calibration", sequences of token ids, calibrates filters with them at its end.
+lists, batch by batch. A run with "calibration", {"sequences": token ids, "path": file}, calibrates filters at its end. Pipeline
+stages are processes of their own, which import this module too.
 """
 
 import json
@@ -17,6 +18,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"
 
+import numpy as np
 import torch
 import triton.backends
 
@@ -27,22 +29,29 @@ triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton writer asks for that of its cache
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.inputs import TokensPrompt
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from tests.paged import ForbiddenReads
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.gpu import BACKENDS
+from vllm_qfilters.inspection.command import assemble
 from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
 
 class InterpretedWorker(CompressedWorker, CPUWorker):
     """QFiltersGPUWorker, but for the device."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        register_triton(BACKENDS[AttentionBackendEnum.TRITON_ATTN])
+        super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
         super().init_device()
@@ -51,6 +60,11 @@ class InterpretedWorker(CompressedWorker, CPUWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         self.model_runner.start_compression()
         return super().compile_or_warm_up_model()
+
+
+def register_triton(backend: str) -> None:
+    """Serves attention with ``backend``, in place of the only one vLLM chooses on CPUs."""
+    register({AttentionBackendEnum.CPU_ATTN: backend})
 
 
 def keep_async_scheduling(check_and_update_config):
@@ -65,6 +79,8 @@ def keep_async_scheduling(check_and_update_config):
 
 
 CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
+# Pipeline stages send as with NCCL, through torch.distributed: through shared memory a stage would wait until the next one reads.
+CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
 
 
 def watch(target, method: str) -> list:
@@ -114,21 +130,35 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
     runner.prepare_attn = checked
 
 
-def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: list | None = None) -> dict:
+def runs_v2(worker: CPUWorker) -> bool:
+    return isinstance(worker.model_runner, GPUModelRunner)
+
+
+def kept_of_requests(ranks: list[dict]) -> list:
+    """What ``take_kept_tokens`` of all workers returned, put together: of each request the position of its last eviction, and the
+    bits of what all layers and heads hold of the tokens before it."""
+    found = []
+    for req_id, (end, _) in ranks[0]["requests"].items():
+        kept, _ = assemble([{**rank, "requests": {req_id: rank["requests"][req_id]}} for rank in ranks], end)
+        found.append([end, np.packbits(kept).tobytes().hex()])
+    return found
+
+
+def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: dict | None = None) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
-    backend, options = AttentionBackendEnum.TRITON_ATTN.value, {}
+    options = {}
     if compression is not None:
-        backend = BACKENDS[AttentionBackendEnum.TRITON_ATTN]
         options = kv_compression(**{"filters": job["filters"], **compression})
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
-    register({AttentionBackendEnum.CPU_ATTN: backend})  # the only one vLLM chooses on CPUs
+    else:
+        register_triton(AttentionBackendEnum.TRITON_ATTN.value)
     engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
-    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     if compression is not None:
         engine.collective_rpc("record_kept_tokens")
-        check_metadata(runner, scheduler)
+        if engine.llm_engine.vllm_config.parallel_config.world_size == 1:  # else no worker is in this process
+            check_metadata(engine.llm_engine.model_executor.driver_worker.worker.model_runner, scheduler)
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs = []
     for batch in batches:
@@ -145,7 +175,7 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
             )
     result = {
         "outputs": outputs,
-        "runner": type(runner).__mro__[1 if compression is None else 2].__module__,
+        "v2_stages": engine.collective_rpc(runs_v2),
         "preemptions": len(preempted),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
     }
@@ -153,11 +183,9 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
         stats = scheduler.compression_stats
         result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
         assert not scheduler.pages.evicted and not scheduler.pages.limits
-        (rank,) = engine.collective_rpc("take_kept_tokens")
-        result["kept"] = [[end, mask.hex()] for end, mask in rank["requests"].values()]
+        result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
     if calibration is not None:
-        filters = runner.calibrate_filters(calibration, "test")
-        result |= {"filters": filters.filters.tolist(), "query_mean_before_rope": filters.query_mean_before_rope.tolist()}
+        engine.collective_rpc("calibrate_filters", args=(calibration["sequences"], "test", calibration["path"]))
     return result
 
 

@@ -1,4 +1,5 @@
-"""The GPU path from the scheduler to the kernels, on a CPU: model runner V2 and TRITON_ATTN under Triton's interpreter."""
+"""The GPU path from the scheduler to the kernels, on a CPU: model runner V2 and TRITON_ATTN under Triton's interpreter. Pipeline
+stages are processes that send to one another with gloo in place of NCCL."""
 
 import json
 import subprocess
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt
+from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt, tiny_identity
+from vllm_qfilters.filters.format import Filters, load
 
 LLM = dict(
     block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128
@@ -35,21 +37,30 @@ CALIBRATION = [random_prompt(40, seed=6)]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model, tiny_filters):
+def calibrated(tmp_path_factory):
+    """By number of pipeline stages, where the engines leave their filters."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    return {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tiny_filters, calibrated):
+    calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in calibrated.items()}
     wanted = [
         dict(compression=None, llm=LLM, requests=SHORT),
         dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
-        dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=CALIBRATION),
+        dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=calibration[1]),
         dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
         dict(compression=PAGES, llm=LLM, requests=BATCHES),
         dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
+        dict(compression=EVICTING, llm=dict(LLM, pipeline_parallel_size=2), requests=BATCHES, calibration=calibration[2]),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     results = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # the rest is vLLM's log
-    assert {result["runner"] for result in results} == {"vllm.v1.worker.gpu.model_runner"}
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2]
     return results
 
 
@@ -107,13 +118,31 @@ def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
 
 
-def test_calibrates_what_the_cpu_path_calibrates(runs, engines):
+def test_two_pipeline_stages_answer_as_one(runs):
+    """One has one of the three layers, the other two. Three batches are in flight, as asynchronous scheduling wants it."""
+    one, two = runs[2], runs[6]
+    assert two["async_scheduling"]
+    assert (two["compactions"], two["evicted_tokens"]) == (one["compactions"], one["evicted_tokens"])
+    assert sorted(two["kept"]) == sorted(one["kept"])
+    for found, expected in zip(two["outputs"], one["outputs"], strict=True):
+        assert found["token_ids"] == expected["token_ids"]
+        torch.testing.assert_close(torch.tensor(found["logprobs"]), torch.tensor(expected["logprobs"]), atol=1e-3, rtol=0)
+        assert found["cached_tokens"] == expected["cached_tokens"]
+
+
+def assert_same_filters(found: Filters, expected: Filters):
+    assert found.filters.shape == (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
+    torch.testing.assert_close(found.filters, expected.filters, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.query_mean_before_rope, expected.query_mean_before_rope, atol=1e-3, rtol=1e-3)
+
+
+def test_calibrates_what_the_cpu_path_calibrates(runs, calibrated, engines):
     engine = engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING)
     assert engine.llm.reset_prefix_cache()
     expected = engine.runner.calibrate_filters(CALIBRATION, "test")
-    found = torch.tensor(runs[2]["filters"])
-    assert found.shape == (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
-    torch.testing.assert_close(found, expected.filters, atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        torch.tensor(runs[2]["query_mean_before_rope"]), expected.query_mean_before_rope, atol=1e-3, rtol=1e-3
-    )
+    assert_same_filters(load(calibrated[1], tiny_identity()), expected)
+
+
+def test_two_pipeline_stages_calibrate_as_one(runs, calibrated):
+    one, two = (load(path, tiny_identity()) for path in calibrated.values())
+    assert_same_filters(two, one)

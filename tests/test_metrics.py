@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, KVCompressionStats, attach_stats, detach_stats
 from vllm_qfilters.plan import QFiltersModelRunnerOutput
@@ -40,12 +40,15 @@ def test_every_number_that_is_sent_is_a_metric():
     assert names - {"sequences"} == {*COUNTERS, *GAUGES, *HISTOGRAMS}
 
 
+NOW = ModelRunnerOutput(req_ids=["request"], req_id_to_index={"request": 0})
+
+
 class Later(AsyncModelRunnerOutput):
     def get_output(self):
-        return EMPTY_MODEL_RUNNER_OUTPUT
+        return NOW
 
 
-@pytest.mark.parametrize("output", [EMPTY_MODEL_RUNNER_OUTPUT, Later()], ids=["sync", "async"])
+@pytest.mark.parametrize("output", [NOW, Later()], ids=["sync", "async"])
 def test_time_travels_with_the_next_output(output, monkeypatch):
     clock = iter((1.0, 1.5, 7.0, 7.25))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -58,6 +61,16 @@ def test_time_travels_with_the_next_output(output, monkeypatch):
     timed = timed.get_output() if isinstance(timed, AsyncModelRunnerOutput) else timed
     assert isinstance(timed, QFiltersModelRunnerOutput) and timed.compaction_seconds == 0.75
     assert timer.attach(output) is output, "sent once"
+
+
+@pytest.mark.parametrize("output", [None, EMPTY_MODEL_RUNNER_OUTPUT], ids=["V1", "V2"])
+def test_pipeline_stages_before_the_last_send_no_time(output):
+    """On GPUs there is none yet: nothing has waited for the device."""
+    timer = CompactionTimer(torch.device("cpu"))
+    with timer.measure():
+        pass
+    assert timer.attach(output) is output
+    assert timer.attach(NOW) is NOW, "nor with a later output"
 
 
 def test_the_dashboard_shows_metrics_that_exist():

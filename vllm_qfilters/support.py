@@ -43,7 +43,6 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1": (
             speculative is not None and parallel.pipeline_parallel_size > 1
         ),
-        "pipeline parallelism on GPUs yet; use --pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1 and not on_cpu,
         "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
             parallel.pipeline_parallel_size > 1 and config.evicts_whole_pages
         ),

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_qfilters.plan import QFiltersModelRunnerOutput
 
@@ -30,9 +30,13 @@ class CompactionTimer:
     def attach(
         self, output: ModelRunnerOutput | AsyncModelRunnerOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        """The step's output with the seconds measured since the last one; None, of a rank that has no output, stays None."""
+        """The step's output with the seconds measured since the last one.
+
+        Pipeline stages before the last have no output, or an empty one: it stays as it is, and nothing comes with it that would
+        have waited for the device.
+        """
         intervals, self._intervals = self._intervals, []
-        if output is None or not intervals:
+        if not intervals or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return _AsyncTimedOutput(output, intervals)
