@@ -61,7 +61,7 @@ ALWAYS_INLINE void load(const c10::Half* from, Floats& floats) {
   widen_halves(words, floats);
 }
 
-// The first byte of a float16.
+// The higher byte of a float16.
 ALWAYS_INLINE void load(const c10::Float8_e5m2* from, Floats& floats) {
   Words words;
   load_bytes(from, words);

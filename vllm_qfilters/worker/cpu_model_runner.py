@@ -33,8 +33,9 @@ def cache_writer(layer: torch.nn.Module, dtype: torch.dtype) -> WriteCache:
     """How an attention layer writes its cache, for :func:`probe_page_layout`; dtype: of the model."""
 
     def write_cache(key, value, kv_cache, slot_mapping):
-        # Into an fp8 cache vLLM writes bytes, of what is left after a division by a scale, and cuts off what does not fit.
-        key, value = (1.01 * layer._k_scale_float * key.to(dtype), 1.01 * layer._v_scale_float * value.to(dtype))
+        # Into an fp8 cache vLLM writes what is left after a division by a scale, as bytes, and cuts off what does not fit: with a
+        # little more than a digit that digit stays.
+        key, value = 1.01 * layer._k_scale_float * key.to(dtype), 1.01 * layer._v_scale_float * value.to(dtype)
         layer.impl.do_kv_cache_update(layer, key, value, kv_cache.view(layer.kv_cache.dtype), slot_mapping)
 
     return write_cache
