@@ -13,6 +13,11 @@ FP8_DTYPES = {
 }  # by vLLM's names; it stores them as bytes
 
 
+def in_its_dtype(kv_cache: torch.Tensor, name: str) -> torch.Tensor:
+    """A cache as vLLM stores it, viewed as what it holds; name: vLLM's, of its dtype."""
+    return kv_cache.view(FP8_DTYPES[name]) if name in FP8_DTYPES else kv_cache
+
+
 def register(backends: Mapping[AttentionBackendEnum, str]) -> None:
     """Puts classes, given by their paths, in the places of vLLM's attention backends, in this process."""
     for backend, path in backends.items():

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_qfilters.attention import FP8_DTYPES
+from vllm_qfilters.attention import in_its_dtype
 from vllm_qfilters.attention.watched import WatchedAttention
 
 BACKENDS = {
@@ -58,11 +58,10 @@ class ScoringAttention(WatchedAttention):
         if self.write_and_score is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        fp8_dtype = FP8_DTYPES.get(self.kv_cache_dtype)
         self.write_and_score(
             key,
             value,
-            kv_cache if fp8_dtype is None else kv_cache.view(fp8_dtype),
+            in_its_dtype(kv_cache, self.kv_cache_dtype),
             self.planes,
             slot_mapping,
             key_scale=layer._k_scale,

@@ -24,7 +24,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
-from vllm_qfilters.attention import FP8_DTYPES
+from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
@@ -71,9 +71,8 @@ class CompressedModelRunner:
         raise NotImplementedError
 
     def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
-        """Of ``layers``; vLLM stores fp8 as bytes."""
-        fp8_dtype = FP8_DTYPES.get(self.cache_config.cache_dtype)
-        return [layer.kv_cache if fp8_dtype is None else layer.kv_cache.view(fp8_dtype) for layer in self.layers]
+        """Of ``layers``."""
+        return [in_its_dtype(layer.kv_cache, self.cache_config.cache_dtype) for layer in self.layers]
 
     def key_scales(self) -> torch.Tensor | None:
         """What keys in an fp8 cache are to be multiplied by, float32, shape ``[num_layers]``; None for other caches."""
