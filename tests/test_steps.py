@@ -61,7 +61,8 @@ def test_pages_freed_by_one_request_serve_another_in_the_same_step(engines):
 def test_per_request_budgets_in_one_batch(engines):
     engine = engines.get(**OPTIONS)
     budgets = {None: 128, 96: 96, 256: 256, 0.5: 150, 0: None}
-    ids = {engine.add(random_prompt(300, seed=6), max_tokens=60, kv_budget=key): limit for key, limit in budgets.items()}
+    prompt = random_prompt(300, seed=6)
+    ids = {engine.add(prompt, max_tokens=60, kv_budget=key): limit for key, limit in budgets.items()}
     largest = dict.fromkeys(ids, 0)
 
     def look():
@@ -70,9 +71,11 @@ def test_per_request_budgets_in_one_batch(engines):
                 name = request.request_id.rpartition("-")[0]  # vLLM appends a random suffix
                 largest[name] = max(largest[name], engine.scheduler.pages.resident_tokens(request))
 
-    engine.run(look)
-    for name, limit in ids.items():
+    together = engine.run(look)
+    for (name, limit), kv_budget in zip(ids.items(), budgets):
         assert largest[name] == (limit or 358), (name, largest)  # off: all but the last token
+        (alone,) = engine.generate([prompt], max_tokens=60, kv_budget=kv_budget)
+        assert together[name].outputs[0].token_ids == alone.outputs[0].token_ids, f"{kv_budget}: neighbours change the answer"
     engine.assert_idle()
 
 
