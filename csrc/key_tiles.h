@@ -46,21 +46,31 @@ class PagedKeys {
         gathered_((block_size_ + kTile - 1) / kTile * kTile),
         tokens_lie_side_by_side_(offsets_.diff().eq(1).all().item<bool>()) {}
 
-  // Calls visit(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
-  // that of vectors[vector] and the key of token first + index.
-  template <typename Visit>
-  void project(int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, Visit visit) const {
-    std::vector<float> keys(head_size_ * gathered_, 0.0f), products(num_vectors * kTile);
+  // Calls see(first, count, keys, key_stride) for page after page of the tokens of one head: keys[dim * key_stride + index] is of
+  // token first + index, and those up to the next multiple of kTile can be read, too.
+  template <typename See>
+  void visit(int64_t layer, int64_t head, int64_t num_tokens, See see) const {
+    std::vector<float> keys(head_size_ * gathered_, 0.0f);
     const Element* head_pages =
         static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
     for (int64_t first = 0; first < num_tokens; first += gathered_) {
       const int64_t count = std::min(gathered_, num_tokens - first);
       gather(head_pages, first, count, keys.data());
-      for (int64_t done = 0; done < count; done += kTile) {
-        project_tile(vectors, num_vectors, keys.data() + done, gathered_, head_size_, products.data());
-        visit(first + done, std::min(kTile, count - done), products.data());
-      }
+      see(first, count, keys.data(), gathered_);
     }
+  }
+
+  // Calls see(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
+  // that of vectors[vector] and the key of token first + index.
+  template <typename See>
+  void project(int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, See see) const {
+    std::vector<float> products(num_vectors * kTile);
+    visit(layer, head, num_tokens, [&](int64_t first, int64_t count, const float* keys, int64_t key_stride) {
+      for (int64_t done = 0; done < count; done += kTile) {
+        project_tile(vectors, num_vectors, keys + done, key_stride, head_size_, products.data());
+        see(first + done, std::min(kTile, count - done), products.data());
+      }
+    });
   }
 
  private:

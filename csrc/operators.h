@@ -48,6 +48,13 @@ std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_h
     int64_t num_tokens,
     const at::Tensor& queries);       // [num_layers, num_heads, num_queries, head_size] float32
 
+// Minus the cosine of each key with the mean direction of the keys of its head; no neighbours yet.
+at::Tensor key_distinctness(          // [num_layers, num_kv_heads, num_tokens] float32
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& key_offsets,    // [block_size, head_size] int64
+    const at::Tensor& page_table,     // [num_pages] int64
+    int64_t num_tokens);
+
 void fill_holes(
     at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
     at::Tensor& planes,               // [num_layers, num_blocks, num_planes, num_kv_heads, block_size] float32

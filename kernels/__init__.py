@@ -3,7 +3,7 @@
 ``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
 alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is: ``write_and_score`` for a step's
 keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident``,
-``observation`` and ``score_pages``.
+``observation``, ``distinctness`` and ``score_pages``.
 """
 
 from vllm_qfilters.kernels import cpu, reference
@@ -14,6 +14,7 @@ _implementation, IMPLEMENTATION = (cpu, "C++") if cpu.load() else (reference, "P
 
 compact = _implementation.compact
 expected_attention = _implementation.expected_attention
+key_distinctness = _implementation.key_distinctness
 observed_attention = _implementation.observed_attention
 page_scores = _implementation.page_scores
 score_and_store = _implementation.score_and_store
@@ -25,6 +26,7 @@ __all__ = [
     "PagedCache",
     "compact",
     "expected_attention",
+    "key_distinctness",
     "observed_attention",
     "page_scores",
     "probe_page_layout",

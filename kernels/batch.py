@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_qfilters.kernels.columns import NUM_COLUMNS, POSITION
+from vllm_qfilters.kernels.columns import EVICTED, NUM_COLUMNS, POSITION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Compaction:
         new_pages: its pages afterwards.
         copied_pages: private copies to make before anything moves, as (place in the block table, new page).
         shared_pages_out: pages taken out that other sequences hold too, where scoring writes beside the tokens of all pages.
+        distinct_tokens: of those that stay, how many do because their keys are unlike the others, and not for their score.
     """
 
     old_row: int
@@ -37,6 +38,7 @@ class Compaction:
     new_pages: Sequence[int]
     copied_pages: Sequence[tuple[int, int]] = ()
     shared_pages_out: Sequence[int] = ()
+    distinct_tokens: int = 0
 
     @property
     def max_moves(self) -> int:
@@ -107,6 +109,13 @@ class CompactionBatch:
             max_moves=max(compaction.max_moves for compaction in compactions),
         )
 
+    def evicting_distinct_tokens(self) -> "CompactionBatch":
+        """The same sequences, each to lose what it would keep as distinct, too: what is left stays for its score."""
+        distinct = torch.tensor([compaction.distinct_tokens for compaction in self.compactions], pin_memory=self.rows.is_cuda)
+        rows = self.rows.clone()
+        rows[:, EVICTED.value] += distinct.to(rows.device, non_blocking=True)
+        return dataclasses.replace(self, rows=rows)
+
     @property
     def num_rows(self) -> int:
         return self.rows.shape[0]
@@ -115,11 +124,6 @@ class CompactionBatch:
     def positions(self) -> torch.Tensor:
         """Of the rows' next tokens, shape ``[num_rows]``, int64."""
         return self.rows[:, POSITION.value]
-
-    def pages(self, index: int, block_size: int) -> torch.Tensor:
-        """The pages that hold the resident tokens of a row, int64."""
-        compaction = self.compactions[index]
-        return self.block_table[compaction.old_row, : -(-compaction.resident_tokens // block_size)].long()
 
     def split(self, flat: torch.Tensor, num_layers: int, num_heads: int) -> list[torch.Tensor]:
         """A flat result as one tensor ``[num_layers, num_heads, resident_tokens]`` per row."""

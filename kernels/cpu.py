@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from vllm_qfilters.kernels.layout import PagedCache
-from vllm_qfilters.kernels.reference import pool_neighbours, take_out_pages
+from vllm_qfilters.kernels.reference import mean_of_neighbours, pool_neighbours, take_out_pages
 
 LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
 OPERATORS = torch.ops.vllm_qfilters
@@ -47,6 +47,10 @@ def _register_fakes() -> None:
             _fake_attention(pages, num_tokens, queries),
             _fake_attention(pages, num_tokens, queries),
         ),
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::key_distinctness",
+        lambda pages, key_offsets, page_table, num_tokens: _fake_attention(pages, num_tokens, torch.empty(0)),
     )
 
 
@@ -91,6 +95,12 @@ def observed_attention(
         cache.pages, cache.layout.keys, pages, num_tokens - num_newer, _times_key_scales(cache, queries)
     )
     return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
+
+
+def key_distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.key_distinctness`."""
+    distinctness = OPERATORS.key_distinctness.default(cache.pages, cache.layout.keys, pages, num_tokens)
+    return mean_of_neighbours(distinctness, pool)
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:

@@ -5,7 +5,7 @@ queries like.
 """
 
 import torch
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
+from torch.nn.functional import avg_pool1d, max_pool1d, normalize, pad
 
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 
@@ -135,6 +135,32 @@ def pool_neighbours(
     mean = avg_pool1d(mean, mean_pool, stride=1, padding=mean_pool // 2)
     peak = max_pool1d(peak, peak_pool, stride=1, padding=peak_pool // 2)
     return pad(mean, (0, num_newer), value=NOT_OBSERVED), pad(peak, (0, num_newer), value=NOT_OBSERVED)
+
+
+def key_distinctness(cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
+    """How unlike the others each key of a sequence is: minus its cosine with the mean direction of the keys of its head, averaged
+    over neighbours (KeyDiff, arXiv 2504.15364, but for the neighbours).
+
+    Args:
+        cache: the cache of this rank.
+        pages: the sequence's pages, shape ``[num_pages]``, int64.
+        num_tokens: it holds.
+        pool: neighbours to average over, odd.
+
+    Returns:
+        shape ``[num_layers, num_kv_heads, num_tokens]``, float32.
+    """
+    distinctness = []
+    for layer in range(cache.num_layers):
+        directions = normalize(cache.resident_keys(layer, pages, num_tokens), dim=-1)
+        anchors = normalize(directions.mean(1, keepdim=True), dim=-1)
+        distinctness.append(-(directions * anchors).sum(-1))
+    return mean_of_neighbours(torch.stack(distinctness), pool)
+
+
+def mean_of_neighbours(values: torch.Tensor, pool: int) -> torch.Tensor:
+    """Over the ``pool`` ones around each token, of those that are there; shape ``[num_layers, num_kv_heads, num_tokens]``."""
+    return avg_pool1d(values, pool, stride=1, padding=pool // 2, count_include_pad=False)
 
 
 def write_and_score(

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
 from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_pages import page_scores
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
@@ -86,8 +87,10 @@ def launch_all(has_fp8: bool) -> None:
         if has_fp8 and geometry.dtype == torch.bfloat16:
             narrow = Sequences(sequences.evictions, dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=0)
             score_resident(narrow.cache, narrow.batch, filters, factors, torch.ones(cache.num_layers), turns)
+            key_distinctness(narrow.cache, narrow.batch, 7)
         queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
         observe(cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13, shared_by_heads=True)
+        key_distinctness(cache, batch, 7)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 

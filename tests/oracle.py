@@ -13,6 +13,7 @@ class Rule:
     interval: int
     block: int
     chunk: int | None  # None: the prompt is attended whole
+    prefill_interval: int | None
     shared_by_heads: bool
     keep_prompt: bool = False
     method: str = "qfilters"
@@ -48,8 +49,9 @@ def teacher_forced_logprobs(
         while position < len(tokens) - 1:
             resident = cache.get_seq_length()
             if position < len(prompt):
-                end = len(prompt) if rule.chunk is None else min(len(prompt), (position // rule.chunk + 1) * rule.chunk)
-                surplus = resident - budget
+                every = rule.prefill_interval
+                end = len(prompt) if rule.chunk is None else min(len(prompt), (position // every + 1) * every)
+                surplus = 0 if rule.chunk is None else resident + every - budget - rule.chunk
                 evicted = -(-surplus // rule.block) * rule.block if surplus > 0 else 0
             else:
                 end = position + 1
@@ -69,7 +71,8 @@ def teacher_forced_logprobs(
                 if rule.whole_pages:
                     kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
-                    kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed)
+                    distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
+                    kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed, distinct)
                 held = [rows.gather(1, kept_rows) for rows, kept_rows in zip(held, kept, strict=True)]
                 resident -= evicted
             n = end - position
@@ -201,20 +204,34 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
     return scores
 
 
-def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed):
-    """Keeps the best of each head, in the places the product gives them; returns these, and ``observed`` of those kept."""
+def unlikeness(keys: torch.Tensor) -> torch.Tensor:
+    """Of ``[heads, tokens, size]``: how far a key turns away from the mean direction, averaged over 7 neighbours."""
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    turned_away = -torch.nn.functional.cosine_similarity(unit, unit.mean(1, keepdim=True), dim=-1)
+    tokens = turned_away.shape[1]
+    return torch.stack([turned_away[:, max(0, i - 3) : i + 4].mean(1) for i in range(tokens)], 1)
+
+
+def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed, distinct: int):
+    """Keeps the best of each head, in the places the product gives them, and of the rest the ``distinct`` ones most unlike the
+    others; returns these, and ``observed`` of those kept."""
     kept_of_layers, kept_observed = [], []
     for index, layer in enumerate(cache.layers):
         keys = layer.keys[0]
         resident = keys.shape[1]
-        rows = scores[index][:, sinks : resident - window]
+        rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys.float())))
         if rule.shared_by_heads:
-            z = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True, unbiased=False)
-            rows = z.mean(0, keepdim=True).repeat(rows.shape[0], 1)
+            rows, others = (
+                ((values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False)).mean(0).repeat(len(values), 1)
+                for values in (rows, others)
+            )
         first_out = (resident - evicted - window) // rule.block * rule.block
         kept = []
-        for row in rows:
-            best = row.argsort(descending=True)[: resident - evicted - sinks - window] + sinks
+        for row, other in zip(rows, others, strict=True):
+            order = row.argsort(descending=True)
+            num_best = resident - evicted - sinks - window - distinct
+            rest = order[num_best:]
+            best = torch.cat((order[:num_best], rest[other[rest].argsort(descending=True)[:distinct]])) + sinks
             is_kept = torch.ones(resident, dtype=torch.bool)
             is_kept[sinks : resident - window] = False
             is_kept[best] = True

@@ -47,9 +47,10 @@ def cases(draw, is_chunked: bool | None = None) -> Case:
     if is_chunked is None:
         is_chunked = draw(st.booleans())
     chunk = block_size * draw(st.integers(1, 6)) if is_chunked else None
+    prefill_interval = block_size * draw(st.integers(1, chunk // block_size)) if is_chunked else None
     prompt_tokens = draw(st.integers(1, 3 * budget))
     new_tokens = draw(st.integers(1, budget))
-    return Case(RequestLimits(budget, window, sinks, interval, chunk), block_size, prompt_tokens, new_tokens)
+    return Case(RequestLimits(budget, window, sinks, interval, chunk, prefill_interval), block_size, prompt_tokens, new_tokens)
 
 
 step_sizes = st.lists(st.integers(1, 700), min_size=1, max_size=20)
@@ -63,7 +64,7 @@ def live(case: Case, sizes: list[int]) -> list[Step]:
         before, evicted, is_decoding = resident, 0, position >= case.prompt_tokens
         if is_decoding:
             evicted = limits.evicted_tokens(resident, is_prefilling=False, block_size=case.block_size)
-        elif limits.chunk is not None and position % limits.chunk == 0:
+        elif limits.is_prefill_cut(position):
             evicted = limits.evicted_tokens(resident, is_prefilling=True, block_size=case.block_size)
         num_tokens = 1
         if not is_decoding:
@@ -114,10 +115,23 @@ def test_whole_pages_are_evicted(case, sizes):
 
 @settings(deadline=None)
 @given(cases(), step_sizes)
-def test_nothing_is_evicted_before_the_budget_is_reached(case, sizes):
+def test_nothing_is_evicted_while_there_is_room_for_the_tokens_before_the_next_cut(case, sizes):
+    limits = case.limits
     for step in live(case, sizes):
-        if step.evicted_tokens:
-            assert step.resident_before + step.is_decoding > case.limits.budget
+        if step.evicted_tokens and step.is_decoding:
+            assert step.resident_before + 1 > limits.budget
+        elif step.evicted_tokens:
+            assert step.resident_before + limits.prefill_interval > limits.budget + limits.chunk
+
+
+@settings(deadline=None)
+@given(cases(is_chunked=True), step_sizes)
+def test_a_prompt_keeps_all_it_has_room_for_until_its_end(case, sizes):
+    limits = case.limits
+    steps = live(dataclasses.replace(case, prompt_tokens=case.prompt_tokens + limits.first_prefill_cut), sizes)
+    kept = [step.resident_before - step.evicted_tokens for step in steps if step.evicted_tokens and not step.is_decoding]
+    room = limits.budget + limits.chunk - limits.prefill_interval
+    assert kept and all(room - case.block_size < tokens <= room for tokens in kept)
 
 
 @settings(deadline=None)
@@ -140,10 +154,10 @@ def test_cuts_depend_on_positions_alone(case, sizes, other_sizes):
 
 @settings(deadline=None)
 @given(cases(is_chunked=True), step_sizes)
-def test_a_long_prompt_is_first_cut_at_the_first_chunk_end_above_the_budget(case, sizes):
+def test_a_long_prompt_is_first_cut_at_the_last_place_before_there_is_no_room(case, sizes):
     limits = case.limits
-    first = limits.first_prefill_cut
-    assert first % limits.chunk == 0 and limits.budget < first <= limits.budget + limits.chunk
+    first, most = limits.first_prefill_cut, limits.budget + limits.chunk
+    assert limits.is_prefill_cut(first) and first <= most < first + limits.prefill_interval
     case = dataclasses.replace(case, prompt_tokens=case.prompt_tokens + first)
     assert cuts(live(case, sizes))[0][0] == first
 
@@ -162,7 +176,7 @@ def test_the_tokens_to_the_next_cut_end_at_it_and_cross_none(case, position):
     limits = case.limits
     places = [limits.first_prefill_cut]
     while places[-1] <= position:
-        places.append(places[-1] + limits.chunk)
+        places.append(places[-1] + limits.prefill_interval)
     assert position + limits.tokens_to_next_cut(position) == places[-1]
 
 
@@ -182,11 +196,13 @@ def test_a_prompt_attended_whole_is_cut_once_when_decoding_begins(case, sizes):
 @given(cases(), st.integers(-100, 700), st.booleans())
 def test_an_eviction_is_the_fewest_pages_that_do_and_while_decoding_one_interval_at_least(case, surplus, is_prefilling):
     limits = case.limits
-    resident = max(0, limits.budget + surplus)
+    assume(limits.chunk is not None or not is_prefilling)
+    most = limits.budget + (limits.chunk - limits.prefill_interval if is_prefilling else 0)
+    resident = max(0, most + surplus)
     evicted = limits.evicted_tokens(resident, is_prefilling, case.block_size)
     holds = resident if is_prefilling else resident + 1
     fewest = 0
-    while holds - fewest > limits.budget:
+    while holds - fewest > most:
         fewest += case.block_size
     assert evicted == (max(fewest, limits.interval) if fewest and not is_prefilling else fewest)
 

@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_qfilters.budget import RequestLimits
@@ -51,6 +51,9 @@ REFUSED = {
     "interval-float": (dict(interval=32.0), ("interval=32.0:", "an integer >= 1")),
     "chunk-zero": (dict(chunk=0), ("chunk=0:", "an integer >= 1")),
     "chunk-none": (dict(chunk=None), ("chunk=None:", "an integer >= 1")),
+    "prefill-interval-zero": (dict(prefill_interval=0), ("prefill_interval=0:", "an integer >= 1")),
+    "prefill-interval-float": (dict(prefill_interval=64.0), ("prefill_interval=64.0:", "an integer >= 1")),
+    "prefill-interval-above-chunk": (dict(prefill_interval=512, chunk=256), ("prefill_interval=512:", "at most chunk=256")),
     "method-unknown": (dict(method="snapkv"), ("method='snapkv':", *METHODS)),
     "method-none": (dict(method=None), ("method=None:", *METHODS)),
     "granularity-unknown": (dict(granularity="token"), ("granularity='token':", *GRANULARITIES)),
@@ -133,16 +136,16 @@ def test_the_defaults_fit_every_block_size(block_size):
     KVCompressionConfig().check_block_size(block_size)
 
 
-@pytest.mark.parametrize("name", ["interval", "chunk"])
+@pytest.mark.parametrize("name", ["interval", "chunk", "prefill_interval"])
 @pytest.mark.parametrize(("value", "block_size", "suggested"), [(100, 32, 96), (5, 32, 32), (129, 128, 128), (250, 128, 256)])
 def test_tokens_that_are_no_whole_pages_are_refused_with_a_value_that_fits(name, value, block_size, suggested):
-    config = KVCompressionConfig(**{"interval": block_size, "chunk": block_size, name: value})
+    config = KVCompressionConfig(**{"interval": block_size, "chunk": 16 * block_size, name: value})
     with pytest.raises(ValueError) as refusal:
         config.check_block_size(block_size)
     assert f"{name}={value} " in str(refusal.value)
     assert f"block size {block_size}" in str(refusal.value)
     assert f"set {name} to {suggested}," in str(refusal.value)
-    dataclasses.replace(config, **{name: suggested}).check_block_size(block_size)
+    dataclasses.replace(config, **{"prefill_interval": None, name: suggested}).check_block_size(block_size)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_a_request_with_budget_zero_is_not_compressed(zero):
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 7}], ids=["none", "empty", "other-key"])
 def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
     limits = KVCompressionConfig(**SMALL).request_limits(extra_args, prompt_tokens=1000)
-    assert limits == RequestLimits(budget=512, window=64, sinks=4, interval=32, chunk=256, recent_only=False)
+    assert limits == RequestLimits(budget=512, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
 )
 def test_a_request_sets_its_own_budget(value, prompt_tokens, budget):
     limits = KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens)
-    assert limits == RequestLimits(budget=budget, window=64, sinks=4, interval=32, chunk=256)
+    assert limits == RequestLimits(budget, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True)
 
 
 def test_a_configured_fraction_is_of_the_prompt():
@@ -216,12 +219,20 @@ def test_a_fractional_window_is_of_the_budget_of_the_request(budget, window):
 )
 def test_scope_decode_keeps_the_prompt_beside_the_budget(prompt_tokens, budget, sinks):
     limits = KVCompressionConfig(**SMALL, scope="decode").request_limits(None, prompt_tokens)
-    assert limits == RequestLimits(budget=budget, window=64, sinks=sinks, interval=32, chunk=None)
+    expected = RequestLimits(budget, window=64, sinks=sinks, interval=32, chunk=None, prefill_interval=None, keeps_distinct=True)
+    assert limits == expected
 
 
 def test_scope_decode_takes_a_fractional_window_of_the_generated_tokens_alone():
     limits = KVCompressionConfig(budget=512, window=0.25, scope="decode").request_limits(None, prompt_tokens=1000)
     assert limits.window == 128
+
+
+@pytest.mark.parametrize(("chunk", "interval"), [(2048, 512), (512, 512), (128, 128)])
+def test_prompts_are_cut_every_512_tokens_or_every_chunk(chunk, interval):
+    config = KVCompressionConfig(chunk=chunk)
+    assert config.prefill_interval == config.request_limits(None, prompt_tokens=1000).prefill_interval == interval
+    assert KVCompressionConfig.from_dict(config.to_dict()) == config
 
 
 def test_prefill_full_cuts_no_prompt_in_chunks():
@@ -235,6 +246,15 @@ def test_streaming_alone_keeps_recent_tokens_only(method):
     limits = KVCompressionConfig(**SMALL, method=method).request_limits(None, prompt_tokens=1000)
     assert limits.recent_only == (method == "streaming")
     assert limits.protected_window(kept=480) == (476 if method == "streaming" else 64)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "keydiff"])
+def test_what_a_prompt_holds_beyond_the_budget_is_distinct_for_qfilters_alone(method, granularity):
+    config = KVCompressionConfig(**{**SMALL, "granularity": granularity}, method=method)
+    limits = config.request_limits(None, prompt_tokens=1000)
+    assert limits.distinct_tokens(kept=600) == (88 if method == "qfilters" and granularity != "page" else 0)
+    assert limits.distinct_tokens(kept=512) == limits.distinct_tokens(kept=400) == 0
 
 
 @pytest.mark.parametrize(
@@ -311,7 +331,8 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
     if isinstance(kv_budget, int):
         kv_budget += config.min_budget(block_size)
     limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens, block_size)
-    resident = limits.budget + surplus
+    assume(limits.chunk is not None or not is_prefilling)
+    resident = limits.budget + (limits.chunk - limits.prefill_interval if is_prefilling else 0) + surplus
     evicted = limits.evicted_tokens(resident, is_prefilling, block_size)
     window_tokens = limits.protected_window(resident - evicted)
     first_page, last_page = -(-limits.sinks // block_size), (resident - window_tokens) // block_size

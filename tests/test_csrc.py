@@ -24,6 +24,7 @@ OPERATORS = (
     "select_kept",
     "expected_attention",
     "observed_attention",
+    "key_distinctness",
     "fill_holes",
     "page_scores",
 )
@@ -440,6 +441,39 @@ def test_observed_attention_refuses(queries, message):
         cpu.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("lies_side_by_side", [False, True])
+@pytest.mark.parametrize(("num_tokens", "pool"), [(1, 1), (1, 7), (63, 7), (64, 1), (65, 3), (200, 7)])
+@pytest.mark.parametrize("head_size", [16, 40])
+def test_key_distinctness_matches_reference(head_size, num_tokens, pool, lies_side_by_side, dtype):
+    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    if lies_side_by_side:
+        cache.layout = transposed_keys_layout(16, head_size)
+    cache.key_scales = torch.tensor([0.25, 3.0])  # angles do not depend on it
+    pages = torch.randperm(16)[: -(-num_tokens // 16)]
+    cache.pages[1, pages[0], 1] = 0  # keys of no direction
+    found = cpu.key_distinctness(cache, pages, num_tokens, pool)
+    assert found.shape == (2, 2, num_tokens) and found.isfinite().all()
+    torch.testing.assert_close(found, reference.key_distinctness(cache, pages, num_tokens, pool), atol=1e-5, rtol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
+        pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
+        pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
+    ],
+)
+def test_key_distinctness_refuses(position, value, message):
+    arguments = attention_arguments()[:4]
+    arguments[position] = value
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.OPERATORS.key_distinctness(*arguments)
+
+
 def attention_arguments() -> list:
     _, cache = make_cache(Geometry())
     return [cache.pages, cache.layout.keys, torch.tensor([4, 1]), 20, *make_statistics(3, 4, 2, 8)]
@@ -456,6 +490,7 @@ def test_schemas_say_what_operators_do(operator):
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8)],
+        "key_distinctness": attention_arguments()[:4],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpu.OPERATORS, operator).default, tuple(arguments[operator]))

@@ -12,6 +12,7 @@ CASES = {
     "chunked-layer": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 900, 300),
     "chunked-head": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head"), 900, 300),
     "chunked-odd-window": (dict(budget=250, window=45, sinks=7, interval=32, chunk=128, granularity="head"), 700, 300),
+    "cut-often": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64), 900, 200),
     "no-sinks": (dict(budget=192, window=32, sinks=0, interval=32, chunk=256), 500, 200),
     "prompt-below-budget": (dict(budget=256, window=0.5, sinks=4, interval=64, chunk=256), 100, 400),
     "prompt-ends-at-a-cut": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256), 768, 100),
@@ -23,11 +24,13 @@ CASES = {
     "expected-covariance": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", observed=0, rank=32), 900, 200),
     "expected-observed": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", rank=0), 900, 200),
     "expected-observed-layer-full": (dict(budget=250, window=45, sinks=7, interval=32, prefill="full", rank=32), 700, 200),
+    "expected-observed-cut-often": (dict(budget=250, window=45, sinks=4, interval=32, chunk=256, prefill_interval=96, rank=0), 900, 200),
     "expected-observed-below-budget": (dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0), 100, 400),
     "rotary": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"), 700, 200),
     "rotary-fp8": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, filter="rotary", kv_cache_dtype="fp8"), 700, 200),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
     "page-chunked": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="page"), 900, 300),
+    "page-cut-often": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64, granularity="page"), 900, 200),
     "page-odd-window": (dict(budget=331, window=45, sinks=39, interval=96, chunk=128, granularity="page"), 700, 400),
     "page-no-sinks-no-window": (dict(budget=192, window=0, sinks=0, interval=32, chunk=256, granularity="page"), 500, 300),
     "page-full": (dict(budget=256, window=64, sinks=4, interval=64, granularity="page", prefill="full"), 900, 200),
@@ -51,6 +54,7 @@ def options_and_rule(case: str) -> tuple[dict, Rule]:
         interval=options["interval"],
         block=BLOCK,
         chunk=None if whole else options["chunk"],
+        prefill_interval=None if whole else options.get("prefill_interval", options["chunk"]),
         shared_by_heads=options.get("granularity", "layer") == "layer",
         keep_prompt=options.get("scope") == "decode",
         method=options.get("method", "qfilters"),
@@ -85,7 +89,7 @@ def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
     options = {**options, "filter": "static"}
     prompt = random_prompt(prompt_tokens, seed=1)
     ids, logprobs = tokens_and_logprobs(engines.get(**options).generate([prompt], max_tokens=50)[0])
-    rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, shared_by_heads=True)
+    rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, prefill_interval=256, shared_by_heads=True)
     uncompressed, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
     assert (torch.tensor(logprobs) - torch.tensor(uncompressed)).abs().max() > 0.05
 

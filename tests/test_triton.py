@@ -39,6 +39,7 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_pages import page_scores
@@ -425,7 +426,7 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
 
 def score_by_reference(monkeypatch):
     """C++ operators read caches of CPUs alone."""
-    for operator in ("expected_attention", "observed_attention"):
+    for operator in ("expected_attention", "observed_attention", "key_distinctness"):
         monkeypatch.setattr(f"vllm_qfilters.scorers.{operator}", getattr(reference, operator))
 
 
@@ -536,8 +537,9 @@ def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, mon
     scorer = BatchExpectedAttentionScorer(cache, make_bank(cache, group, 3, 1), None, scale=0.1, shared_by_heads=is_shared)
     queries = random_tensor(2, 2 * group, 2, 12, seed=4)
     recent = [RecentQueries(queries, compaction.position, compaction.position) for compaction in sequences.compactions]
+    compactions = [dataclasses.replace(compaction, distinct_tokens=10) for compaction in sequences.compactions]
     with PeakMemory() as taken:
-        BatchCompactor(scorer, is_shared).compact(sequences.compactions, sequences.batch.block_table, recent)
+        BatchCompactor(scorer, is_shared).compact(compactions, sequences.batch.block_table, recent)
     set_aside = workspace_bytes(
         num_layers=2,
         num_heads=2 * group,
@@ -549,6 +551,49 @@ def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, mon
         prompt_bytes=queries.nbytes,
     )
     assert 0.5 * set_aside < taken.bytes <= set_aside
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("head_size", "pool"), [(16, 1), (40, 3), (80, 7)])
+def test_key_distinctness_matches_reference(head_size, pool, layout, dtype):
+    if dtype in FP8 and not HAS_FP8:
+        pytest.skip("this GPU has no fp8")
+    geometry = Geometry(num_kv_heads=3, head_size=head_size, dtype={**DTYPES, **FP8}[dtype], layout=layout)
+    sequences = Sequences([Eviction(300, 16, 4, 20), Eviction(1, 0, 0, 0), Eviction(65, 32, 0, 5)], geometry, seed=1)
+    cache = sequences.cache
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3).to(cache.rows.dtype))
+    cache.rows[1, sequences.old_pages[0][0]] = 0  # keys of no direction
+    with forbidden_waiting():
+        flat = key_distinctness(cache, sequences.batch, pool)
+    for index, found in enumerate(sequences.batch.split(flat, cache.num_layers, 3)):
+        expected = reference.key_distinctness(cache, sequences.old_pages[index], sequences.evictions[index].resident, pool)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
+def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
+    """Sequences with distinct tokens beside others; other ranks make other means of what this one has."""
+    evictions = [Eviction(300, 48, 4, 60), Eviction(130, 32, 4, 30), Eviction(97, 16, 0, 0)]
+    sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=2)
+    cache = sequences.cache
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    distinct = [100, 0, 81]  # of the last one all that stay
+    compactions = [
+        dataclasses.replace(compaction, copied_pages=(), distinct_tokens=count)
+        for compaction, count in zip(sequences.compactions, distinct, strict=True)
+    ]
+    expected = []
+    for index, eviction in enumerate(evictions):
+        pages, bounds = sequences.old_pages[index], (eviction.sinks, eviction.window)
+        values = sequences.scores_of(index), reference.key_distinctness(cache, pages, eviction.resident, 7)
+        scores, distinctness = (3 * reference.mean_standardised(part, *bounds) if is_shared else part for part in values)
+        best = reference.select_kept(scores, eviction.kept - distinct[index], *bounds, False)
+        expected.append(reference.select_kept(distinctness.masked_fill(best, 1e9), eviction.kept, *bounds, False))
+    compactor = BatchCompactor(BatchScorer(cache, Score.PROJECTION), is_shared, lambda values: 3 * values)
+    with forbidden_waiting():
+        found = compactor.compact(compactions, sequences.batch.block_table, [None] * 3)
+    assert all(torch.equal(kept.bool(), wanted) for kept, wanted in zip(found, expected, strict=True))
 
 
 def test_warming_up_touches_the_null_page_alone():

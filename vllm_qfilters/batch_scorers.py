@@ -9,12 +9,13 @@ import torch
 
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores
 from vllm_qfilters.kernels.write_and_score import Score
-from vllm_qfilters.scorers import ExpectedAttentionScorer, KeyDiffScorer, RecentQueries, ResidentTokens, mix_in_observed
+from vllm_qfilters.scorers import ExpectedAttentionScorer, RecentQueries, mix_in_observed
 
 
 class BatchScorer:
@@ -46,19 +47,13 @@ class BatchScorer:
 
 
 class BatchKeyDiffScorer(BatchScorer):
-    """See :class:`vllm_qfilters.scorers.KeyDiffScorer`. One sequence and layer after the other: it is there for comparison."""
+    """See :class:`vllm_qfilters.scorers.KeyDiffScorer`."""
 
     def __init__(self, cache: StridedCache) -> None:
         super().__init__(cache, Score.NONE)
-        self._scorer = KeyDiffScorer(cache)
 
     def resident_scores(self, batch, recent_queries):
-        scores = []
-        for index, compaction in enumerate(batch.compactions):
-            pages = batch.pages(index, self.cache.block_size)
-            tokens = ResidentTokens(pages, compaction.resident_tokens, compaction.position)
-            scores.append(self._scorer.resident_scores(tokens).flatten())
-        return torch.cat(scores)
+        return key_distinctness(self.cache, batch, pool=1)
 
 
 class BatchRotaryFilterScorer(BatchScorer):

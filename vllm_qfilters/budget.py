@@ -32,9 +32,11 @@ class RequestLimits:
         window: last tokens, never evicted.
         sinks: first tokens, never evicted.
         interval: tokens evicted in one go; a multiple of the block size.
-        chunk: positions at which a prompt is cut are the multiples of this; None: a prompt is cut when decoding begins.
+        chunk: most tokens resident beside the budget while a prompt is read; None: a prompt is cut when decoding begins.
+        prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None as ``chunk``.
         private_window: the workers write beside tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
+        keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
     """
 
     budget: int
@@ -42,8 +44,10 @@ class RequestLimits:
     sinks: int
     interval: int
     chunk: int | None
+    prefill_interval: int | None
     private_window: bool = False
     recent_only: bool = False
+    keeps_distinct: bool = False
 
     @property
     def max_resident_tokens(self) -> int | float:
@@ -55,14 +59,14 @@ class RequestLimits:
 
         Args:
             resident: tokens the sequence holds now.
-            is_prefilling: more of the prompt is to come; the sequence then stands at a multiple of ``chunk``.
+            is_prefilling: more of the prompt is to come; the sequence then stands at a multiple of ``prefill_interval``.
             block_size: tokens per page.
 
         Returns:
-            0 if nothing is due. After eviction the sequence holds at least ``budget - interval`` tokens and, while decoding,
-            never more than ``budget`` with the token of the next step.
+            0 if nothing is due. After eviction the sequence holds at least ``budget - interval`` tokens, and never more with those
+            of the next step than ``budget`` while decoding, ``budget + chunk`` before.
         """
-        surplus = resident - self.budget if is_prefilling else resident + 1 - self.budget
+        surplus = resident - self._kept_while_prefilling if is_prefilling else resident + 1 - self.budget
         if surplus <= 0:
             return 0
         evicted = cdiv(surplus, block_size) * block_size
@@ -72,13 +76,32 @@ class RequestLimits:
         """Last tokens that must be among the ``kept`` ones."""
         return kept - self.sinks if self.recent_only else self.window
 
+    def distinct_tokens(self, kept: int) -> int:
+        """Of ``kept`` tokens, those that stay because their keys are unlike the others: all that the budget does not hold.
+
+        What the end of a prompt will ask for shows in no query yet, but it is seldom what the rest of the prompt is like.
+        """
+        return max(0, kept - self.budget) if self.keeps_distinct else 0
+
     @property
     def first_prefill_cut(self) -> int | None:
         """The position at which a long enough prompt is first cut; None if prompts are attended whole."""
-        return None if self.chunk is None else (self.budget // self.chunk + 1) * self.chunk
+        if self.chunk is None:
+            return None
+        return (self._kept_while_prefilling // self.prefill_interval + 1) * self.prefill_interval
+
+    def is_prefill_cut(self, position: int) -> bool:
+        """Whether a prompt of which more is to come can be cut at ``position``."""
+        return self.chunk is not None and position % self.prefill_interval == 0
 
     def tokens_to_next_cut(self, position: int) -> int | None:
         """Tokens a prompt may be prefilled from ``position`` before the next place where it can be cut."""
         if self.chunk is None:
             return None
-        return max(self.first_prefill_cut - position, self.chunk - position % self.chunk)
+        return max(self.first_prefill_cut - position, self.prefill_interval - position % self.prefill_interval)
+
+    @property
+    def _kept_while_prefilling(self) -> int:
+        """Tokens that leave room for those up to the next cut. What the end of a prompt asks for is known at its end alone: until
+        then all the room there is serves to keep more of it."""
+        return self.budget + self.chunk - self.prefill_interval

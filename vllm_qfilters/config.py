@@ -25,6 +25,7 @@ FILTERS = ("expected", "rotary", "static")
 GRANULARITIES = ("head", "layer", "page")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
+PREFILL_INTERVAL = 512  # tokens, unless chunk is less: GPUs are busy with as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,14 @@ class KVCompressionConfig:
         granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep the
             same tokens, by the mean of their standardised scores; ``page``: all layers and heads keep the same pages, by the
             mean score of their tokens, and nothing moves. Sinks then protect every page they reach into.
-        prefill: ``chunked``: a prompt is cut to the budget after every ``chunk`` tokens, so that a sequence never holds more
-            than ``budget + chunk``; ``full``: the whole prompt is attended first and cut when decoding begins.
+        prefill: ``chunked``: a prompt is cut while it is read, so that a sequence never holds more than ``budget + chunk``, and
+            to the budget at its end; ``full``: the whole prompt is attended first and cut when decoding begins.
         scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is for
             generated tokens alone.
-        chunk: prompt tokens between two cuts of ``chunked`` prefill; a multiple of the block size.
+        chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block size.
+        prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the block size. A
+            step reads no more of a prompt once it is cut, and a cut makes no more room than that, so that the end of a prompt still
+            finds the best of it. None, the default, becomes 512 or ``chunk``, whichever is less.
         filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and covariance of the
             queries before RoPE, turned to the coming positions, times the norm of its value; ``rotary``: its projection on the
             mean query, turned likewise; ``static``: its projection on one vector per KV head (the paper). None, the default,
@@ -71,6 +75,7 @@ class KVCompressionConfig:
     prefill: str = "chunked"
     scope: str = "all"
     chunk: int = 2048
+    prefill_interval: int | None = None
     filter: str | None = None
     rank: int = 8
     observed: int = 32
@@ -88,13 +93,18 @@ class KVCompressionConfig:
         _check_budget("budget", self.budget)
         if not _is_int(self.window) and not (isinstance(self.window, float) and 0 <= self.window < 1):
             raise ValueError(f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)")
-        for name, least in (("window", 0), ("sinks", 0), ("interval", 1), ("chunk", 1), ("rank", 0), ("observed", 0)):
+        ranges = {"window": 0, "sinks": 0, "interval": 1, "chunk": 1, "prefill_interval": 1, "rank": 0, "observed": 0}
+        for name, least in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, float) and name == "window":
+            if isinstance(value, float) and name == "window" or value is None and name == "prefill_interval":
                 continue
             if not _is_int(value) or value < least:
                 unit = "" if name == "rank" else " (tokens)"
                 raise ValueError(f"{name}={value!r}: give an integer >= {least}{unit}")
+        if self.prefill_interval is None:
+            object.__setattr__(self, "prefill_interval", min(PREFILL_INTERVAL, self.chunk))
+        if self.prefill_interval > self.chunk:
+            raise ValueError(f"prefill_interval={self.prefill_interval}: give at most chunk={self.chunk}, or raise chunk")
         if not isinstance(self.filters, str) or not self.filters:
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
         if not isinstance(self.endpoint, bool):
@@ -172,7 +182,7 @@ class KVCompressionConfig:
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
-        for name in ("interval", "chunk"):
+        for name in ("interval", "chunk", "prefill_interval"):
             value = getattr(self, name)
             if value % block_size:
                 raise ValueError(
@@ -218,8 +228,10 @@ class KVCompressionConfig:
             sinks=sinks,
             interval=self.interval,
             chunk=self.chunk if self.evicts_prompts_in_chunks else None,
+            prefill_interval=self.prefill_interval if self.evicts_prompts_in_chunks else None,
             private_window=bool(self.observed_queries),
             recent_only=self.method == "streaming",
+            keeps_distinct=self.method == "qfilters" and not self.evicts_whole_pages,
         )
 
     def max_resident_tokens(self, max_model_len: int, block_size: int = 1) -> int:

@@ -28,6 +28,7 @@ class RequestCompaction:
             region, and a page that was shared or prefix-cached and must be written is replaced by a private one.
         copied_pages: the private ones, as (place among the sequence's pages before, page).
         shared_pages_out: pages taken out that other sequences hold too, where the workers write beside the tokens of all pages.
+        distinct_tokens: of those kept, how many stay because their keys are unlike the others, and not for their score.
     """
 
     req_id: str
@@ -39,6 +40,7 @@ class RequestCompaction:
     block_ids: tuple[int, ...]
     copied_pages: tuple[tuple[int, int], ...] = ()
     shared_pages_out: tuple[int, ...] = ()
+    distinct_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,15 @@ from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels import (
     PagedCache,
     expected_attention,
+    key_distinctness,
     observed_attention,
     score_and_store,
     store_value_norms,
     write_scores,
 )
+
+
+DISTINCT_POOL = 7  # neighbours whose keys count with a token's own: what stands out are words and numbers of several tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +124,7 @@ class KeyDiffScorer(Scorer):
     """KeyDiff (arXiv 2504.15364): keys unlike the mean direction of the sequence's keys stay."""
 
     def resident_scores(self, tokens):
-        scores = []
-        for layer in range(self.cache.num_layers):
-            direction = torch.nn.functional.normalize(self.cache.resident_keys(layer, tokens.pages, tokens.num_tokens), dim=-1)
-            anchor = torch.nn.functional.normalize(direction.mean(1, keepdim=True), dim=-1)
-            scores.append(-(direction * anchor).sum(-1))
-        return torch.stack(scores)
+        return key_distinctness(self.cache, tokens.pages, tokens.num_tokens, pool=1)
 
 
 class RotaryFilterScorer(Scorer):

@@ -160,7 +160,7 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.pages.limits.get(request.request_id)
         if limits is None:
             return 0
-        if request.is_prefill_chunk and (limits.chunk is None or request.num_computed_tokens % limits.chunk):
+        if request.is_prefill_chunk and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
         evicted_tokens = limits.evicted_tokens(self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size)
         if evicted_tokens and self._sits_out(request, evicted_tokens):

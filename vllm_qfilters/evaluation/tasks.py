@@ -105,7 +105,7 @@ class LossTask:
 
     @property
     def cuts(self) -> dict[str, Any]:
-        return {"prefill": "chunked", "scope": "all", "chunk": self.chunk}
+        return {"prefill": "chunked", "scope": "all", "chunk": self.chunk, "prefill_interval": self.chunk}
 
     @property
     def max_length(self) -> int:

@@ -1,5 +1,6 @@
 """Applies a whole compaction plan to the cache of this rank at once. Knows tensors, not vLLM."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -7,9 +8,10 @@ import torch
 from vllm_qfilters.batch_scorers import BatchScorer
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact, copy_pages
+from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.observation import SEQUENCES_AT_ONCE
 from vllm_qfilters.kernels.selection import mean_standardised, select_kept
-from vllm_qfilters.scorers import RecentQueries
+from vllm_qfilters.scorers import DISTINCT_POOL, RecentQueries
 
 SCORES_AT_ONCE = 1 << 26  # float32, of all layers and query heads: 256 MiB; with what is made of them see workspace_bytes
 
@@ -107,15 +109,25 @@ class BatchCompactor:
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)
         copy_pages(self.cache, batch)
-        scores = self.scorer.resident_scores(batch, recent_queries)
+        scores = self._of_those_who_choose(self.scorer.resident_scores(batch, recent_queries), batch)
         if self.shared_by_heads:
-            scores, num_heads = self.mean_over_ranks(mean_standardised(scores, batch, num_layers, num_heads)), 1
+            num_heads = 1
+        if any(compaction.distinct_tokens for compaction in compactions):
+            best = select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
+            distinctness = self._of_those_who_choose(key_distinctness(self.cache, batch, DISTINCT_POOL), batch)
+            scores = distinctness.masked_fill_(best.bool(), math.inf)
         is_kept = select_kept(scores, batch, num_layers, num_heads)
         compact(self.cache, batch, is_kept, num_heads)
         return batch.split(is_kept, num_layers, num_heads)
+
+    def _of_those_who_choose(self, values: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
+        """Of each KV head, or what all heads of a layer, on all ranks, make of it together."""
+        if not self.shared_by_heads:
+            return values
+        return self.mean_over_ranks(mean_standardised(values, batch, self.cache.num_layers, self.cache.num_kv_heads))
 
     def warm_up(self) -> None:
         """Compiles the kernels, on vLLM's null page, which nobody reads."""
         bs = self.cache.block_size
         block_table = torch.zeros(1, 2, dtype=torch.int32, device=self.cache.rows.device)
-        self.compact([Compaction(0, 2 * bs, 2 * bs, bs, 0, 0, [0], [(0, 0)])], block_table, [None])
+        self.compact([Compaction(0, 2 * bs, 2 * bs, bs, 0, 0, [0], [(0, 0)], distinct_tokens=1)], block_table, [None])

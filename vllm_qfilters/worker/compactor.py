@@ -1,13 +1,14 @@
 """Applies one row of a compaction plan to the cache of this rank. Knows tensors, not vLLM."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_qfilters.kernels import compact, select_kept
+from vllm_qfilters.kernels import compact, key_distinctness, select_kept
 from vllm_qfilters.kernels.reference import mean_standardised
 from vllm_qfilters.plan import RequestCompaction
-from vllm_qfilters.scorers import RecentQueries, ResidentTokens, Scorer
+from vllm_qfilters.scorers import DISTINCT_POOL, RecentQueries, ResidentTokens, Scorer
 
 
 class Compactor:
@@ -37,11 +38,24 @@ class Compactor:
         old_pages = torch.tensor(old_block_ids, dtype=torch.int64)
         new_pages = torch.tensor(row.block_ids, dtype=torch.int64)
         scores = self.scorer.resident_scores(ResidentTokens(old_pages, row.resident_tokens, row.position, recent_queries))
-        kept = row.resident_tokens - row.evicted_tokens
-        if self.shared_by_heads and self.mean_over_ranks is not None:
-            shared = self.mean_over_ranks(mean_standardised(scores, row.sinks, row.window))
-            is_kept = select_kept(shared, kept, row.sinks, row.window, False).expand(scores.shape).contiguous()
-        else:
-            is_kept = select_kept(scores, kept, row.sinks, row.window, self.shared_by_heads)
+        is_kept = self._select(scores, row, row.resident_tokens - row.evicted_tokens - row.distinct_tokens)
+        if row.distinct_tokens:
+            distinctness = key_distinctness(self.scorer.cache, old_pages, row.resident_tokens, DISTINCT_POOL)
+            is_kept = self._select(distinctness, row, row.resident_tokens - row.evicted_tokens, is_kept)
         compact(self.scorer.cache, old_pages, new_pages, is_kept, row.sinks, row.window)
         return is_kept
+
+    def _select(
+        self, scores: torch.Tensor, row: RequestCompaction, kept: int, stays: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The best ``kept`` tokens by ``scores``, ``stays`` among them; all of one shape."""
+        if self.shared_by_heads and (self.mean_over_ranks is not None or stays is not None):
+            shared = mean_standardised(scores, row.sinks, row.window)
+            if self.mean_over_ranks is not None:
+                shared = self.mean_over_ranks(shared)
+            if stays is not None:
+                shared = shared.masked_fill(stays[:, :1], math.inf)
+            return select_kept(shared, kept, row.sinks, row.window, False).expand(scores.shape).contiguous()
+        if stays is not None:
+            scores = scores.masked_fill(stays, math.inf)
+        return select_kept(scores, kept, row.sinks, row.window, self.shared_by_heads)

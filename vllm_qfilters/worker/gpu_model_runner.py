@@ -133,6 +133,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                         new_pages=row.block_ids,
                         copied_pages=row.copied_pages,
                         shared_pages_out=row.shared_pages_out,
+                        distinct_tokens=row.distinct_tokens,
                     )
                     for index, row in zip(indices, rows, strict=True)
                 ]

@@ -278,6 +278,9 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
+    prefill = config.prefill
+    if config.evicts_prompts_in_chunks:
+        prefill += f" (cut every {config.prefill_interval} tokens, at most {config.chunk} beside the budget)"
     parts = [
         f"KV compression is on: method {config.method}",
         f"budget {budget}",
@@ -285,7 +288,7 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels:
         f"sinks {config.sinks}",
         f"interval {config.interval}",
         f"granularity {config.granularity}",
-        f"prefill {config.prefill}" + (f" (chunks of {config.chunk})" if config.evicts_prompts_in_chunks else ""),
+        f"prefill {prefill}",
         f"scope {config.scope}",
     ]
     if config.method == "qfilters":
