@@ -35,6 +35,7 @@ from benchmarks.case import RESULTS, check_output
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
 from vllm_qfilters.kernels.compaction import compact
+from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.score_pages import page_scores
@@ -163,6 +164,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
             key_bytes + score_bytes,
         ),
         f"attention of the last {OBSERVED} queries, {of}": (observe_queries, 2 * key_bytes),
+        f"how distinct keys are, {of}": (lambda: key_distinctness(cache, batch, 7), 2 * key_bytes),
         f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
         f"scores of {full_pages.numel()} pages": (lambda: page_scores(cache.scores, full_pages, mean, deviation), page_bytes),
         f"select, {of}": (lambda: select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS), 5 * num_heads * num_tokens),

@@ -89,5 +89,12 @@ def test_numbers_in_the_budget_page_are_those_of_the_results():
     for method in ("qfilters", "streaming"):
         columns = [*((method, budget) for budget in (256, 512, 1024)), ("full", 0)]
         assert " | ".join(f"{cells['streaming', *column]['loss']:.3f}" for column in columns) in text
-    found = [cells["passkey-1024", "qfilters", fraction]["found"] for fraction in (0.125, 0.25, 0.5)]
-    assert f"| qfilters | {found[0]} | {found[1]} | {found[2]} |" in text
+    for task, method, label in (
+        ("passkey-1024", "qfilters", "qfilters"),
+        ("passkey-1024", "streaming", "streaming"),
+        ("passkey-4096", "qfilters", "qfilters"),
+        ("passkey-4096", "streaming", "streaming"),
+        ("kv-4096", "qfilters", "qfilters, one of eight named numbers"),
+    ):
+        columns = [*((method, fraction) for fraction in (0.125, 0.25, 0.5)), ("full", 0)]
+        assert f"| {label} | " + " | ".join(str(cells[task, *column]["found"]) for column in columns) + " |" in text

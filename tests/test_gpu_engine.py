@@ -15,7 +15,7 @@ from vllm_qfilters.filters.format import Filters, load
 LLM = dict(
     block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128
 )
-EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64)
+EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
 PAGES = dict(EVICTING, budget=128, granularity="page")
 STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)

@@ -89,7 +89,7 @@ class Page(html.parser.HTMLParser):
             self.data = json.loads(data)
 
 
-@pytest.mark.parametrize("case", ["chunked-layer", "chunked-head", "page-chunked", "expected-observed"])
+@pytest.mark.parametrize("case", ["chunked-layer", "cut-often", "chunked-head", "page-chunked", "expected-observed"])
 def test_the_page_shows_what_a_reference_keeps(case, engines, hf_model, tiny_filters):
     options, rule = options_and_rule(case)
     engine, prompt = engines.get(**options), random_prompt(CASES[case][1], seed=1)

@@ -15,7 +15,7 @@ from tests.server import Server
 from vllm_qfilters import kv_compression
 from vllm_qfilters.filters.format import load
 
-COMPRESSION = dict(budget=192, window=48, interval=32, chunk=128)
+COMPRESSION = dict(budget=192, window=48, interval=32, chunk=128, prefill_interval=64)
 CACHE = dict(num_blocks=64, max_model_len=1024, max_batched=256)
 SHARED = random_prompt(160, seed=1)
 REQUESTS = [dict(prompt=random_prompt(length, seed=length), max_tokens=70) for length in (500, 61)]

@@ -60,8 +60,8 @@ class Watch:
 def test_random_load_keeps_every_invariant_and_ends(granularity, prefill, seed, engines):
     rng = random.Random(seed)
     engine = engines.get(
-        budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, granularity=granularity, prefill=prefill, num_blocks=34,
-        max_model_len=1024,
+        budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, prefill_interval=64, granularity=granularity,
+        prefill=prefill, num_blocks=34, max_model_len=1024,
     )  # fmt: skip
     engine.drop_everything()
     prefixes = [random_prompt(length, seed=100 + length) for length in (64, 200, 330)]
