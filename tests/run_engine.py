@@ -42,6 +42,8 @@ def generate_each(llm, requests: list[dict]) -> list:
         if "structured_outputs" in request:
             request["structured_outputs"] = StructuredOutputsParams(**request["structured_outputs"])
         params.append(SamplingParams(**{"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **request}))
+    # Else a request joins the batch once its grammar is compiled, and batches, so last bits, differ from run to run.
+    llm.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
     return llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
 
 

@@ -233,7 +233,8 @@ def test_generation():
 def test_engine_options():
     method = Method.parse("qfilters:window=0.25")
     assert engine_options(method, loss_task(), BLOCK) == {
-        "window": 0.25, "interval": BLOCK, "prefill": "chunked", "scope": "all", "chunk": 64, "budget": 1.0
+        "window": 0.25, "interval": BLOCK, "prefill": "chunked", "scope": "all", "chunk": 64, "prefill_interval": 64,
+        "budget": 1.0,
     }  # fmt: skip
     assert engine_options(Method.parse("knorm:interval=64"), retrieval_task(), BLOCK) == {"interval": 64, "budget": 1.0}
 
