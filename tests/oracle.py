@@ -59,7 +59,8 @@ def teacher_forced_logprobs(
                 evicted = max(rule.interval, -(-surplus // rule.block) * rule.block) if surplus > 0 else 0
             if evicted:
                 window = resident - evicted - sinks if rule.method == "streaming" else rule.window
-                if rule.observed and not is_observed_after_prompt:
+                distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
+                if rule.observed and not is_observed_after_prompt and not distinct:
                     observed, peaks = seen.attention(cache, newer=max(0, position - len(prompt)))
                     is_observed_after_prompt = position >= len(prompt)
                     if rule.shared_by_heads:
@@ -71,7 +72,6 @@ def teacher_forced_logprobs(
                 if rule.whole_pages:
                     kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
-                    distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
                     kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed, distinct)
                 held = [rows.gather(1, kept_rows) for rows, kept_rows in zip(held, kept, strict=True)]
                 resident -= evicted

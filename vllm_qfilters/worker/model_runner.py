@@ -213,8 +213,9 @@ class CompressedModelRunner:
 
     def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
         """The last of the prompt's queries so far, no more than tokens up to them are held; handed out for the last time at the
-        first eviction after the prompt."""
-        recent = self.recorder.get(row.req_id) if self.recorder is not None else None
+        first eviction after the prompt. None while there is room for distinct tokens: what looking costs buys nothing there, all
+        that stays is looked at again when the prompt ends."""
+        recent = self.recorder.get(row.req_id) if self.recorder is not None and not row.distinct_tokens else None
         if recent is None:
             return None
         if recent.have_read_prompt_at(row.position):
