@@ -109,19 +109,19 @@ class BatchCompactor:
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)
         copy_pages(self.cache, batch)
-        scores = self._of_those_who_choose(self.scorer.resident_scores(batch, recent_queries), batch)
+        scores = self._ranked_by(self.scorer.resident_scores(batch, recent_queries), batch)
         if self.shared_by_heads:
             num_heads = 1
         if any(compaction.distinct_tokens for compaction in compactions):
             best = select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
-            distinctness = self._of_those_who_choose(key_distinctness(self.cache, batch, DISTINCT_POOL), batch)
+            distinctness = self._ranked_by(key_distinctness(self.cache, batch, DISTINCT_POOL), batch)
             scores = distinctness.masked_fill_(best.bool(), math.inf)
         is_kept = select_kept(scores, batch, num_layers, num_heads)
         compact(self.cache, batch, is_kept, num_heads)
         return batch.split(is_kept, num_layers, num_heads)
 
-    def _of_those_who_choose(self, values: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
-        """Of each KV head, or what all heads of a layer, on all ranks, make of it together."""
+    def _ranked_by(self, values: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
+        """What tokens are ranked by: ``values`` of each KV head, or their mean over all heads of a layer, on all ranks."""
         if not self.shared_by_heads:
             return values
         return self.mean_over_ranks(mean_standardised(values, batch, self.cache.num_layers, self.cache.num_kv_heads))
