@@ -10,6 +10,30 @@ from vllm_qfilters.kernels.layout import StridedCache
 
 
 @triton.jit
+def _keys_of_program(
+    cache_ptr,
+    block_table_ptr,
+    rows_ptr,
+    num_kv_heads,
+    block_table_stride,
+    layer_stride,
+    head_stride,
+):
+    """The program's row is its first number, layer and head its second: (row, resident tokens, pages, keys of layer and head)."""
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
+    return row, tl.load(row + RESIDENT), pages, keys
+
+
+@triton.jit
+def _anchor_at(anchors_ptr, dim, HEAD_SIZE: tl.constexpr):
+    """Where the program's anchor is."""
+    return anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_SIZE + dim
+
+
+@triton.jit
 def _load_keys(
     keys,  # of one layer and head
     pages,
@@ -46,11 +70,9 @@ def _anchor_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
-    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
+    _, resident, pages, keys = _keys_of_program(
+        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    )
     dim = tl.arange(0, DIMS)
     total = tl.zeros([DIMS], tl.float32)
     for start in range(0, resident, TILE):
@@ -58,8 +80,7 @@ def _anchor_kernel(
         loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
         total += tl.sum(loaded / norms[:, None], axis=0)
     norm = tl.maximum(tl.sqrt(tl.sum(total * total)), 1e-12)
-    anchor = anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_SIZE
-    tl.store(anchor + dim, total / norm, mask=dim < HEAD_SIZE)
+    tl.store(_anchor_at(anchors_ptr, dim, HEAD_SIZE), total / norm, mask=dim < HEAD_SIZE)
 
 
 @triton.jit
@@ -80,17 +101,14 @@ def _distinctness_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
+    row, resident, pages, keys = _keys_of_program(
+        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    )
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     if tl.program_id(2) * TILE >= resident:
         return
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
-    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
     dim = tl.arange(0, DIMS)
-    anchor_at = anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_SIZE
-    anchor = tl.load(anchor_at + dim, mask=dim < HEAD_SIZE, other=0.0)
+    anchor = tl.load(_anchor_at(anchors_ptr, dim, HEAD_SIZE), mask=dim < HEAD_SIZE, other=0.0)
     loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
     cosine = tl.sum(loaded * anchor[None, :], axis=1) / norms
     start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident

@@ -31,6 +31,13 @@ OPERATORS = (
 needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpu.LIBRARY} is not built")
 
 
+NO_PAGED_KEYS = [  # argument of an operator that reads keys, what it must not be, and the refusal
+    pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
+    pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
+    pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
+]
+
+
 def make_filters(num_heads: int, head_size: int) -> torch.Tensor:
     return torch.randn(num_heads, head_size, generator=torch.Generator().manual_seed(1))
 
@@ -341,9 +348,7 @@ def test_expected_attention_matches_reference(group, rank, head_size, num_tokens
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
-        pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
-        pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
+        *NO_PAGED_KEYS,
         pytest.param(3, 0, "no attention to 0 tokens", id="no-tokens"),
         pytest.param(4, torch.zeros(3, 5, 8), "factors of as many heads", id="other-heads"),
         pytest.param(5, torch.zeros(3, 4, 2, 8, dtype=torch.float64), "float32", id="double"),
@@ -461,11 +466,7 @@ def test_key_distinctness_matches_reference(head_size, num_tokens, pool, lies_si
 @needs_library
 @pytest.mark.parametrize(
     ("position", "value", "message"),
-    [
-        pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
-        pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
-        pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
-    ],
+    NO_PAGED_KEYS,
 )
 def test_key_distinctness_refuses(position, value, message):
     arguments = attention_arguments()[:4]
