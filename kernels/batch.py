@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_qfilters.kernels.columns import EVICTED, NUM_COLUMNS, POSITION
+from vllm_qfilters.kernels.columns import DISTINCT, EVICTED, NUM_COLUMNS, POSITION, RESIDENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,7 @@ class CompactionBatch:
                 len(new_pages),
                 num_tokens,
                 num_moves,
+                compaction.distinct_tokens,
             ]
             new_pages += compaction.new_pages
             for place, page in compaction.copied_pages:
@@ -111,10 +112,20 @@ class CompactionBatch:
 
     def evicting_distinct_tokens(self) -> "CompactionBatch":
         """The same sequences, each to lose what it would keep as distinct, too: what is left stays for its score."""
-        distinct = torch.tensor([compaction.distinct_tokens for compaction in self.compactions], pin_memory=self.rows.is_cuda)
         rows = self.rows.clone()
-        rows[:, EVICTED.value] += distinct.to(rows.device, non_blocking=True)
+        rows[:, EVICTED.value] += rows[:, DISTINCT.value]
         return dataclasses.replace(self, rows=rows)
+
+    def keeps_distinct(self, num_heads: int) -> torch.Tensor:
+        """Of a flat result whether it is of a row with distinct tokens, bool; ``num_heads``: of all layers."""
+        return torch.repeat_interleave(
+            self.rows[:, DISTINCT.value] > 0, num_heads * self.rows[:, RESIDENT.value], output_size=num_heads * self.num_tokens
+        )
+
+    @property
+    def has_distinct_tokens(self) -> bool:
+        """Whether any row has."""
+        return any(compaction.distinct_tokens for compaction in self.compactions)
 
     @property
     def num_rows(self) -> int:

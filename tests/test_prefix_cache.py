@@ -13,10 +13,13 @@ SECOND = SHARED + random_prompt(50, seed=13)
 NEW_TOKENS = 120
 
 
-@pytest.fixture(params=[(prefill, granularity) for prefill in ("chunked", "full") for granularity in ("layer", "page")], ids="-".join)
+PREFILLS = {"chunked": dict(prefill_interval=64), "chunked rarely": {}, "full": dict(prefill="full")}
+
+
+@pytest.fixture(params=[(prefill, granularity) for prefill in PREFILLS for granularity in ("layer", "page")], ids="-".join)
 def engine(request, engines):
     prefill, granularity = request.param
-    engine = engines.get(**OPTIONS, prefill=prefill, granularity=granularity)
+    engine = engines.get(**OPTIONS, **PREFILLS[prefill], granularity=granularity)
     assert engine.llm.reset_prefix_cache()
     return engine
 
@@ -46,6 +49,15 @@ def test_a_request_after_another_with_the_same_prefix(engine):
     generate(engine, FIRST)
     warm = generate(engine, SECOND)
     assert warm.num_cached_tokens > 0
+    assert_same(warm, expected)
+
+
+def test_a_request_after_one_whose_prompt_ended_within_the_prefix(engine):
+    """What its question looked at stands beside the tokens of the shared pages, and is none of this request's business."""
+    expected = cold(engine, SECOND)
+    generate(engine, SHARED[:330])
+    warm = generate(engine, SECOND)
+    assert warm.num_cached_tokens == 320
     assert_same(warm, expected)
 
 

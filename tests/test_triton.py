@@ -486,7 +486,7 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
 
 SCORERS = [
     "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed",
-    "expected, observed after the prompt", "expected, observed after the prompt, shared", "keydiff",
+    "expected, observed after the prompt", "expected, observed after the prompt, shared", "expected, all but one observed", "keydiff",
 ]  # fmt: skip
 
 
@@ -513,17 +513,22 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
             options = dict(scale=0.1, shared_by_heads="shared" in name, max_over_ranks=lambda peak: 3 * peak)
             batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, **options)
             scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
-    if "observed" in name:
+    if "observed" in name and len(recent) > ("but one" in name):
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
         end = slow.compactions[0].position - 3
         recent[0] = RecentQueries(queries, end, num_prompt_tokens=end if "after" in name else 1 << 20)
     on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
+    batch, is_observed = fast.batch, [True] * len(recent)
+    if "but one" in name:  # beside its tokens stands what other sequences observed
+        is_observed[-1] = False
+        *others, last = fast.compactions
+        batch = CompactionBatch.make([*others, dataclasses.replace(last, distinct_tokens=1)], batch.block_table)
     with forbidden_waiting():
-        flat = batch_scorer.resident_scores(fast.batch, on_device)
-    for index, found in enumerate(fast.batch.split(flat, 2, 2)):
+        flat = batch_scorer.resident_scores(batch, on_device)
+    for index, found in enumerate(batch.split(flat, 2, 2)):
         resident, position = slow.evictions[index].resident, slow.compactions[index].position
-        expected = scorer.resident_scores(ResidentTokens(slow.old_pages[index], resident, position, recent[index]))
-        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+        tokens = ResidentTokens(slow.old_pages[index], resident, position, recent[index], is_observed[index])
+        torch.testing.assert_close(found.cpu(), scorer.resident_scores(tokens), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
 
 

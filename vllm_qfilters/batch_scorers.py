@@ -12,6 +12,7 @@ from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.observation import Observation, observe
+from vllm_qfilters.kernels.reference import NOT_OBSERVED
 from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
 from vllm_qfilters.kernels.selection import gather_scores
 from vllm_qfilters.kernels.write_and_score import Score
@@ -148,4 +149,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         plane = self.cache.planes[:, :, ExpectedAttentionScorer.OBSERVED]
         pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
         heads = self.shared_by_heads, self.max_over_ranks
-        return observe(self.cache, batch, observations, plane, self.scale, *pools, *heads)
+        observed = observe(self.cache, batch, observations, plane, self.scale, *pools, *heads)
+        if batch.has_distinct_tokens:  # not looked at yet: what stands beside them, other sequences observed on shared pages
+            observed.masked_fill_(batch.keeps_distinct(self.cache.num_layers * self.cache.num_kv_heads), NOT_OBSERVED)
+        return observed

@@ -57,12 +57,15 @@ class ResidentTokens:
         num_tokens: it holds.
         position: of its next token.
         recent_queries: of its prompt; None after its first eviction behind the prompt.
+        is_observed: queries of its prompt look at it now or did before. Until they do, what other sequences observed may stand
+            beside tokens whose pages they shared.
     """
 
     pages: torch.Tensor
     num_tokens: int
     position: int
     recent_queries: RecentQueries | None = None
+    is_observed: bool = True
 
 
 class Scorer:
@@ -193,7 +196,7 @@ class ExpectedAttentionScorer(Scorer):
 
     def resident_scores(self, tokens):
         attention = expected_attention(self.cache, tokens.pages, tokens.num_tokens, *self.bank.at(tokens.position))
-        if self.observes:
+        if self.observes and tokens.is_observed:
             attention = mix_in_observed(attention, self._observed(tokens))
         return attention * self.cache.resident_plane(self.VALUE_NORMS, tokens.pages, tokens.num_tokens)
 

@@ -112,7 +112,7 @@ class BatchCompactor:
         scores = self._ranked_by(self.scorer.resident_scores(batch, recent_queries), batch)
         if self.shared_by_heads:
             num_heads = 1
-        if any(compaction.distinct_tokens for compaction in compactions):
+        if batch.has_distinct_tokens:
             best = select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
             distinctness = self._ranked_by(key_distinctness(self.cache, batch, DISTINCT_POOL), batch)
             scores = distinctness.masked_fill_(best.bool(), math.inf)

@@ -37,7 +37,9 @@ class Compactor:
         """
         old_pages = torch.tensor(old_block_ids, dtype=torch.int64)
         new_pages = torch.tensor(row.block_ids, dtype=torch.int64)
-        scores = self.scorer.resident_scores(ResidentTokens(old_pages, row.resident_tokens, row.position, recent_queries))
+        is_observed = not row.distinct_tokens
+        tokens = ResidentTokens(old_pages, row.resident_tokens, row.position, recent_queries, is_observed)
+        scores = self.scorer.resident_scores(tokens)
         is_kept = self._select(scores, row, row.resident_tokens - row.evicted_tokens - row.distinct_tokens)
         if row.distinct_tokens:
             distinctness = key_distinctness(self.scorer.cache, old_pages, row.resident_tokens, DISTINCT_POOL)
