@@ -264,11 +264,12 @@ def observe(
     peak_pool: int,
     shared_by_heads: bool,
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    key_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold.
 
     Args:
-        cache: of this rank, not in fp8.
+        cache: of this rank.
         batch: the sequences; the last query of each has seen at least as many tokens as there are queries.
         observations: of different rows.
         plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
@@ -276,12 +277,13 @@ def observe(
         mean_pool, peak_pool: neighbours, odd.
         shared_by_heads: the peak is that of all heads of a layer.
         max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
+        key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
 
     Returns:
         What the tokens of all rows are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row: what
         is in the plane, but the peak in the rows of a question.
     """
-    assert cache.rows.element_size() > 1, f"keys of dtype {cache.rows.dtype} have a scale"
+    assert cache.rows.dtype.is_floating_point, f"keys of dtype {cache.rows.dtype}: view an fp8 cache as such"
     assert mean_pool % 2 == 1 and peak_pool % 2 == 1 and plane.stride(3) == 1
     for observation in observations:
         num_layers, num_heads, _, head_size = observation.queries.shape
@@ -293,7 +295,7 @@ def observe(
     observed = gather_scores(plane, batch)
     for first in range(0, len(observations), SEQUENCES_AT_ONCE):
         some = observations[first : first + SEQUENCES_AT_ONCE]
-        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads, max_over_ranks)
+        _observe(cache, batch, some, plane, observed, scale, mean_pool, peak_pool, shared_by_heads, max_over_ranks, key_scales)
     return observed
 
 
@@ -308,6 +310,7 @@ def _observe(
     peak_pool: int,
     shared_by_heads: bool,
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    key_scales: torch.Tensor | None,
 ) -> None:
     rows = cache.rows
     numbers, num_queries = [], 0
@@ -318,6 +321,8 @@ def _observe(
     table = torch.tensor(numbers, dtype=torch.int64, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
     queries = torch.cat([observation.queries for observation in observations], dim=2)
     assert queries.stride(3) == 1
+    if key_scales is not None:
+        queries *= key_scales.view(-1, 1, 1, 1)
     num_layer_heads, group = cache.num_layers * cache.num_kv_heads, queries.shape[1] // cache.num_kv_heads
     most_queries = group * max(observation.queries.shape[2] for observation in observations)
     max_resident = max(batch.compactions[observation.row].resident_tokens for observation in observations)

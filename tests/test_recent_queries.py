@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
 import torch
+from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from vllm_qfilters.attention.recent_queries import QueryRecorder
+from vllm_qfilters.attention.watched import query_scale
 
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
 
@@ -46,6 +49,22 @@ def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
         for req_id in tokens:
             assert_last_queries(recorder, req_id, min(computed[req_id], prompt[req_id]), prompt[req_id])
     assert all(computed[r] >= prompt[r] for r in prompt)
+
+
+@pytest.mark.parametrize("scales", [(0.5,), (0.5, 4.0)], ids=["per tensor", "per KV head"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_queries_that_vllm_has_quantised_are_kept_as_the_model_made_them(dtype, scales):
+    recorder = QueryRecorder(torch.full((1, 1, NUM_QUERIES, 4, SIZE), torch.nan, dtype=torch.bfloat16))
+    recorder.start_step(["1"], [3], [0], [9])
+    values = torch.arange(3 * 4 * SIZE).remainder(7).view(3, 4, SIZE)  # fp8 holds them exactly
+    layer = torch.nn.Module()
+    set_default_quant_scales(layer, register_buffer=True)
+    layer._q_scale = torch.tensor(scales)  # a buffer of that name
+    recorder.record(0, values.to(dtype), query_scale(layer, values.to(dtype)))
+    assert "_q_scale" in dict(layer.named_buffers())
+    expected = values * torch.tensor(scales).repeat_interleave(4 // len(scales)).unsqueeze(-1)
+    assert torch.equal(recorder.get("1").queries[0].transpose(0, 1), expected.to(torch.bfloat16))
+    assert query_scale(layer, values.to(torch.bfloat16)) is None
 
 
 def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():

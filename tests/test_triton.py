@@ -660,31 +660,37 @@ OBSERVATIONS = {
     "bf16": (Geometry(head_size=20, dtype=torch.bfloat16, layout="LBNHC"), 4, {0: (32, 0), 2: (7, 40)}),
     "fp16": (Geometry(head_size=16, dtype=torch.float16, layout="BLHNC"), 3, {1: (32, 1), 2: (32, 3)}),
     "fp32": (Geometry(head_size=8, num_kv_heads=1, layout="LBHNC"), 1, {0: (1, 0), 1: (5, 2)}),
+    "fp8": (Geometry(head_size=20, dtype=torch.float8_e4m3fn), 3, {0: (32, 0), 2: (7, 40)}),
+    "fp8_e5m2": (Geometry(head_size=16, dtype=torch.float8_e5m2, layout="LBNHC"), 1, {1: (9, 4)}),
 }
 
 
 @pytest.mark.parametrize("name", OBSERVATIONS)
 def test_observed_attention_matches_reference(name, monkeypatch):
+    if name in FP8 and not HAS_FP8:
+        pytest.skip("this GPU has no fp8")
     geometry, group, observed = OBSERVATIONS[name]
+    dtype, key_scales = (torch.bfloat16, torch.tensor([0.5, 4.0], device=DEVICE)) if name in FP8 else (geometry.dtype, None)
     monkeypatch.setattr("vllm_qfilters.kernels.observation.SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
     sequences = Sequences([Eviction(70, 16, 4, 20), Eviction(137, 32, 4, 33), Eviction(96, 16, 0, 0)], geometry, seed=1)
     cache, batch = sequences.cache, sequences.batch
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3).to(geometry.dtype))
     before = cache.planes.clone()
     shape = (cache.num_layers, cache.num_kv_heads * group)
     observations, judged_by = [], {}
     for index, (num_queries, num_newer) in observed.items():
-        queries = random_tensor(*shape, num_queries, cache.head_size, seed=index, dtype=geometry.dtype)
+        queries = random_tensor(*shape, num_queries, cache.head_size, seed=index, dtype=dtype)
         observations.append(Observation(index, queries, num_newer, is_question=len(observations) == 0))
         pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
-        mean, peak = reference.observed_attention(cache, pages, resident, 0.2 * queries.float(), num_newer, 7, 13)
+        scaled = 0.2 * queries.float() * (1 if key_scales is None else key_scales[:, None, None, None])
+        mean, peak = reference.observed_attention(cache, pages, resident, scaled, num_newer, 7, 13)
         cache.set_resident_plane(1, pages, mean)
         judged_by[index] = peak if observations[-1].is_question else mean
     expected = cache.planes.clone()
     cache.planes.copy_(before)
     with forbidden_waiting():
         plane = cache.planes[:, :, 1]
-        found = observe(cache, batch, observations, plane, scale=0.2, mean_pool=7, peak_pool=13, shared_by_heads=False)
+        found = observe(cache, batch, observations, plane, 0.2, 7, 13, shared_by_heads=False, key_scales=key_scales)
     torch.testing.assert_close(cache.planes, expected, atol=1e-6, rtol=1e-4)
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
     for index, row in enumerate(batch.split(found, cache.num_layers, cache.num_kv_heads)):

@@ -149,7 +149,7 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         plane = self.cache.planes[:, :, ExpectedAttentionScorer.OBSERVED]
         pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
         heads = self.shared_by_heads, self.max_over_ranks
-        observed = observe(self.cache, batch, observations, plane, self.scale, *pools, *heads)
+        observed = observe(self.cache, batch, observations, plane, self.scale, *pools, *heads, self.key_scales)
         if batch.has_distinct_tokens:  # not looked at yet: what stands beside them, other sequences observed on shared pages
             observed.masked_fill_(batch.keeps_distinct(self.cache.num_layers * self.cache.num_kv_heads), NOT_OBSERVED)
         return observed

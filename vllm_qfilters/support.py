@@ -57,9 +57,6 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
             parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner
         ),
-        f"observed={config.observed} with --kv-cache-dtype {cache.cache_dtype} on GPUs; set observed to 0": (
-            bool(config.observed_queries) and cache.cache_dtype in FP8_DTYPES and not on_cpu
-        ),
         "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1": (
             parallel.data_parallel_size > 1 and model.is_moe
         ),

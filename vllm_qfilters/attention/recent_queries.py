@@ -79,15 +79,26 @@ class QueryRecorder:
         """Announces a step whose queries are not to be kept."""
         self._tokens, self._places, self._indices = [], [], None
 
-    def record(self, layer: int, query: torch.Tensor) -> None:
-        """query: of a step's tokens after RoPE, shape ``[num_tokens, num_heads, head_size]``."""
+    def record(self, layer: int, query: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Keeps what was announced of a step.
+
+        Args:
+            layer: index of the attention layer.
+            query: after RoPE, shape ``[num_tokens, num_heads, head_size]``.
+            scale: it is to be multiplied by, if it is in fp8.
+        """
         if not self._tokens:
             return
         if self._indices is None:
             indices = torch.tensor([self._tokens, self._places], pin_memory=query.is_cuda)
             self._indices = indices.to(query.device, non_blocking=True)
         tokens, places = self._indices.unbind()
-        self._queries[layer].flatten(0, 1).index_copy_(0, places, query.index_select(0, tokens))
+        if scale is None:
+            kept = query.index_select(0, tokens)
+        else:
+            kept = query.view(torch.uint8).index_select(0, tokens).view(query.dtype).to(torch.float32) * scale
+            kept = kept.to(self._queries.dtype)
+        self._queries[layer].flatten(0, 1).index_copy_(0, places, kept)
 
     def get(self, req_id: str) -> RecentQueries | None:
         """What is kept of a request's prompt, where it is kept: another step may write there."""

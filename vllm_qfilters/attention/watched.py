@@ -8,6 +8,20 @@ from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.filters.statistics import LayerStatistics
 
 
+def query_scale(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor | None:
+    """What a query that vLLM has quantised for attention in fp8 is to be multiplied by, float32, shape ``[1]`` or
+    ``[num_heads, 1]``; None: it is as the model made it.
+
+    Args:
+        layer: vLLM's attention layer.
+        query: shape ``[num_tokens, num_heads, head_size]``.
+    """
+    if query.element_size() > 1:
+        return None
+    scale = layer._q_scale.view(-1)
+    return scale if scale.numel() == 1 else scale.repeat_interleave(query.shape[1] // scale.numel()).unsqueeze(-1)
+
+
 class WatchedAttention:
     """Goes before an ``AttentionImpl``.
 
@@ -34,9 +48,10 @@ class WatchedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        scale = query_scale(layer, query)
         if self.statistics is not None and attn_metadata is not None:
             num_tokens = attn_metadata.num_actual_tokens
-            self.statistics.observe(query[:num_tokens], key[:num_tokens])
+            self.statistics.observe(query[:num_tokens], key[:num_tokens], scale)
         if self.recorder is not None:
-            self.recorder.record(self.index, query)
+            self.recorder.record(self.index, query, scale)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
