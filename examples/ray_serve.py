@@ -33,7 +33,7 @@ def parse(flags: list[str]) -> argparse.Namespace:
     return args
 
 
-@serve.deployment(max_ongoing_requests=256)
+@serve.deployment(max_ongoing_requests=256, health_check_period_s=2)  # three that fail: it is replaced
 @serve.ingress()
 class Replica:
     """vLLM's OpenAI server without its HTTP socket: that is Ray Serve's."""
