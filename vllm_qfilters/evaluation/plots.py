@@ -1,12 +1,13 @@
 """Plots of results, PNG files beside them. Needs matplotlib."""
 
+import itertools
 import pathlib
 from collections.abc import Iterator
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import colormaps, pyplot
 
 from vllm_qfilters.evaluation.methods import FULL
 from vllm_qfilters.evaluation.report import kind, loss_increase
@@ -29,15 +30,15 @@ def draw(results: Results) -> list[pathlib.Path]:
 
 def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
     """Loss increase against budget: a panel per task, a line per method."""
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 5), squeeze=False, layout="constrained")
-    colors = _colors(results, tasks)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks) + 3.5, 5), squeeze=False, layout="constrained")
+    colors, lines = _colors(results, tasks), {}
     for panel, task in zip(panels[0], tasks):
         full = results.get(task, FULL, 0)
         for method in results.methods(task):
             cells = [cell for budget in results.budgets(task) if (cell := results.get(task, method, budget)) is not None]
             means, errors = zip(*(loss_increase(cell, full) for cell in cells))
             x = [cell["budget"] for cell in cells]
-            panel.errorbar(x, means, yerr=errors, label=method, color=colors[method], marker="o", capsize=3)
+            lines[method] = panel.errorbar(x, means, yerr=errors, color=colors[method], marker="o", capsize=3)
         budgets = results.budgets(task)
         panel.set_xscale("log", base=2)
         panel.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -47,7 +48,7 @@ def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
         panel.set_xlabel("budget (fraction of the prompt)" if isinstance(budgets[0], float) else "budget (tokens)")
         panel.set_ylabel("loss increase over the full cache (nats per token)")
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize="small")
     figure.suptitle(_model_name(results))
     return figure
 
@@ -82,10 +83,10 @@ def _by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
         yield from (depth["found"] / depth["trials"] for depth in cell["depths"])
 
 
-def _colors(results: Results, tasks: list[str]) -> dict[str, str]:
+def _colors(results: Results, tasks: list[str]) -> dict[str, tuple[float, ...]]:
     """Of every method there is in one of ``tasks``."""
     methods = dict.fromkeys(method for task in tasks for method in results.methods(task))
-    return {method: f"C{index}" for index, method in enumerate(methods)}
+    return dict(zip(methods, itertools.cycle(colormaps["tab20"].colors)))
 
 
 def _model_name(results: Results) -> str:
