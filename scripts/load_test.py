@@ -333,7 +333,9 @@ async def test(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any
         server = LoadedServer(arguments, flags)
         try:
             await asyncio.to_thread(server.wait)
-            async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            # Idle connections are dropped before the server does so, after 5 s: a request on one that it just closes would be lost.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
                 load = Load(server, session, arguments.seed)
                 if title == PROCESSES[0]:
                     print(f"load, {arguments.minutes:g} minutes ...", file=sys.stderr, flush=True)
