@@ -251,10 +251,11 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
     seconds, memory = 60 * arguments.minutes, []
 
     async def watch_memory() -> None:
-        memory.append({"seconds": 0, **server.resident_mb()})
-        for tenth in range(1, 11):
-            await asyncio.sleep(seconds / 10)
-            memory.append({"seconds": round(seconds * tenth / 10), **server.resident_mb()})
+        # In a thread: the kernel may take seconds over it, in which the server gives up connections that nobody reads.
+        for tenth in range(11):
+            memory.append({"seconds": round(seconds * tenth / 10), **await asyncio.to_thread(server.resident_mb)})
+            if tenth < 10:
+                await asyncio.sleep(seconds / 10)
 
     bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
     mix = {load.short: 32, load.long: 4, load.leave: 3, load.malformed: 1}
@@ -297,7 +298,8 @@ async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
     lines_before = len(server.log)
     streams = [asyncio.create_task(load.stream_to_the_end()) for _ in range(4)]
     await asyncio.sleep(2)
-    (victim,) = (pid for pid, name in server.processes().items() if title in name)
+    processes = await asyncio.to_thread(server.processes)
+    (victim,) = (pid for pid, name in processes.items() if title in name)
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     done, hanging = await asyncio.wait(streams, timeout=HANG_SECONDS)
@@ -311,7 +313,7 @@ async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
     seconds_to_end = round(time.monotonic() - begin, 1)
 
     async def all_ended() -> bool:
-        return not server.processes()
+        return not await asyncio.to_thread(server.processes)
 
     await wait_until(all_ended, HANG_SECONDS)  # workers find out by themselves that their engine is gone
     return {
@@ -333,9 +335,7 @@ async def test(arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any
         server = LoadedServer(arguments, flags)
         try:
             await asyncio.to_thread(server.wait)
-            # Idle connections are dropped before the server does so, after 5 s: a request on one that it just closes would be lost.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
-            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
                 load = Load(server, session, arguments.seed)
                 if title == PROCESSES[0]:
                     print(f"load, {arguments.minutes:g} minutes ...", file=sys.stderr, flush=True)
