@@ -68,7 +68,9 @@ class LoadedServer(Server):
             defaults += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
         # /reset_prefix_cache is there in this mode alone, which also logs the stack of every refusal.
         defaults.append("--no-log-error-stack")
-        super().__init__(arguments.model, *defaults, *flags, name=NAME, environment={"VLLM_SERVER_DEV_MODE": "1"})
+        # A machine that stands still for longer than this makes the server close connections with requests it has not read.
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
+        super().__init__(arguments.model, *defaults, *flags, name=NAME, environment=environment)
 
     def processes(self) -> dict[int, str]:
         """All of its session: process id to command line."""
@@ -296,10 +298,9 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
 async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
     """Ends a process of the server as the kernel would for want of memory, while it streams."""
     lines_before = len(server.log)
+    (victim,) = (pid for pid, name in server.processes().items() if title in name)
     streams = [asyncio.create_task(load.stream_to_the_end()) for _ in range(4)]
     await asyncio.sleep(2)
-    processes = await asyncio.to_thread(server.processes)
-    (victim,) = (pid for pid, name in processes.items() if title in name)
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     done, hanging = await asyncio.wait(streams, timeout=HANG_SECONDS)
