@@ -1,13 +1,14 @@
 """The last queries of prompts, whatever steps their tokens come in."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from vllm_qfilters.attention.recent_queries import QueryRecorder
-from vllm_qfilters.attention.watched import query_scale
+from vllm_qfilters.attention.watched import dequantised
 
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
 
@@ -60,11 +61,12 @@ def test_queries_that_vllm_has_quantised_are_kept_as_the_model_made_them(dtype, 
     layer = torch.nn.Module()
     set_default_quant_scales(layer, register_buffer=True)
     layer._q_scale = torch.tensor(scales)  # a buffer of that name
-    recorder.record(0, values.to(dtype), query_scale(layer, values.to(dtype)))
+    recorder.record(0, values.to(dtype), partial(dequantised, layer))
     assert "_q_scale" in dict(layer.named_buffers())
     expected = values * torch.tensor(scales).repeat_interleave(4 // len(scales)).unsqueeze(-1)
     assert torch.equal(recorder.get("1").queries[0].transpose(0, 1), expected.to(torch.bfloat16))
-    assert query_scale(layer, values.to(torch.bfloat16)) is None
+    as_made = values.to(torch.bfloat16)
+    assert dequantised(layer, as_made) is as_made
 
 
 def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():

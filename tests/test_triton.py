@@ -486,7 +486,8 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
 
 SCORERS = [
     "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed",
-    "expected, observed after the prompt", "expected, observed after the prompt, shared", "expected, all but one observed", "keydiff",
+    "expected, observed after the prompt", "expected, observed after the prompt, shared", "expected, all but one observed",
+    "expected, observed, fp8", "keydiff",
 ]  # fmt: skip
 
 
@@ -497,7 +498,18 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
     geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
     slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
-    fast.cache.rows.copy_(slow.cache.rows)
+    key_scales = None
+    if "fp8" in name:
+        if not HAS_FP8:
+            pytest.skip("this GPU has no fp8")
+        fast = Sequences(case[0], dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=case[1])
+        fast.cache.planes.copy_(slow.cache.planes)
+        key_scales = torch.tensor([0.5, 4.0], device=DEVICE)
+        stored = slow.cache.rows.to(torch.float8_e4m3fn)
+        fast.cache.rows.copy_(stored)
+        slow.cache.rows.copy_(stored.float() * key_scales.cpu().view(-1, 1, 1, 1, 1))
+    else:
+        fast.cache.rows.copy_(slow.cache.rows)
     rank = 0 if "rank 0" in name else 3
     group, num_rotations = 3, 2 if "two" in name else 1
     recent = [None] * len(slow.evictions)
@@ -511,7 +523,7 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
         else:
             # Other ranks saw more of what this one saw.
             options = dict(scale=0.1, shared_by_heads="shared" in name, max_over_ranks=lambda peak: 3 * peak)
-            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], None, **options)
+            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], key_scales, **options)
             scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
     if "observed" in name and len(recent) > ("but one" in name):
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
@@ -660,8 +672,8 @@ OBSERVATIONS = {
     "bf16": (Geometry(head_size=20, dtype=torch.bfloat16, layout="LBNHC"), 4, {0: (32, 0), 2: (7, 40)}),
     "fp16": (Geometry(head_size=16, dtype=torch.float16, layout="BLHNC"), 3, {1: (32, 1), 2: (32, 3)}),
     "fp32": (Geometry(head_size=8, num_kv_heads=1, layout="LBHNC"), 1, {0: (1, 0), 1: (5, 2)}),
-    "fp8": (Geometry(head_size=20, dtype=torch.float8_e4m3fn), 3, {0: (32, 0), 2: (7, 40)}),
-    "fp8_e5m2": (Geometry(head_size=16, dtype=torch.float8_e5m2, layout="LBNHC"), 1, {1: (9, 4)}),
+    "e4m3": (Geometry(head_size=20, dtype=torch.float8_e4m3fn), 3, {0: (32, 0), 2: (7, 40)}),
+    "e5m2": (Geometry(head_size=16, dtype=torch.float8_e5m2, layout="LBNHC"), 1, {1: (9, 4)}),
 }
 
 

@@ -1,7 +1,7 @@
 """Keeps the last queries of every prompt, for scorers that go by what a prompt's end looks at."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -79,13 +79,15 @@ class QueryRecorder:
         """Announces a step whose queries are not to be kept."""
         self._tokens, self._places, self._indices = [], [], None
 
-    def record(self, layer: int, query: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def record(
+        self, layer: int, query: torch.Tensor, dequantise: Callable[[torch.Tensor], torch.Tensor] = lambda query: query
+    ) -> None:
         """Keeps what was announced of a step.
 
         Args:
             layer: index of the attention layer.
-            query: after RoPE, shape ``[num_tokens, num_heads, head_size]``.
-            scale: it is to be multiplied by, if it is in fp8.
+            query: of its tokens after RoPE, shape ``[num_tokens, num_heads, head_size]``.
+            dequantise: makes of some tokens' query, where it is in fp8, what the model made.
         """
         if not self._tokens:
             return
@@ -93,12 +95,9 @@ class QueryRecorder:
             indices = torch.tensor([self._tokens, self._places], pin_memory=query.is_cuda)
             self._indices = indices.to(query.device, non_blocking=True)
         tokens, places = self._indices.unbind()
-        if scale is None:
-            kept = query.index_select(0, tokens)
-        else:
-            kept = query.view(torch.uint8).index_select(0, tokens).view(query.dtype).to(torch.float32) * scale
-            kept = kept.to(self._queries.dtype)
-        self._queries[layer].flatten(0, 1).index_copy_(0, places, kept)
+        bits = query.view(torch.uint8) if query.element_size() == 1 else query  # PyTorch need not index fp8
+        kept = dequantise(bits.index_select(0, tokens).view(query.dtype))
+        self._queries[layer].flatten(0, 1).index_copy_(0, places, kept.to(self._queries.dtype))
 
     def get(self, req_id: str) -> RecentQueries | None:
         """What is kept of a request's prompt, where it is kept: another step may write there."""

@@ -1,5 +1,6 @@
 """What the attention backends of all platforms share: queries are seen before attention is computed."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,18 +9,20 @@ from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.filters.statistics import LayerStatistics
 
 
-def query_scale(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor | None:
-    """What a query that vLLM has quantised for attention in fp8 is to be multiplied by, float32, shape ``[1]`` or
-    ``[num_heads, 1]``; None: it is as the model made it.
+def dequantised(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
+    """A query as the model made it: for attention in fp8 vLLM quantises it, with a scale of the layer or of each KV head.
 
     Args:
         layer: vLLM's attention layer.
         query: shape ``[num_tokens, num_heads, head_size]``.
+
+    Returns:
+        ``query`` itself, or float32 if it was in fp8.
     """
     if query.element_size() > 1:
-        return None
-    scale = layer._q_scale.view(-1)
-    return scale if scale.numel() == 1 else scale.repeat_interleave(query.shape[1] // scale.numel()).unsqueeze(-1)
+        return query
+    scales = layer._q_scale.view(-1)
+    return (query.to(torch.float32).unflatten(1, (scales.numel(), -1)) * scales[:, None, None]).flatten(1, 2)
 
 
 class WatchedAttention:
@@ -48,10 +51,9 @@ class WatchedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        scale = query_scale(layer, query)
         if self.statistics is not None and attn_metadata is not None:
             num_tokens = attn_metadata.num_actual_tokens
-            self.statistics.observe(query[:num_tokens], key[:num_tokens], scale)
+            self.statistics.observe(dequantised(layer, query[:num_tokens]), key[:num_tokens])
         if self.recorder is not None:
-            self.recorder.record(self.index, query, scale)
+            self.recorder.record(self.index, query, functools.partial(dequantised, layer))
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)

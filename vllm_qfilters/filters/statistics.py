@@ -61,16 +61,9 @@ class LayerStatistics:
         self._rotation = rotation
         self._positions = positions
 
-    def observe(self, query: torch.Tensor, key: torch.Tensor, query_scale: torch.Tensor | None = None) -> None:
-        """Counts the tokens of a step.
-
-        Args:
-            query, key: after RoPE, shape ``[num_tokens, heads, head_size]``.
-            query_scale: the query is to be multiplied by, if it is in fp8.
-        """
+    def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """query, key: after RoPE, shape ``[num_tokens, heads, head_size]``."""
         query = query.to(torch.float32)
-        if query_scale is not None:
-            query = query * query_scale
         self.query_before_rope.add(self._rotation.unrotate(query, self._positions[: query.shape[0]]))
         self.query_after_rope.add(query)
         self.key_after_rope.add(key.to(torch.float32))
