@@ -55,3 +55,21 @@ def hf_model(tiny_model):
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_exaone(tmp_path_factory):
+    """Folder of a model whose layers differ: see :func:`tests.models.make_tiny_exaone`."""
+    return models.make_tiny_exaone(tmp_path_factory.mktemp("tiny-exaone"))
+
+
+@pytest.fixture(scope="session")
+def exaone_filters(tiny_exaone, tmp_path_factory):
+    """(path, Filters) made at random for ``tiny_exaone``."""
+    path = tmp_path_factory.mktemp("filters") / "exaone.safetensors"
+    return path, models.make_tiny_filters(path, model=tiny_exaone)
+
+
+@pytest.fixture(scope="session")
+def exaone_engines(tiny_exaone, exaone_filters):
+    return Engines(tiny_exaone, exaone_filters[0])

@@ -4,8 +4,8 @@
 
 A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests": [...]}]}. The
 runs of a job take place one after the other, each on an engine of its own; the requests of a run in one batch, or, as a list of
-lists, batch by batch. A run with "calibration", {"sequences": token ids, "path": file}, calibrates filters at its end. Pipeline
-stages are processes of their own, which import this module too.
+lists, batch by batch. A run with "model" has one of its own. A run with "calibration", {"sequences": token ids, "path": file},
+calibrates filters at its end. Pipeline stages are processes of their own, which import this module too.
 """
 
 import json
@@ -144,7 +144,9 @@ def kept_of_requests(ranks: list[dict]) -> list:
     return found
 
 
-def run(job: dict, compression: dict | None, llm: dict, requests: list, calibration: dict | None = None) -> dict:
+def run(
+    job: dict, compression: dict | None, llm: dict, requests: list, calibration: dict | None = None, model: str | None = None
+) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
     options = {}
     if compression is not None:
@@ -152,7 +154,7 @@ def run(job: dict, compression: dict | None, llm: dict, requests: list, calibrat
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
     else:
         register_triton(AttentionBackendEnum.TRITON_ATTN.value)
-    engine = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
+    engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
     if compression is not None:

@@ -9,12 +9,28 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    Exaone4Config,
+    Exaone4ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 32, 512
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+SLIDING_WINDOW = 48  # tokens, of the models that have one
 
 
 def make_tiny_llama(
@@ -22,7 +38,67 @@ def make_tiny_llama(
 ) -> pathlib.Path:
     """A Llama with random weights, large enough that attention differs from token to token; float32."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = LlamaConfig(**_shape(num_heads, num_kv_heads, vocab))
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_mistral(folder: pathlib.Path) -> pathlib.Path:
+    """Every layer has a sliding window."""
+    torch.manual_seed(0)
+    config = MistralConfig(**_shape(), sliding_window=SLIDING_WINDOW)
+    MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_exaone(folder: pathlib.Path) -> pathlib.Path:
+    """The layer in the middle attends to everything and has no RoPE, the others have a sliding window; queries and keys are
+    normalised."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Exaone4Config(**_shape(), sliding_window=SLIDING_WINDOW, sliding_window_pattern="LG", layer_types=layer_types)
+    model = Exaone4ForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:  # so that attention differs from token to token
+        layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
+    return folder
+
+
+GEMMA_ROPE = {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 1e6}}
+
+
+def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
+    """The last layer attends to everything, the others have a sliding window, and rotary embeddings of another frequency."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    shape = {**_shape(), "rope_parameters": GEMMA_ROPE, "pad_token_id": 0, "tie_word_embeddings": True}
+    config = Gemma3TextConfig(**shape, sliding_window=SLIDING_WINDOW, layer_types=layer_types, query_pre_attn_scalar=12)
+    Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
+    """A mixture of experts with attention sinks; every other layer has a sliding window."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = {name: value for name, value in _shape().items() if name != "rope_parameters"}
+    config = GptOssConfig(
+        **shape, num_local_experts=4, num_experts_per_tok=2, layer_types=layer_types, sliding_window=SLIDING_WINDOW
+    )
+    GptOssForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_smollm3(folder: pathlib.Path) -> pathlib.Path:
+    """The last layer has no RoPE. vLLM serves it through Transformers, where one rotary embedding stands beside all layers."""
+    torch.manual_seed(0)
+    config = SmolLM3Config(**_shape(), no_rope_layers=[1, 1, 0], pad_token_id=0)
+    SmolLM3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def _shape(num_heads: int = NUM_HEADS, num_kv_heads: int = NUM_KV_HEADS, vocab: int = VOCAB) -> dict:
+    return dict(
         hidden_size=num_heads * HEAD_SIZE,
         intermediate_size=2 * num_heads * HEAD_SIZE,
         num_hidden_layers=NUM_LAYERS,
@@ -37,8 +113,6 @@ def make_tiny_llama(
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    return folder
 
 
 def make_tiny_tokenizer(folder: pathlib.Path) -> pathlib.Path:
@@ -77,12 +151,12 @@ def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib
     return folder
 
 
-def tiny_identity(name: str = "tiny") -> ModelIdentity:
-    return ModelIdentity(name, "LlamaForCausalLM", NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, ROPE)
+def tiny_identity(name: str = "tiny", architecture: str = "LlamaForCausalLM", rope: dict = ROPE) -> ModelIdentity:
+    return ModelIdentity(name, architecture, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, rope)
 
 
-def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> Filters:
-    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep."""
+def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None) -> Filters:
+    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep. model: a Llama if None."""
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
     mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
@@ -94,7 +168,11 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0) -> Filters:
     made = Filters(
         filters, query_mean_before_rope=mean, query_second_before_rope=second, score_mean=score_mean, score_std=score_std
     )
-    save(path, made, tiny_identity())
+    identity = tiny_identity()
+    if model is not None:
+        config = AutoConfig.from_pretrained(model)
+        identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters)
+    save(path, made, identity)
     return made
 
 

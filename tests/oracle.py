@@ -1,4 +1,7 @@
-"""The same eviction rule on Hugging Face's model: an independent oracle for the engine. Shares no code with the product."""
+"""The same eviction rule on Hugging Face's model: an independent oracle for the engine. Shares no code with the product.
+
+Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another RoPE; SmolLM3,
+with layers without RoPE."""
 
 import dataclasses
 
@@ -34,7 +37,7 @@ def teacher_forced_logprobs(
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # whatever the model slides
     if rule.has_fp8_cache:
         _store_in_fp8(cache)
     budget = rule.budget + (len(prompt) if rule.keep_prompt else 0)
@@ -70,7 +73,8 @@ def teacher_forced_logprobs(
                     looked_at = observed
                 scores = score(model, cache, filters, rule, position, looked_at)
                 if rule.whole_pages:
-                    kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule)
+                    judges = [i for i in range(len(held)) if not _slides(model, i)]
+                    kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule, judges)
                 else:
                     kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed, distinct)
                 held = [rows.gather(1, kept_rows) for rows, kept_rows in zip(held, kept, strict=True)]
@@ -78,12 +82,17 @@ def teacher_forced_logprobs(
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
             mask[..., resident:] = torch.triu(torch.full((n, n), float("-inf")), 1)
+            masks = mask
+            if _slides(model, 0):  # what lies behind a window lies there for every head
+                resident_positions = torch.cat((held[0][0], torch.arange(position, end)))
+                behind = torch.arange(position, end)[:, None] - resident_positions >= model.config.sliding_window
+                masks = {"full_attention": mask, "sliding_attention": mask.masked_fill(behind, float("-inf"))}
             seen.is_prompt = position < len(prompt)
             out = model(
                 input_ids=torch.tensor([tokens[position:end]]),
                 position_ids=torch.arange(position, end)[None],
                 past_key_values=cache,
-                attention_mask=mask.to(model.dtype),
+                attention_mask=masks,
                 use_cache=True,
             )
             held = [torch.cat((rows, torch.arange(position, end).expand(len(rows), -1)), 1) for rows in held]
@@ -115,11 +124,32 @@ def _store_in_fp8(cache) -> None:
     cache.update = update_in_fp8
 
 
-def rotate(model, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _slides(model, layer: int) -> bool:
+    return getattr(model.config, "layer_types", None) is not None and model.config.layer_types[layer] == "sliding_attention"
+
+
+def _scale(model) -> float:
+    return model.model.layers[0].self_attn.scaling
+
+
+def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """vectors: ``[..., len(positions), head_size]``."""
-    cos, sin = model.model.rotary_emb(vectors, positions[None])
+    of_layer, family = (), model.config.model_type
+    if family == "exaone4" and not _slides(model, layer) or family == "smollm3" and not model.config.no_rope_layers[layer]:
+        return vectors
+    if family == "gemma3_text":
+        of_layer = (model.config.layer_types[layer],)
+    cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
     first, second = vectors.chunk(2, -1)
     return vectors * cos[0] + torch.cat((-second, first), -1) * sin[0]
+
+
+def hook_queries(layer, see):
+    """Shows ``see`` the queries of a layer before RoPE, ``[heads, n, head_size]``, whenever the model runs; returns the hook."""
+    attention = layer.self_attn
+    if hasattr(attention, "q_norm"):
+        return attention.q_norm.register_forward_hook(lambda _, __, out: see(out[0]))
+    return attention.q_proj.register_forward_hook(lambda _, __, out: see(out[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)))
 
 
 class _Queries:
@@ -127,13 +157,12 @@ class _Queries:
 
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
-        size = model.config.head_dim
+        size = model.model.layers[0].self_attn.head_dim
         self.rows = [torch.zeros(model.config.num_attention_heads, 0, size) for _ in model.model.layers]
 
     def __enter__(self):
         self.hooks = [
-            layer.self_attn.q_proj.register_forward_hook(lambda _, __, out, i=i: self._see(i, out))
-            for i, layer in enumerate(self.model.model.layers)
+            hook_queries(layer, lambda queries, i=i: self._see(i, queries)) for i, layer in enumerate(self.model.model.layers)
         ]
         return self
 
@@ -141,21 +170,20 @@ class _Queries:
         for hook in self.hooks:
             hook.remove()
 
-    def _see(self, layer: int, out: torch.Tensor) -> None:
+    def _see(self, layer: int, queries: torch.Tensor) -> None:
         if self.is_prompt and self.count:
-            new = out[0].unflatten(-1, (-1, self.rows[layer].shape[-1])).transpose(0, 1)
-            self.rows[layer] = torch.cat((self.rows[layer], new), 1)[:, -self.count :]
+            self.rows[layer] = torch.cat((self.rows[layer], queries), 1)[:, -self.count :]
 
     def attention(self, cache, newer: int) -> list[torch.Tensor]:
         """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7 neighbours; the most
         that one of them pays to one of 13 neighbours."""
         means, peaks = [], []
-        for layer, rows in zip(cache.layers, self.rows, strict=True):
+        for index, (layer, rows) in enumerate(zip(cache.layers, self.rows, strict=True)):
             keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
-            num_kv_heads, seen, size = keys.shape
+            num_kv_heads, seen, _ = keys.shape
             n = rows.shape[1]
-            queries = rotate(self.model, rows, torch.arange(self.end - n, self.end)).unflatten(0, (num_kv_heads, -1))
-            logits = queries @ keys[:, None].mT / size**0.5  # [kv_heads, group, n, seen]
+            queries = rotate(self.model, index, rows, torch.arange(self.end - n, self.end)).unflatten(0, (num_kv_heads, -1))
+            logits = queries @ keys[:, None].mT * _scale(self.model)  # [kv_heads, group, n, seen]
             for i in range(n):
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
             paid = torch.nn.functional.pad(logits.softmax(-1), (6, 6 + newer))
@@ -181,7 +209,7 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             zip(filters.query_mean_before_rope[index], filters.query_second_before_rope[index], strict=True)
         ):
             coming = torch.arange(position, position + 128)
-            turn = rotate(model, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
+            turn = rotate(model, index, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
             means = torch.einsum("d,dpe->pe", mean, turn)
             future_mean = means.mean(0)
             future_second = torch.einsum("dpe,df,fpg->eg", turn, second, turn) / 128
@@ -190,10 +218,10 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             if rule.filter == "rotary":
                 rows.append(k @ future_mean)
                 continue
-            logits = k @ future_mean / size**0.5
+            logits = k @ future_mean * _scale(model)
             if rule.rank:
                 assert rule.rank == size, "the oracle knows the whole covariance or none"
-                logits = logits + torch.einsum("rd,de,re->r", k, covariance, k) / (2 * size)
+                logits = logits + torch.einsum("rd,de,re->r", k, covariance, k) * _scale(model) ** 2 / 2
             rows.append(logits.softmax(-1))
         rows = torch.stack(rows).unflatten(0, (-1, group)).mean(1)
         if rule.filter == "expected":
@@ -252,8 +280,10 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
     return kept_of_layers, kept_observed or None
 
 
-def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) -> list[torch.Tensor]:
+def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule, judges: list[int]) -> list[torch.Tensor]:
     """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first.
+
+    judges: the layers that are asked.
 
     Returns the tokens kept, per layer ``[kv_heads, kept]``.
     """
@@ -263,8 +293,9 @@ def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule) 
         out = [page for page in pages if page[0] >= sinks][:num_pages]
     else:
         token_scores = 0
-        for rows, mean, std in zip(scores, filters.score_mean, filters.score_std, strict=True):
-            token_scores = token_scores + ((rows - mean[:, None]) / std[:, None]).mean(0) / len(scores)
+        for layer in judges:
+            rows, mean, std = scores[layer], filters.score_mean[layer], filters.score_std[layer]
+            token_scores = token_scores + ((rows - mean[:, None]) / std[:, None]).mean(0)
         evictable = [page for page in pages if page[0] >= sinks and page[-1] < resident - rule.window]
         assert len(evictable) >= num_pages
         out = sorted(evictable, key=lambda page: float(token_scores[list(page)].mean()))[:num_pages]

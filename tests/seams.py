@@ -21,6 +21,7 @@ PATCHED = {
 
 # Methods that subclasses of ours override; tests/test_compat.py finds those that are missing here.
 OVERRIDDEN = {
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
         "self layer key value kv_cache slot_mapping"
@@ -113,6 +114,7 @@ OVERRIDDEN = {
 
 # Functions and methods called, of those a release may well change.
 CALLED = {
+    "vllm.config.model:ModelConfig.get_sliding_window": "self",
     "vllm.entrypoints.llm:LLM.collective_rpc": "self method timeout args kwargs",
     "vllm.entrypoints.llm:LLM.enqueue": (
         "self prompts sampling_params lora_request priority use_tqdm tokenization_kwargs mm_processor_kwargs"
@@ -132,6 +134,9 @@ CALLED = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": "self engine_client state args",
     "vllm.plugins:load_general_plugins": "",
     "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks": "self block_ids",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
@@ -152,8 +157,13 @@ CALLED = {
 
 # Read, of objects of vLLM.
 ATTRIBUTES = [
+    "vllm.config.model:ModelConfig.is_mm_prefix_lm",
+    "vllm.config.model:ModelConfig.rswa_window",
     "vllm.config:VllmConfig.additional_config",
+    "vllm.model_executor.layers.attention.attention:Attention.sliding_window",
     "vllm.v1.attention.selector:_cached_get_attn_backend",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.sliding_window",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
@@ -171,6 +181,7 @@ ATTRIBUTES = [
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.block_size",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.req_to_blocks",
     "vllm.v1.engine.async_llm:AsyncLLM.logger_manager",
+    "vllm.v1.engine:EngineCoreRequest.mm_features",
     "vllm.v1.kv_cache_interface:FullAttentionSpec.page_size_padded",
     "vllm.v1.kv_cache_interface:FullAttentionSpec.unpadded_page_size_bytes",
     "vllm.v1.metrics.loggers:StatLoggerManager.engine_indexes",

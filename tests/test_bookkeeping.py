@@ -93,7 +93,7 @@ class Simulation:
             "layer": (QFiltersSpec, QFiltersScheduler), "page": (QFiltersPageSpec, QFiltersPageScheduler)
         }[granularity]  # fmt: skip
         attention = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        spec = spec_cls.from_full_attention(attention, BUDGET + CHUNK, num_planes=1)
+        spec = spec_cls.from_attention(attention, BLOCK, BUDGET + CHUNK, num_planes=1)
         self.scheduler = scheduler_cls(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),

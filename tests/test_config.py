@@ -13,6 +13,7 @@ from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, FILTERS, GRANULARITIES, 
 
 BUDGET_RANGE = ("an integer > 0", "<= 1.0")
 WINDOW_RANGE = ("an integer >= 0", "0 <= window < 1")
+OPTIONS = [field for field in dataclasses.fields(KVCompressionConfig) if field.init]
 SMALL = dict(budget=512, window=64, sinks=4, interval=32, chunk=256, filter="static")
 
 REFUSED = {
@@ -104,7 +105,7 @@ def test_a_valid_configuration_survives_json(options):
 
 
 def test_to_dict_names_every_option():
-    assert set(KVCompressionConfig().to_dict()) == {field.name for field in dataclasses.fields(KVCompressionConfig)}
+    assert set(KVCompressionConfig().to_dict()) == {field.name for field in OPTIONS}
 
 
 def test_unknown_options_are_refused_by_name_and_the_known_ones_listed():
@@ -112,8 +113,13 @@ def test_unknown_options_are_refused_by_name_and_the_known_ones_listed():
         KVCompressionConfig.from_dict({"budget": 1024, "windw": 3, "Sinks": 4})
     message = str(refusal.value)
     assert "Sinks, windw" in message
-    for field in dataclasses.fields(KVCompressionConfig):
+    for field in OPTIONS:
         assert field.name in message
+
+
+def test_the_sliding_window_is_the_models_and_no_option():
+    with pytest.raises(ValueError, match="unknown KV compression option sliding_window"):
+        KVCompressionConfig.from_dict({"sliding_window": 64})
 
 
 def test_a_configuration_cannot_be_changed():
@@ -121,9 +127,53 @@ def test_a_configuration_cannot_be_changed():
         KVCompressionConfig().budget = 1
 
 
+def of_model(sliding_window: int | None, layer_types: list[str] | None = None, **options) -> KVCompressionConfig:
+    """The configuration as an engine reads it that serves a model with such a window."""
+    additional = {ADDITIONAL_CONFIG_KEY: KVCompressionConfig(**options).to_dict(), "other": 1}
+    hf_text_config = SimpleNamespace() if layer_types is None else SimpleNamespace(layer_types=layer_types)
+    model_config = SimpleNamespace(
+        get_sliding_window=lambda: sliding_window, max_model_len=4096, hf_text_config=hf_text_config
+    )
+    return KVCompressionConfig.from_vllm_config(SimpleNamespace(additional_config=additional, model_config=model_config))
+
+
+@pytest.mark.parametrize(
+    "window, layer_types, expected",
+    [
+        (None, None, 0),
+        (64, None, 64),
+        (64, ["sliding_attention", "full_attention"], 64),
+        (64, ["full_attention"] * 2, 0),
+        (4095, None, 4095),
+        (4096, None, 0),  # reaches over the longest context
+    ],
+)
+def test_which_sliding_windows_count(window, layer_types, expected):
+    assert of_model(window, layer_types).sliding_window == expected
+
+
 def test_the_engine_configuration_carries_it():
-    vllm_config = SimpleNamespace(additional_config={ADDITIONAL_CONFIG_KEY: KVCompressionConfig(**SMALL).to_dict(), "other": 1})
-    assert KVCompressionConfig.from_vllm_config(vllm_config) == KVCompressionConfig(**SMALL)
+    assert of_model(None, **SMALL) == KVCompressionConfig(**SMALL)
+
+
+@pytest.mark.parametrize("window, kept", [(0, 63), (63, 63), (64, 64), (0.25, 63), (0.5, 100)])
+def test_the_window_holds_what_sliding_windows_attend_to(window, kept):
+    config = of_model(64, budget=200, window=window, sinks=4, interval=32)
+    assert config.request_limits(None, prompt_tokens=1000).window == kept
+
+
+@pytest.mark.parametrize("window", [0, 0.25])
+def test_a_budget_below_a_sliding_window_is_refused(window):
+    config = of_model(64, budget=256, window=window, sinks=4, interval=32)
+    assert config.min_budget() == 63 + 4 + 32
+    assert config.request_limits({"kv_budget": 99}, prompt_tokens=1000).window == 63
+    refusal = rf"kv_budget=98: at least 99 tokens are needed for window {window} \(at least 63, which the model's sliding windows"
+    with pytest.raises(ValueError, match=refusal):
+        config.request_limits({"kv_budget": 98}, prompt_tokens=1000)
+    assert config.request_limits({"kv_budget": 0.01}, prompt_tokens=1000).budget == 99
+    config = of_model(64, budget=80, window=window, sinks=4, interval=16)
+    with pytest.raises(ValueError, match="budget=80: at least 83 tokens"):
+        config.check_block_size(16)
 
 
 @pytest.mark.parametrize("additional", [{}, {"other": 1}, None, object()], ids=["empty", "other-key", "none", "object"])

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheLayout,
     KVCacheTensor,
+    SlidingWindowSpec,
     compute_layout_strides,
     create_kv_cache_views,
 )
@@ -27,7 +28,7 @@ def allocate(
     layout: KVCacheLayout, block_size: int, dtype: torch.dtype, num_planes: int = 1
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     full = FullAttentionSpec(block_size=block_size, num_kv_heads=3, head_size=40, dtype=dtype)
-    spec = QFiltersSpec.from_full_attention(full, max_resident_tokens=1 << 20, num_planes=num_planes)
+    spec = QFiltersSpec.from_attention(full, block_size, max_resident_tokens=1 << 20, num_planes=num_planes)
     layer_stride, block_stride, *_ = compute_layout_strides(spec, NUM_BLOCKS, NUM_LAYERS, layout)
     buffer = torch.zeros(NUM_LAYERS * NUM_BLOCKS * spec.page_size_bytes, dtype=torch.int8)
     tensor = KVCacheTensor(len(buffer), [f"layer{i}" for i in range(NUM_LAYERS)], layer_stride, block_stride)
@@ -90,25 +91,42 @@ def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
 
 class Runner:
     def get_kv_cache_spec(self):
-        return {"layer": self.spec}
+        return self.specs
 
 
 class CompressedRunner(CompressedModelRunner, Runner):
-    def __init__(self, block_size: int, kernel_block_sizes: list):
-        self.spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        backend = SimpleNamespace(get_name=lambda: "SOME_ATTN")
-        backend.get_supported_kernel_block_sizes = lambda spec: kernel_block_sizes
-        layer = SimpleNamespace(get_attn_backend=lambda: backend)
-        self.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
-        self.compression, self.model_config = KVCompressionConfig(), SimpleNamespace(max_model_len=1 << 20)
+    def __init__(self, block_size: int, kernel_block_sizes: list, backend: str = "SOME_ATTN", windows: tuple = (None,)):
+        usual = dict(num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+        attn_backend = SimpleNamespace(get_name=lambda: backend, get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes)
+        self.specs, layers = {}, {}
+        for index, window in enumerate(windows):
+            layers[f"layer{index}"] = SimpleNamespace(get_attn_backend=lambda: attn_backend, sliding_window=window)
+            self.specs[f"layer{index}"] = (
+                FullAttentionSpec(block_size=block_size, **usual)
+                if window is None
+                else SlidingWindowSpec(block_size=16, sliding_window=window, **usual)
+            )
+        self.compilation_config = SimpleNamespace(static_forward_context=layers)
+        self.cache_config, self.model_config = SimpleNamespace(block_size=block_size), SimpleNamespace(max_model_len=1 << 20)
+        self.compression = KVCompressionConfig()
+        object.__setattr__(self.compression, "sliding_window", 512)
 
 
 def test_pages_a_backend_would_split_are_refused():
-    assert CompressedRunner(64, [16, 32, 64]).get_kv_cache_spec()["layer"].max_resident_tokens == 2048 + 2048
+    assert CompressedRunner(64, [16, 32, 64]).get_kv_cache_spec()["layer0"].max_resident_tokens == 2048 + 2048
     with pytest.raises(ValueError, match="SOME_ATTN reads pages of 64 tokens at most: use --block-size 64 instead of 128"):
         CompressedRunner(128, [16, 32, 64]).get_kv_cache_spec()
     with pytest.raises(ValueError, match="interval=128 is not a multiple of the block size 256"):
         CompressedRunner(256, [256]).get_kv_cache_spec()
+
+
+def test_layers_with_and_without_a_sliding_window_share_a_cache():
+    full, sliding = CompressedRunner(64, [16, 32, 64], windows=(None, 512)).get_kv_cache_spec().values()
+    assert full == sliding and full.block_size == 64
+    with pytest.raises(ValueError, match="FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"):
+        CompressedRunner(64, [16, 32, 64], "FLASHINFER", (None, 512)).get_kv_cache_spec()
+    (spec,) = CompressedRunner(64, [16, 32, 64], "FLASHINFER", (512,)).get_kv_cache_spec().values()
+    assert spec == full
 
 
 MOCK_FLASHINFER = """

@@ -44,7 +44,7 @@ def calibrated(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model, tiny_filters, calibrated):
+def runs(tiny_model, tiny_filters, calibrated, tiny_exaone, exaone_filters):
     calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in calibrated.items()}
     wanted = [
         dict(compression=None, llm=LLM, requests=SHORT),
@@ -54,13 +54,14 @@ def runs(tiny_model, tiny_filters, calibrated):
         dict(compression=PAGES, llm=LLM, requests=BATCHES),
         dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
         dict(compression=EVICTING, llm=dict(LLM, pipeline_parallel_size=2), requests=BATCHES, calibration=calibration[2]),
+        dict(compression=dict(EVICTING, filters=str(exaone_filters[0])), llm=LLM, requests=BATCHES, model=str(tiny_exaone)),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
     results = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # the rest is vLLM's log
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2]
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
     return results
 
 
@@ -116,6 +117,12 @@ def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     result = runs[5]
     assert result["compactions"] >= 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
+
+
+def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
+    result = runs[7]
+    assert result["compactions"] >= 5
+    assert_like_v1(exaone_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
 def test_two_pipeline_stages_answer_as_one(runs):

@@ -5,7 +5,7 @@ import torch
 
 from tests.engines import BLOCK, tokens_and_logprobs
 from tests.models import random_prompt
-from tests.oracle import Rule, rotate, teacher_forced_logprobs
+from tests.oracle import Rule, hook_queries, rotate, teacher_forced_logprobs
 
 CASES = {
     # id: (configuration, prompt length, generated tokens)
@@ -45,11 +45,17 @@ def options_and_rule(case: str) -> tuple[dict, Rule]:
     options, _, _ = CASES[case]
     if not case.startswith(("expected", "rotary")):
         options = {**options, "filter": "static"}
+    return options, make_rule(options)
+
+
+def make_rule(options: dict, min_window: int = 0) -> Rule:
+    """min_window: that sliding windows reach back."""
     window = options["window"] if isinstance(options["window"], int) else int(options["window"] * options["budget"])
     whole = options.get("prefill") == "full" or options.get("scope") == "decode"
-    return options, Rule(
+    has_fixed_filter = options.get("filter", "expected") != "expected"
+    return Rule(
         budget=options["budget"],
-        window=window,
+        window=max(window, min_window),
         sinks=options["sinks"],
         interval=options["interval"],
         block=BLOCK,
@@ -60,7 +66,7 @@ def options_and_rule(case: str) -> tuple[dict, Rule]:
         method=options.get("method", "qfilters"),
         filter=options.get("filter", "expected"),
         rank=options.get("rank", 0),
-        observed=options.get("observed", 32) if "filter" not in options else 0,
+        observed=0 if has_fixed_filter else options.get("observed", 32),
         whole_pages=options.get("granularity") == "page",
         has_fp8_cache="kv_cache_dtype" in options,
     )
@@ -70,7 +76,10 @@ def options_and_rule(case: str) -> tuple[dict, Rule]:
 def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
     _, prompt_tokens, new_tokens = CASES[case]
     options, rule = options_and_rule(case)
-    engine = engines.get(**options)
+    assert_like_hugging_face(engines.get(**options), hf_model, tiny_filters[1], rule, prompt_tokens, new_tokens)
+
+
+def assert_like_hugging_face(engine, hf_model, filters, rule: Rule, prompt_tokens: int, new_tokens: int) -> None:
     prompts = [random_prompt(prompt_tokens, seed=1), random_prompt(prompt_tokens - 61, seed=2)]
     atol = 1e-2 if rule.has_fp8_cache else 2e-4  # fp8 makes a last bit of float32 one of 3 bits, now and then
     before = engine.scheduler.compression_stats.compactions
@@ -78,7 +87,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model,
     assert engine.scheduler.compression_stats.compactions - before >= 4
     for prompt, output in zip(prompts, outputs, strict=True):
         ids, logprobs = tokens_and_logprobs(output)
-        expected, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
+        expected, _ = teacher_forced_logprobs(hf_model, prompt, ids, filters, rule)
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected), atol=atol, rtol=0)
     engine.assert_idle()
 
@@ -95,22 +104,23 @@ def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
 
 
 def test_calibration_sees_the_queries_of_every_layer_before_and_after_rope(engines, hf_model):
+    assert_calibrates_like_hugging_face(engines.get(**CASES["rotary"][0]), hf_model)
+
+
+def assert_calibrates_like_hugging_face(engine, hf_model) -> None:
     """The statistics of the engine's own forward passes, against Hugging Face's on the same tokens."""
     sequences = [random_prompt(300, seed=3), random_prompt(200, seed=4)]
-    found = engines.get(**CASES["rotary"][0]).runner.calibrate_filters(sequences, "test")
+    found = engine.runner.calibrate_filters(sequences, "test")
     before = [[] for _ in hf_model.model.layers]
-    hooks = [
-        layer.self_attn.q_proj.register_forward_hook(lambda _, __, out, i=i: before[i].append(out[0].unflatten(-1, (4, 32))))
-        for i, layer in enumerate(hf_model.model.layers)
-    ]
+    hooks = [hook_queries(layer, before[i].append) for i, layer in enumerate(hf_model.model.layers)]
     with torch.no_grad():
         for sequence in sequences:
             hf_model(torch.tensor([sequence]))
     for hook in hooks:
         hook.remove()
     for index, queries in enumerate(before):
-        after = torch.cat([rotate(hf_model, q.transpose(0, 1), torch.arange(len(q))).transpose(0, 1) for q in queries])
-        whole = torch.cat(queries)
+        after = torch.cat([rotate(hf_model, index, q, torch.arange(q.shape[1])) for q in queries], 1).transpose(0, 1)
+        whole = torch.cat(queries, 1).transpose(0, 1)
         second = torch.einsum("nhd,nhe->hde", whole, whole) / len(whole)
         torch.testing.assert_close(found.query_mean_before_rope[index], whole.mean(0), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.query_second_before_rope[index], second, atol=1e-3, rtol=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from tests.models import random_prompt
 from vllm_qfilters import kv_compression
@@ -65,7 +65,10 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
             dict(speculative_config={"method": "draft_model", "model": "itself", "num_speculative_tokens": 2}),
             "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
         ),
-        (dict(hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}), "ull attention"),
+        (
+            dict(hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}),
+            r"budget=128: at least 163 tokens are needed for window 32 \(at least 127, which the model's sliding windows reach back\)",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -85,7 +88,7 @@ def supported_config() -> SimpleNamespace:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, original_max_model_len=4096,
-            max_model_len=4096, is_moe=True,
+            max_model_len=4096, is_moe=True, rswa_window=None,
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
@@ -107,6 +110,7 @@ def supported_config() -> SimpleNamespace:
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
         ("model_config.uses_mrope", True, "models with M-RoPE positions"),
+        ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
         ("kv_transfer_config", SimpleNamespace(), "KV connectors; drop --kv-transfer-config"),
         ("ec_transfer_config", SimpleNamespace(), "encoder-cache connectors; drop --ec-transfer-config"),
@@ -150,8 +154,10 @@ def test_pages_in_pipelines_are_refused_by_name():
 @pytest.mark.parametrize(
     "spec_cls, change, reason",
     [
-        (SlidingWindowSpec, dict(sliding_window=128), "full attention in every layer, but second has a SlidingWindowSpec"),
-        (FullAttentionSpec, dict(sliding_window=128), "sliding-window, chunked or non-causal attention, which second has"),
+        (ChunkedLocalAttentionSpec, dict(attention_chunk_size=128), "sliding windows, but second has a ChunkedLocalAttentionSpec"),
+        (SlidingWindowSpec, dict(sliding_window=129), "keeps the 128 tokens .* as its sliding window, but second has one of 129"),
+        (FullAttentionSpec, dict(attention_chunk_size=128), "chunked or non-causal attention, which second has"),
+        (FullAttentionSpec, dict(non_causal=True), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
         (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
         (FullAttentionSpec, dict(dtype=torch.uint8), "second is torch.uint8, .* torch.float32; drop --kv-cache-dtype-skip"),
@@ -161,9 +167,12 @@ def test_pages_in_pipelines_are_refused_by_name():
 def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     usual = dict(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
     first = FullAttentionSpec(**usual)
-    check_specs({"first": first, "second": first})
+    config = KVCompressionConfig()
+    object.__setattr__(config, "sliding_window", 128)
+    sliding = {f"window {window}": SlidingWindowSpec(**usual, sliding_window=window) for window in (128, 4096)}
+    check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
-        check_specs({"first": first, "second": spec_cls(**{**usual, **change})})
+        check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
 
 
 def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.calibrate import MOST_SPREAD
 from vllm_qfilters.filters.format import Filters
-from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.filters.statistics import LayerStatistics
+from vllm_qfilters.filters.rotary import RotaryTable, Rotation
+from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
 HEAD_SIZE, NUM_HEADS, NUM_TOKENS, MAX_POSITION = 64, 3, 200, 4096
 
@@ -169,3 +172,40 @@ def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, bef
 def test_a_bank_without_statistics_is_refused_saying_what_to_do():
     with pytest.raises(ValueError, match="vllm-qfilters calibrate"):
         FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], slice(None), 0, 1.0)
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_the_spread_of_equal_queries_tells_their_rotation(case):
+    """In the second half: before, queries of models with attention sinks differ."""
+    rope, none = make_rope(case), Rotation(None, HEAD_SIZE)
+    query = torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(0)).expand(32, -1, -1).clone()
+    query[:16] += torch.randn(16, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    buffer = torch.zeros(100, dtype=torch.int64)
+    for turned in (rotate(rope, torch.arange(32), query), query):
+        spread = QuerySpread((Rotation(rope, HEAD_SIZE), none), buffer)
+        for start in (0, 20):
+            part = turned[start:][:20]
+            buffer[: len(part)] = torch.arange(start, start + len(part))
+            spread.observe(part, part)
+        by_rope, by_none = spread.relative().tolist()
+        expected_rope, other = (by_rope, by_none) if turned is not query else (by_none, by_rope)
+        assert expected_rope < MOST_SPREAD / 5 and other > 2 * MOST_SPREAD
+
+
+@pytest.mark.parametrize("is_neox_style", [True, False])
+@pytest.mark.parametrize("rope", [DEFAULT, LLAMA3, YARN], ids=lambda rope: rope["rope_type"])
+def test_tables_of_transformers_are_those_of_vllm(rope, is_neox_style):
+    config = LlamaConfig(
+        head_dim=HEAD_SIZE, num_attention_heads=1, hidden_size=HEAD_SIZE, max_position_embeddings=MAX_POSITION, rope_parameters=rope
+    )
+    with set_current_vllm_config(VllmConfig()):
+        expected = get_rope(HEAD_SIZE, MAX_POSITION, is_neox_style, dict(rope), torch.float32)
+    found = RotaryTable.both_styles(LlamaRotaryEmbedding(config), num_positions=300)[0 if is_neox_style else 1]
+    assert (found.rotary_dim, found.is_neox_style) == (expected.rotary_dim, expected.is_neox_style)
+    torch.testing.assert_close(found.cos_sin_cache, expected.cos_sin_cache[:300], atol=1e-5, rtol=0)
+
+
+def test_embeddings_whose_table_depends_on_the_length_have_none():
+    rope = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
+    config = LlamaConfig(head_dim=HEAD_SIZE, num_attention_heads=1, hidden_size=HEAD_SIZE, rope_parameters=rope)
+    assert RotaryTable.both_styles(LlamaRotaryEmbedding(config), num_positions=300) == []

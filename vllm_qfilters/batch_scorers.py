@@ -79,7 +79,9 @@ class BatchRotaryFilterScorer(BatchScorer):
         distinct = {rotation: index for index, rotation in enumerate(dict.fromkeys(bank.rotations))}
         self._rotations = [rotation.to(device) for rotation in distinct]
         self._rotation_of_layer = torch.tensor([distinct[rotation] for rotation in bank.rotations], device=device)
-        if any(not torch.equal(rotation.partner, self._rotations[0].partner) for rotation in self._rotations):
+        partners = [rotation.partner for rotation in self._rotations if not rotation.is_identity] or [self._rotations[0].partner]
+        self._partner = partners[0]  # the identity takes any: its sines are zero
+        if any(not torch.equal(partner, self._partner) for partner in partners):
             raise ValueError("KV compression on GPUs needs rotary embeddings of one style in all layers: use filter 'static'")
 
     def resident_scores(self, batch, recent_queries):
@@ -96,7 +98,7 @@ class BatchRotaryFilterScorer(BatchScorer):
             cos, sin = (part.expand(-1, self.cache.num_layers, -1) for part in (cos, sin))
         else:
             cos, sin = cos[:, self._rotation_of_layer], sin[:, self._rotation_of_layer]
-        return Turns(cos, sin, self._rotations[0].partner)
+        return Turns(cos, sin, self._partner)
 
 
 class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):

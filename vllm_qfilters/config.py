@@ -37,7 +37,7 @@ class KVCompressionConfig:
         budget: most tokens a decoding sequence keeps resident per layer and head. An ``int`` counts tokens; a ``float`` in
             (0, 1] is a fraction of the sequence's prompt. A request may set its own as ``kv_budget``.
         window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a fraction of
-            the sequence's budget.
+            the sequence's budget. Never fewer than layers with a sliding window attend to.
         sinks: the first tokens of a sequence, never evicted.
         interval: tokens evicted in one go by a sequence that reached its budget; a multiple of the block size.
         granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep the
@@ -61,6 +61,8 @@ class KVCompressionConfig:
             else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
         endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are visible to
             whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
+        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them; 0 if it has
+            none, or none shorter than its longest context. No option: :meth:`from_vllm_config` knows the model.
 
     Raises:
         ValueError: a value is out of its range; the message names the value and the range.
@@ -81,6 +83,7 @@ class KVCompressionConfig:
     observed: int = 32
     filters: str = "auto"
     endpoint: bool = False
+    sliding_window: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.filter is None:
@@ -122,7 +125,7 @@ class KVCompressionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KVCompressionConfig":
         """Reads ``{"budget": 1024, ...}``; unknown keys are refused by name."""
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"unknown KV compression option {', '.join(unknown)}; the options are {', '.join(known)}")
@@ -133,10 +136,20 @@ class KVCompressionConfig:
         """The configuration a vLLM engine was started with, or None where KV compression is off."""
         additional = vllm_config.additional_config
         values = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-        return None if values is None else cls.from_dict(values)
+        if values is None:
+            return None
+        config = cls.from_dict(values)
+        object.__setattr__(config, "sliding_window", _sliding_window(vllm_config.model_config))
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The options, as :meth:`from_dict` reads them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    @property
+    def min_window(self) -> int:
+        """Last tokens that layers with a sliding window attend to from the next position on."""
+        return max(0, self.sliding_window - 1)
 
     @property
     def evicts_whole_pages(self) -> bool:
@@ -159,7 +172,8 @@ class KVCompressionConfig:
             block_size: tokens per page. Matters to page granularity: sinks and window each protect a page they end in.
         """
         ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
-        return min_budget(window=self.window, sinks=self.sinks + ends, interval=self.interval)
+        windows = (self.window, self.min_window)
+        return max(min_budget(window=window, sinks=self.sinks + ends, interval=self.interval) for window in windows)
 
     @property
     def expects_attention(self) -> bool:
@@ -215,6 +229,7 @@ class KVCompressionConfig:
         else:
             budget = max(math.ceil(budget * prompt_tokens), self.min_budget(block_size))
         window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
+        window = max(window, self.min_window)
         sinks = self.sinks
         if self.scope == "decode":
             # The prompt stays: it counts as sinks, and comes on top of the budget.
@@ -245,10 +260,21 @@ class KVCompressionConfig:
         least = self.min_budget(block_size)
         if budget < least:
             pages = f", in whole pages of {block_size}" if self.evicts_whole_pages else ""
+            window = f"window {self.window}"
+            if self.min_window:
+                window += f" (at least {self.min_window}, which the model's sliding windows reach back)"
             raise ValueError(
-                f"{name}={budget}: at least {least} tokens are needed for window {self.window} + sinks {self.sinks} + "
+                f"{name}={budget}: at least {least} tokens are needed for {window} + sinks {self.sinks} + "
                 f"interval {self.interval}{pages}; raise {name} or lower those"
             )
+
+
+def _sliding_window(model_config: Any) -> int:
+    """That of a model of which some layers have one, and a shorter one than its longest context; else 0."""
+    window, layer_types = model_config.get_sliding_window(), getattr(model_config.hf_text_config, "layer_types", None)
+    if window is None or window >= model_config.max_model_len or layer_types and "sliding_attention" not in layer_types:
+        return 0
+    return window
 
 
 def _is_int(value: Any) -> bool:

@@ -6,7 +6,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, is_quantized_kv_cache
 
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.budget import cdiv
@@ -32,6 +32,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "encoder-decoder models": model.is_encoder_decoder,
         "MLA (latent attention) models": model.use_mla,
         "models with M-RoPE positions": model.uses_mrope,
+        "models whose generated tokens alone attend to a sliding window (R-SWA)": model.rswa_window is not None,
         "KV connectors; drop --kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "encoder-cache connectors; drop --ec-transfer-config": vllm_config.ec_transfer_config is not None,
         "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
@@ -83,18 +84,25 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         )
 
 
-def check_specs(specs: dict[str, KVCacheSpec]) -> None:
-    """Refuses models whose layers are not all alike and full attention.
+def check_specs(config: KVCompressionConfig, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
+    """Refuses models whose layers do not all hold keys and values of the same shape, or attend to them in other ways than causally,
+    to all or to a sliding window.
 
     Raises:
-        ValueError: names the first layer that is not.
+        ValueError: names the first layer that does not.
     """
     first = next(iter(specs.values()), None)
     for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec:
-            raise ValueError(f"KV compression supports full attention in every layer, but {name} has a {type(spec).__name__}")
-        if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
-            raise ValueError(f"KV compression does not support sliding-window, chunked or non-causal attention, which {name} has")
+        if type(spec) is SlidingWindowSpec:
+            if config.sliding_window < spec.sliding_window < max_model_len:
+                raise ValueError(
+                    f"KV compression keeps the {config.sliding_window} tokens that the model's configuration gives as its sliding "
+                    f"window, but {name} has one of {spec.sliding_window}"
+                )
+        elif type(spec) is not FullAttentionSpec:
+            raise ValueError(f"KV compression supports full attention and sliding windows, but {name} has a {type(spec).__name__}")
+        elif spec.attention_chunk_size is not None or spec.non_causal:
+            raise ValueError(f"KV compression does not support chunked or non-causal attention, which {name} has")
         if spec.head_size_v != spec.head_size or spec.num_head_slots is not None or spec.page_size_padded is not None:
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
         if spec.dtype != first.dtype:
@@ -141,6 +149,11 @@ def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request:
         limits = config.request_limits(params.extra_args, prompt_tokens, vllm_config.cache_config.block_size)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
+    if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
+        raise VLLMValidationError(
+            "KV compression does not support images in prompts of models that attend to them in both directions: set kv_budget to "
+            "0, which switches compression off for the request"
+        )
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
         return

@@ -5,14 +5,16 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 PLANE_BYTES = 4  # one float32 per token and KV head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFiltersSpec(FullAttentionSpec):
-    """Full attention whose sequences hold a bounded number of tokens.
+    """Attention whose sequences hold a bounded number of tokens, full or with a sliding window among the last of them.
+
+    Layers of both kinds hold the same number of tokens and share block tables, as with ``--disable-hybrid-kv-cache-manager``.
 
     Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is counted
     in the size of the cache, and allocated, shared and freed with the page.
@@ -24,12 +26,19 @@ class QFiltersSpec(FullAttentionSpec):
     max_resident_tokens: int
 
     @classmethod
-    def from_full_attention(cls, spec: FullAttentionSpec, max_resident_tokens: int, num_planes: int) -> "QFiltersSpec":
-        """num_planes: float32 numbers per token and KV head."""
-        values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(FullAttentionSpec)}
-        plane_bytes = spec.num_kv_heads * spec.block_size * PLANE_BYTES
-        values["page_size_padded"] = spec.unpadded_page_size_bytes + num_planes * plane_bytes
-        return cls(**values, max_resident_tokens=max_resident_tokens)
+    def from_attention(
+        cls, spec: AttentionSpec, block_size: int, max_resident_tokens: int, num_planes: int
+    ) -> "QFiltersSpec":
+        """What becomes of a layer's own specification.
+
+        Args:
+            block_size: tokens per page. For layers with a sliding window vLLM may have chosen another one.
+            num_planes: float32 numbers per token and KV head.
+        """
+        values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(AttentionSpec)}
+        made = cls(**{**values, "block_size": block_size}, max_resident_tokens=max_resident_tokens)
+        plane_bytes = made.num_kv_heads * block_size * PLANE_BYTES
+        return dataclasses.replace(made, page_size_padded=made.unpadded_page_size_bytes + num_planes * plane_bytes)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

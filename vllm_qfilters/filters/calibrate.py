@@ -4,6 +4,7 @@ Runs in every worker at once, before the engine serves or while it idles. Covers
 models too: queries are taken where the attention backend gets them.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,10 +18,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.filters.statistics import LayerStatistics
+from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 2048
+REPEATED_TOKENS = 32
+MOST_SPREAD = 0.1  # of queries that should be equal, relative to their length: far above rounding, below what a quarter of RoPE does
 _REQUEST_ID = "kv-compression-calibration"
 
 
@@ -49,22 +52,56 @@ def calibrate(
     Returns:
         The filters of the whole model, also on a rank that holds some of its layers or heads.
     """
-    for layer, rotation in zip(layers, rotations, strict=True):
-        layer.impl.statistics = LayerStatistics(
-            layer.num_heads, layer.num_kv_heads, layer.head_size, rotation, runner.positions
-        )
-    try:
-        is_first_rank = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-        total = sum(len(sequence) for sequence in sequences)
-        with tqdm(total=total, desc="Calibrating Q-Filters", unit=" tokens", disable=not is_first_rank) as progress:
-            for sequence in sequences:
-                for num_tokens in _run(runner, list(sequence)):
-                    progress.update(num_tokens)
-        statistics = [layer.impl.statistics for layer in layers]
-    finally:
-        for layer in layers:
-            layer.impl.statistics = None
+    statistics = [
+        LayerStatistics(layer.num_heads, layer.num_kv_heads, layer.head_size, rotation, runner.positions)
+        for layer, rotation in zip(layers, rotations, strict=True)
+    ]
+    is_first_rank = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+    total = sum(len(sequence) for sequence in sequences)
+    with (
+        _watched_by(layers, statistics),
+        tqdm(total=total, desc="Calibrating Q-Filters", unit=" tokens", disable=not is_first_rank) as progress,
+    ):
+        for sequence in sequences:
+            for num_tokens in _run(runner, list(sequence)):
+                progress.update(num_tokens)
     return make_filters(statistics, runner.model_config.get_total_num_kv_heads(), description)
+
+
+def rotations_in_use(
+    runner: GPUModelRunner, layers: Sequence[torch.nn.Module], possible: Sequence[Sequence[Rotation]]
+) -> list[Rotation]:
+    """How the queries of each layer do turn with their position.
+
+    Models leave RoPE out in some layers, where an embedding stands beside the attention all the same, and some embeddings do not say
+    which elements they turn together. So it is looked at, not assumed: where one token is repeated, attention is over equal values,
+    and every layer makes the same query at all positions. Taken off their rotation they are equal again.
+
+    Args:
+        runner: an idle model runner whose cache exists.
+        layers: its attention layers, in order.
+        possible: of each layer; of those that explain its queries as well, the first.
+
+    Raises:
+        ValueError: queries turn in a way that none explains.
+    """
+    spreads = [QuerySpread(rotations, runner.positions) for rotations in possible]
+    num_tokens = min(REPEATED_TOKENS, runner.model_config.max_model_len - 1)
+    with _watched_by(layers, spreads):
+        for _ in _run(runner, random_sequences(runner.model_config.get_vocab_size(), 1, 1)[0] * num_tokens):
+            pass
+    has_rotary = any("rotary" in type(module).__name__.lower() for module in runner.model.modules())
+    group, in_use = get_tp_group(), []
+    for layer, rotations, spread in zip(layers, possible, spreads, strict=True):
+        by_rank = group.all_gather(spread.relative()[None].to(group.device), dim=0)
+        least, index = by_rank.mean(0).min(0)  # ranks agree
+        if has_rotary and least > MOST_SPREAD:
+            raise ValueError(
+                f"KV compression cannot tell how the queries of {layer.layer_name} turn with their position (equal ones differ by "
+                f"{float(least):.0%} of their length): choose filter 'static' with --kv-compression-config.filters, or another method"
+            )
+        in_use.append(rotations[index])
+    return in_use
 
 
 def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, description: str) -> Filters:
@@ -127,6 +164,20 @@ def measure_scores(
         seen.append(by_head[..., : len(sequence)].clone())
     std, mean = torch.std_mean(torch.cat(seen, dim=-1), dim=-1, correction=0)
     return mean, std
+
+
+@contextlib.contextmanager
+def _watched_by(
+    layers: Sequence[torch.nn.Module], watchers: Sequence[LayerStatistics] | Sequence[QuerySpread]
+) -> Iterator[None]:
+    """Meanwhile each watcher sees the queries and keys of its layer."""
+    for layer, watcher in zip(layers, watchers, strict=True):
+        layer.impl.statistics = watcher
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.impl.statistics = None
 
 
 def _run(runner: GPUModelRunner, token_ids: list[int]) -> Iterator[int]:

@@ -1,8 +1,40 @@
 """A model's own rotary position embedding as a linear map: on queries, off them again, and averaged over positions to come."""
 
 import copy
+import dataclasses
 
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryTable:
+    """What :class:`Rotation` reads of a rotary embedding, for those that are not vLLM's.
+
+    Attributes:
+        rotary_dim: elements of a head that are rotated.
+        is_neox_style: the halves of them belong together, else each two that stand side by side.
+        cos_sin_cache: float32, shape ``[num_positions, rotary_dim]``, the cosines first.
+    """
+
+    rotary_dim: int
+    is_neox_style: bool
+    cos_sin_cache: torch.Tensor
+
+    @classmethod
+    def both_styles(cls, rotary_emb: torch.nn.Module, num_positions: int) -> "list[RotaryTable]":
+        """Of a rotary embedding of Transformers, which serves models that vLLM has no implementation of: it does not say how its
+        cosines and sines are applied. None where they depend on more than the position.
+
+        Raises:
+            AttributeError: it is none of them.
+        """
+        rope_type = rotary_emb.rope_type
+        if not isinstance(rope_type, str) or "dynamic" in rope_type or rope_type == "longrope":
+            return []
+        inv_freq = rotary_emb.inv_freq.to(torch.float32)
+        angles = torch.arange(num_positions, device=inv_freq.device).unsqueeze(1) * inv_freq
+        table = rotary_emb.attention_scaling * torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return [cls(table.shape[1], is_neox_style, table) for is_neox_style in (True, False)]
 
 
 class Rotation:
@@ -16,7 +48,7 @@ class Rotation:
         head_size: elements per head.
     """
 
-    def __init__(self, rotary_emb: torch.nn.Module | None, head_size: int) -> None:
+    def __init__(self, rotary_emb: torch.nn.Module | RotaryTable | None, head_size: int) -> None:
         self.head_size = head_size
         self._rotary_emb = rotary_emb
         partner = torch.arange(head_size)
@@ -34,6 +66,10 @@ class Rotation:
             self._frequency[first] = self._frequency[second] = torch.arange(first.shape[0])
         self.partner = partner
 
+    @property
+    def is_identity(self) -> bool:
+        return self._rotary_emb is None
+
     def to(self, device: torch.device) -> "Rotation":
         """The same rotation, for positions on ``device``: its tables are then made there, without waiting for it."""
         moved = copy.copy(self)
@@ -43,7 +79,7 @@ class Rotation:
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``cos_t`` and ``sin_t``, signs included, float32, shape ``[len(positions), head_size]``, on the rotation's device."""
         device = self.partner.device
-        if self._rotary_emb is None:
+        if self.is_identity:
             shape = (positions.shape[0], self.head_size)
             return torch.ones(shape, device=device), torch.zeros(shape, device=device)
         table = self._rotary_emb.cos_sin_cache[positions].to(device, torch.float32)
@@ -69,7 +105,7 @@ class Rotation:
         Returns:
             float32, the shape of ``query``.
         """
-        if self._rotary_emb is None:
+        if self.is_identity:
             return query.to(torch.float32)
         cos, sin = self.table(positions)
         square = cos.square() + sin.square()

@@ -1,4 +1,6 @@
-"""Running first and second moments of queries and keys, per head. No sample is kept."""
+"""What is learnt of queries and keys while token ids run through the model: running moments, and how queries turn."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -6,7 +8,7 @@ from vllm_qfilters.filters.rotary import Rotation
 
 
 class Moments:
-    """Mean and second moment of vectors per head.
+    """Mean and second moment of vectors per head. No sample is kept.
 
     Args:
         num_heads: heads.
@@ -67,3 +69,34 @@ class LayerStatistics:
         self.query_before_rope.add(self._rotation.unrotate(query, self._positions[: query.shape[0]]))
         self.query_after_rope.add(query)
         self.key_after_rope.add(key.to(torch.float32))
+
+
+class QuerySpread:
+    """How much the queries of one layer differ from position to position, taken off one rotation or another.
+
+    Args:
+        rotations: that may be the layer's.
+        positions: as of :class:`LayerStatistics`.
+    """
+
+    def __init__(self, rotations: Sequence[Rotation], positions: torch.Tensor) -> None:
+        self._rotations = rotations
+        self._positions = positions
+        self._queries: list[list[torch.Tensor]] = [[] for _ in rotations]
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """See :meth:`LayerStatistics.observe`."""
+        for rotation, queries in zip(self._rotations, self._queries, strict=True):
+            queries.append(rotation.unrotate(query, self._positions[: query.shape[0]]))
+
+    def relative(self) -> torch.Tensor:
+        """Root mean square of what is not their mean, over that of the queries: float32, shape ``[len(rotations)]``, on the CPU.
+
+        The first half is left out: it differs where heads may attend to nothing (attention sinks of GPT-OSS).
+        """
+        spreads = []
+        for queries in self._queries:
+            queries = torch.cat(queries).cpu()
+            queries = queries[queries.shape[0] // 2 :]
+            spreads.append((queries - queries.mean(0)).norm() / queries.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        return torch.stack(spreads)

@@ -4,7 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,18 @@ from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.recent_queries import QueryRecorder
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.filters.bank import FilterBank
-from vllm_qfilters.filters.calibrate import NUM_SEQUENCES, SEQUENCE_TOKENS, calibrate, measure_scores, random_sequences
+from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.calibrate import (
+    NUM_SEQUENCES,
+    SEQUENCE_TOKENS,
+    calibrate,
+    measure_scores,
+    random_sequences,
+    rotations_in_use,
+)
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
-from vllm_qfilters.filters.rotary import Rotation
+from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.support import check_specs
@@ -65,6 +72,7 @@ class CompressedModelRunner:
         self.recorder: QueryRecorder | None = None  # where scores go by the last queries of prompts, once there is room for them
         self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
         self.kept_tokens: KeptTokens | None = None  # while somebody wants to see them
+        self._rotations: list[Rotation] | None = None
 
     def bind_cache(self) -> None:
         """Finds out where the caches of ``layers`` lie."""
@@ -86,27 +94,31 @@ class CompressedModelRunner:
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
-        check_specs(specs)
+        check_specs(self.compression, specs, self.model_config.max_model_len)
         layers = self.compilation_config.static_forward_context
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
             raise ValueError("KV compression does not support models whose layers share one KV cache")
+        block_size = self.cache_config.block_size
+        spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
+        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
+        has_one_window = len({layers[name].sliding_window for name in specs}) == 1
+        compressed = {}
         for name, spec in specs.items():
             backend = layers[name].get_attn_backend()
-            kernel_block_size = select_common_block_size(spec.block_size, [backend], [spec])
-            if kernel_block_size != spec.block_size:
+            if backend.get_name() == "FLASHINFER" and not has_one_window:
+                raise ValueError(
+                    "KV compression keeps layers with and without a sliding window in one cache, for which attention backend "
+                    "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+                )
+            compressed[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self.compression.num_planes)
+            kernel_block_size = select_common_block_size(block_size, [backend], [compressed[name]])
+            if kernel_block_size != block_size:
                 raise ValueError(
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
-                    f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {spec.block_size}"
+                    f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
                 )
-            self.compression.check_block_size(spec.block_size)  # a backend may have changed it since the front end looked
-        spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
-        max_model_len, num_planes = self.model_config.max_model_len, self.compression.num_planes
-        return {
-            name: spec_cls.from_full_attention(
-                spec, self.compression.max_resident_tokens(max_model_len, spec.block_size), num_planes
-            )
-            for name, spec in specs.items()
-        }
+        self.compression.check_block_size(block_size)  # a backend may have changed it since the front end looked
+        return compressed
 
     def reserve_recent_queries(self) -> None:
         """Takes the memory for the last queries of the prompts of all requests that can run at once."""
@@ -163,14 +175,22 @@ class CompressedModelRunner:
 
     def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
-        return calibrate(self, self.layers, self._rotations(), sequences, description)
+        return calibrate(self, self.layers, self.rotations(), sequences, description)
 
-    def _rotations(self) -> list[Rotation]:
-        """Of each layer; layers that share a rotary embedding share its rotation."""
-        modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
-        rotary_embs = [_rotary_emb(modules, layer.layer_name) for layer in self.layers]
-        rotations = {id(rotary_emb): Rotation(rotary_emb, self.layers[0].head_size) for rotary_emb in rotary_embs}
-        return [rotations[id(rotary_emb)] for rotary_emb in rotary_embs]
+    def rotations(self) -> list[Rotation]:
+        """Of each layer; layers that share a rotary embedding share its rotation. The cache must not be in use at the first call."""
+        if self._rotations is None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
+            head_size, num_positions = self.layers[0].head_size, self.model_config.max_model_len + HORIZON
+            none, possible, of_layers = Rotation(None, head_size), {}, []
+            for layer in self.layers:
+                rotary_emb = _rotary_emb(modules, layer.layer_name)
+                if rotary_emb not in possible:
+                    tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
+                    possible[rotary_emb] = [*(Rotation(table, head_size) for table in tables), none]
+                of_layers.append(possible[rotary_emb])
+            self._rotations = rotations_in_use(self, self.layers, of_layers)
+        return self._rotations
 
     def static_filters(self, filters: Filters) -> torch.Tensor:
         """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
@@ -181,7 +201,7 @@ class CompressedModelRunner:
         layer, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
         heads = slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads)
         rank = self.compression.rank if self.compression.filter == "expected" else 0
-        return FilterBank(filters, self._rotations(), heads, rank, layer.impl.scale)
+        return FilterBank(filters, self.rotations(), heads, rank, layer.impl.scale)
 
     def record_kept_tokens(self) -> None:
         """From now on; forgets what was recorded before."""
@@ -268,6 +288,10 @@ class CompressedModelRunner:
                     len(sequences),
                     len(sequences[0]),
                 )
+        windows = [layer.sliding_window or self.model_config.max_model_len for layer in self.layers]
+        slides = torch.tensor(windows, device=std.device) < self.model_config.max_model_len
+        if not slides.all():  # what layers with a sliding window do not attend to any more is for the others to judge
+            std = std.masked_fill(slides.unsqueeze(1), 0)
         return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
 
     @property
@@ -279,6 +303,8 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
+    if config.min_window:
+        window += f" (at least {config.min_window} tokens, for layers with a sliding window of {config.sliding_window})"
     prefill = config.prefill
     if config.evicts_prompts_in_chunks:
         prefill += f" (cut every {config.prefill_interval} tokens, at most {config.chunk} beside the budget)"
@@ -309,15 +335,33 @@ def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels:
 
 
 def _rotary_emb(modules: dict[str, torch.nn.Module], layer_name: str) -> torch.nn.Module | None:
-    """The rotary embedding beside an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``.
+    """The rotary embedding nearest to an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``, or, in models that
+    Transformers implements, that of the whole model."""
+    name, dot, _ = layer_name.rpartition(".")
+    while f"{name}{dot}rotary_emb" not in modules and dot:
+        name, dot, _ = name.rpartition(".")
+    return modules.get(f"{name}{dot}rotary_emb")
+
+
+def _rotary_tables(
+    rotary_emb: torch.nn.Module | None, layer_name: str, num_positions: int
+) -> Sequence[RotaryEmbeddingBase | RotaryTable]:
+    """What ``rotary_emb`` may do to the queries of a layer.
 
     Raises:
-        ValueError: there is one of a kind whose rotation cannot be taken off queries again.
+        ValueError: its rotation cannot be taken off queries again.
     """
-    rotary_emb = modules.get(layer_name.rpartition(".")[0] + ".rotary_emb")
-    if rotary_emb is not None and not isinstance(rotary_emb, RotaryEmbeddingBase):
+    if rotary_emb is None:
+        return []
+    if isinstance(rotary_emb, RotaryEmbeddingBase):
+        return [rotary_emb]
+    try:
+        tables = RotaryTable.both_styles(rotary_emb, num_positions)
+    except AttributeError:
+        tables = []
+    if not tables:
         raise ValueError(
             f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}: give existing ones as "
             "--kv-compression-config.filters"
         )
-    return rotary_emb
+    return tables

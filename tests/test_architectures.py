@@ -1,0 +1,143 @@
+"""Models whose layers differ: what sliding windows attend to is never evicted, layers without one are compressed as everywhere, and
+filters turn as the queries of each layer do."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm.exceptions import VLLMValidationError
+
+from tests import models
+from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
+from tests.models import HEAD_SIZE, SLIDING_WINDOW, random_prompt
+from tests.oracle import teacher_forced_logprobs
+from tests.run_engine import run_engine
+from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
+from vllm_qfilters import kv_compression
+from vllm_qfilters.filters.calibrate import rotations_in_use
+from vllm_qfilters.filters.rotary import Rotation
+
+CASES = {
+    "static-layer": dict(window=0, filter="static"),
+    "expected-layer": dict(window=0.1, rank=0),
+    "expected-head-covariance": dict(window=60, rank=32, granularity="head", observed=0),
+    "rotary-cut-often": dict(window=0, filter="rotary", granularity="head", prefill_interval=64),
+    "page": dict(window=0, granularity="page", filter="static"),
+    "streaming": dict(window=0, method="streaming"),
+}
+
+
+FAMILIES = {"gemma": models.make_tiny_gemma, "smollm3": models.make_tiny_smollm3}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines):
+    """By name: (engines, Filters, Hugging Face's model)"""
+
+    @functools.cache
+    def get(name: str):
+        if name == "exaone":
+            folder, filters, engines = tiny_exaone, exaone_filters[1], exaone_engines
+        else:
+            folder, path = FAMILIES[name](tmp_path_factory.mktemp(name)), tmp_path_factory.mktemp("filters") / f"{name}.safetensors"
+            filters, engines = models.make_tiny_filters(path, model=folder), Engines(folder, path)
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        hf_model.model.do_not_compile = True  # vLLM decorates the classes of Transformers that it serves
+        return engines, filters, hf_model
+
+    return get
+
+
+def options_of(case: str) -> dict:
+    return dict(budget=256, sinks=4, interval=32, chunk=256, **CASES[case])
+
+
+@pytest.mark.parametrize(
+    "name, case",
+    [
+        *(("exaone", case) for case in CASES),
+        ("gemma", "expected-layer"),
+        ("gemma", "page"),
+        ("smollm3", "expected-layer"),
+        ("smollm3", "rotary-cut-often"),
+    ],
+)
+def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
+    engines, filters, hf_model = family(name)
+    rule = make_rule(options_of(case), min_window=0 if name == "smollm3" else SLIDING_WINDOW - 1)
+    assert_like_hugging_face(engines.get(**options_of(case)), hf_model, filters, rule, prompt_tokens=900, new_tokens=200)
+
+
+@pytest.mark.parametrize(
+    "name, has_rope", [("exaone", [True, False, True]), ("gemma", [True] * 3), ("smollm3", [True, True, False])]
+)
+def test_calibration_sees_how_queries_turn(name, has_rope, family):
+    """In vLLM a rotary embedding stands beside layers that do not use it, too."""
+    engines, _, hf_model = family(name)
+    engine = engines.get(**options_of("expected-layer"))
+    assert [not rotation.is_identity for rotation in engine.runner.rotations()] == has_rope
+    assert_calibrates_like_hugging_face(engine, hf_model)
+
+
+def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
+    runner = exaone_engines.get(**options_of("expected-layer")).runner
+    angles = 0.3 * torch.arange(512)[:, None] * torch.rand(HEAD_SIZE // 2, generator=torch.Generator().manual_seed(0))
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    wrong = Rotation(SimpleNamespace(rotary_dim=HEAD_SIZE, is_neox_style=True, cos_sin_cache=table), HEAD_SIZE)
+    with pytest.raises(ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"):
+        rotations_in_use(runner, runner.layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head", "page"])
+def test_what_every_layer_slides_over_costs_nothing(granularity, tmp_path_factory):
+    """Evicted at random, and still every token attends to what it attends to in plain vLLM."""
+    model = models.make_tiny_mistral(tmp_path_factory.mktemp("tiny-mistral"))
+    options = dict(budget=160, window=0, sinks=4, interval=32, chunk=128, granularity=granularity)
+    prompts = [random_prompt(700, seed=1), random_prompt(333, seed=2)]
+    answers = []
+    for compression in ({}, kv_compression("random", **options)):
+        engine = Engine(model, 512, 2048, 256, compression)
+        answers.append([tokens_and_logprobs(output) for output in engine.generate(prompts, max_tokens=300)])
+    assert engine.scheduler.compression_stats.evicted_tokens > 2 * 9 * BLOCK
+    for (plain_ids, plain), (ids, logprobs) in zip(*answers, strict=True):
+        assert ids == plain_ids
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(plain), atol=2e-4, rtol=0)
+
+
+LLM = dict(kv_cache_memory_bytes=1 << 28, num_gpu_blocks_override=128, max_model_len=2048, max_num_batched_tokens=256, block_size=32,
+           skip_tokenizer_init=True)  # fmt: skip
+REQUESTS = [dict(prompt=random_prompt(length, seed=length), max_tokens=60, prompt_logprobs=0) for length in (500, 17)]
+
+
+def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_exaone, exaone_filters):
+    llm = dict(LLM, dtype="bfloat16")
+    plain = run_engine(tiny_exaone, REQUESTS, None, **llm)
+    assert run_engine(tiny_exaone, REQUESTS, dict(budget=1536, filters=str(exaone_filters[0])), **llm) == plain
+
+
+def test_attention_sinks(tmp_path, monkeypatch):
+    """GPT-OSS: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted, else like Hugging Face."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, filters = models.make_tiny_gpt_oss(tmp_path / "model"), tmp_path / "filters.safetensors"
+    plain = run_engine(model, REQUESTS, None, **LLM, dtype="bfloat16")
+    assert run_engine(model, REQUESTS, dict(budget=1536), **LLM, dtype="bfloat16") == plain
+
+    options = dict(options_of("static-layer"), filters=str(filters))
+    made = models.make_tiny_filters(filters, model=model)
+    prompts = [random_prompt(700, seed=1), random_prompt(550, seed=2)]
+    requests = [dict(prompt=prompt, max_tokens=120) for prompt in prompts]
+    hf_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    rule = make_rule(options, min_window=SLIDING_WINDOW - 1)
+    for prompt, answer in zip(prompts, run_engine(model, requests, options, **LLM, dtype="float32"), strict=True):
+        expected, _ = teacher_forced_logprobs(hf_model, prompt, answer["token_ids"], made, rule)
+        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
+
+
+def test_a_budget_per_request_must_hold_the_sliding_window(exaone_engines):
+    engine = exaone_engines.get(**options_of("static-layer"))
+    with pytest.raises(VLLMValidationError, match="kv_budget=82: at least 83 tokens are needed"):
+        engine.add(random_prompt(10, seed=0), kv_budget=82)
+    engine.generate([random_prompt(300, seed=1)], max_tokens=50, kv_budget=83)
+    engine.assert_idle()
