@@ -23,7 +23,7 @@ from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 2048
 REPEATED_TOKENS = 32
-MOST_SPREAD = 0.1  # of queries that should be equal, relative to their length: far above rounding, below what a quarter of RoPE does
+MOST_SPREAD = 0.05  # of queries that should be equal, relative to their length; SmolLM2 and Qwen2.5 in bfloat16: 0.0015, else 0.12
 _REQUEST_ID = "kv-compression-calibration"
 
 
