@@ -1,10 +1,12 @@
 """Bad requests are refused with a reason, and leave nothing behind. Engines that cannot work are refused at start."""
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
@@ -13,7 +15,7 @@ from tests.models import random_prompt
 from vllm_qfilters import kv_compression
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
-from vllm_qfilters.support import check_cuda_graphs, check_specs, check_supported
+from vllm_qfilters.support import check_cuda_graphs, check_request, check_specs, check_supported
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -149,6 +151,21 @@ def test_pages_in_pipelines_are_refused_by_name():
     check_supported(compression, config)
     with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism with granularity 'page'"):
         check_supported(dataclasses.replace(compression, granularity="page"), config)
+
+
+@pytest.mark.parametrize("is_mm_prefix_lm, mm_features, kv_budget, is_refused", [
+    (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False), (False, ["image"], None, False),
+])  # fmt: skip
+def test_images_that_are_attended_to_in_both_directions_are_refused(is_mm_prefix_lm, mm_features, kv_budget, is_refused):
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_mm_prefix_lm=is_mm_prefix_lm),
+        cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None),
+    )
+    params = SamplingParams(extra_args={} if kv_budget is None else {"kv_budget": kv_budget})
+    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=mm_features)
+    refused = pytest.raises(VLLMValidationError, match="does not support images in prompts of models that attend to them in both")
+    with refused if is_refused else contextlib.nullcontext():
+        check_request(KVCompressionConfig(), config, request)
 
 
 @pytest.mark.parametrize(

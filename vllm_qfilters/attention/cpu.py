@@ -86,7 +86,7 @@ class QFiltersCPUAttentionImpl(WatchedAttention, CPUAttentionBackendImpl):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        of_window = attn_metadata and attn_metadata.by_window[self.sliding_window]
+        of_window = None if attn_metadata is None else attn_metadata.by_window[self.sliding_window]
         return super().forward(layer, query, key, value, kv_cache, of_window, *args, **kwargs)
 
 

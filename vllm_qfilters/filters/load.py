@@ -18,6 +18,7 @@ AUTO = "auto"
 _WEIGHTS_NAME = "model.safetensors"
 _PUBLISHER = "nthngdy"
 _NOT_DOWNLOADED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+_CALIBRATION = 2  # how it is done; what was calibrated otherwise is not found in the cache
 _NAME_CHARACTERS = 100  # of a model in the name of a cached file, which file systems limit
 
 
@@ -67,7 +68,7 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
 
 def cache_path(model: ModelIdentity) -> pathlib.Path:
     """Where calibrated filters of ``model`` are kept. Changes with the model's configuration and weight files."""
-    key = json.dumps([VERSION, dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
+    key = json.dumps([VERSION, _CALIBRATION, dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
     name = pathlib.PurePath(model.name).name[:_NAME_CHARACTERS]
     return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
