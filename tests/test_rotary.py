@@ -176,20 +176,19 @@ def test_a_bank_without_statistics_is_refused_saying_what_to_do():
 
 @pytest.mark.parametrize("case", ROPES)
 def test_the_spread_of_equal_queries_tells_their_rotation(case):
-    """In the second half: before, queries of models with attention sinks differ."""
-    rope, none = make_rope(case), Rotation(None, HEAD_SIZE)
-    query = torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(0)).expand(32, -1, -1).clone()
-    query[:16] += torch.randn(16, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    """Of the last of them, in chunks of any size: before, queries of models with attention sinks differ."""
+    rope, none, num_tokens = make_rope(case), Rotation(None, HEAD_SIZE), 70
+    query = torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(0)).repeat(num_tokens, 1, 1)
+    query[: -QuerySpread.NUM_QUERIES] += torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
     buffer = torch.zeros(100, dtype=torch.int64)
-    for turned in (rotate(rope, torch.arange(32), query), query):
+    for turned in (rotate(rope, torch.arange(num_tokens), query), query):
         spread = QuerySpread((Rotation(rope, HEAD_SIZE), none), buffer)
-        for start in (0, 20):
-            part = turned[start:][:20]
-            buffer[: len(part)] = torch.arange(start, start + len(part))
-            spread.observe(part, part)
+        for start, end in ((0, 50), (50, 61), (61, num_tokens)):
+            buffer[: end - start] = torch.arange(start, end)
+            spread.observe(turned[start:end], turned[start:end])
         by_rope, by_none = spread.relative().tolist()
-        expected_rope, other = (by_rope, by_none) if turned is not query else (by_none, by_rope)
-        assert expected_rope < MOST_SPREAD / 5 and other > 2 * MOST_SPREAD
+        right, wrong = (by_none, by_rope) if turned is query else (by_rope, by_none)
+        assert right < MOST_SPREAD / 10 and wrong > 2 * MOST_SPREAD
 
 
 @pytest.mark.parametrize("is_neox_style", [True, False])

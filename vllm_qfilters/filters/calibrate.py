@@ -22,8 +22,8 @@ from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 2048
-REPEATED_TOKENS = 32
-MOST_SPREAD = 0.05  # of queries that should be equal, relative to their length; SmolLM2 and Qwen2.5 in bfloat16: 0.0015, else 0.12
+REPEATED_TOKENS = 512
+MOST_SPREAD = 0.1  # of queries that should be equal, relative to their length; SmolLM2, Qwen2.5 in bfloat16: 0.0015, else 0.14
 _REQUEST_ID = "kv-compression-calibration"
 
 
@@ -31,6 +31,12 @@ def random_sequences(vocab_size: int, num_sequences: int, num_tokens: int, seed:
     """Uniformly random token ids: as good as text for the mean query (measured: cosine 0.96 to filters from novels)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (num_sequences, num_tokens), generator=generator).tolist()
+
+
+def fitting(runner: GPUModelRunner, num_tokens: int) -> int:
+    """At most ``num_tokens``: as many as a sequence may have, and its cache holds."""
+    room = (runner.kv_cache_config.num_blocks - 1) * runner.cache_config.block_size
+    return min(num_tokens, runner.model_config.max_model_len - 1, room)
 
 
 def calibrate(
@@ -86,9 +92,9 @@ def rotations_in_use(
         ValueError: queries turn in a way that none explains.
     """
     spreads = [QuerySpread(rotations, runner.positions) for rotations in possible]
-    num_tokens = min(REPEATED_TOKENS, runner.model_config.max_model_len - 1)
+    ((token_id,),) = random_sequences(runner.model_config.get_vocab_size(), 1, 1)
     with _watched_by(layers, spreads):
-        for _ in _run(runner, random_sequences(runner.model_config.get_vocab_size(), 1, 1)[0] * num_tokens):
+        for _ in _run(runner, [token_id] * fitting(runner, REPEATED_TOKENS)):
             pass
     has_rotary = any("rotary" in type(module).__name__.lower() for module in runner.model.modules())
     group, in_use = get_tp_group(), []

@@ -74,29 +74,28 @@ class LayerStatistics:
 class QuerySpread:
     """How much the queries of one layer differ from position to position, taken off one rotation or another.
 
+    The last queries alone: the first ones differ where heads may attend to nothing (attention sinks of GPT-OSS).
+
     Args:
         rotations: that may be the layer's.
         positions: as of :class:`LayerStatistics`.
     """
 
+    NUM_QUERIES = 32
+
     def __init__(self, rotations: Sequence[Rotation], positions: torch.Tensor) -> None:
         self._rotations = rotations
         self._positions = positions
-        self._queries: list[list[torch.Tensor]] = [[] for _ in rotations]
+        self._queries = [torch.empty(0)] * len(rotations)  # each [NUM_QUERIES, num_heads, head_size], on the CPU
 
     def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """See :meth:`LayerStatistics.observe`."""
-        for rotation, queries in zip(self._rotations, self._queries, strict=True):
-            queries.append(rotation.unrotate(query, self._positions[: query.shape[0]]))
+        positions = self._positions[: query.shape[0]][-self.NUM_QUERIES :]
+        for index, rotation in enumerate(self._rotations):
+            unrotated = rotation.unrotate(query[-self.NUM_QUERIES :], positions).cpu()
+            self._queries[index] = torch.cat((self._queries[index], unrotated))[-self.NUM_QUERIES :]
 
     def relative(self) -> torch.Tensor:
-        """Root mean square of what is not their mean, over that of the queries: float32, shape ``[len(rotations)]``, on the CPU.
-
-        The first half is left out: it differs where heads may attend to nothing (attention sinks of GPT-OSS).
-        """
-        spreads = []
-        for queries in self._queries:
-            queries = torch.cat(queries).cpu()
-            queries = queries[queries.shape[0] // 2 :]
-            spreads.append((queries - queries.mean(0)).norm() / queries.norm().clamp(min=torch.finfo(torch.float32).tiny))
-        return torch.stack(spreads)
+        """Root mean square of what is not their mean, over that of the queries: float32, shape ``[len(rotations)]``, on the CPU."""
+        least = torch.finfo(torch.float32).tiny
+        return torch.stack([(each - each.mean(0)).norm() / each.norm().clamp(min=least) for each in self._queries])

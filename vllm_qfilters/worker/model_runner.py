@@ -33,6 +33,7 @@ from vllm_qfilters.filters.calibrate import (
     NUM_SEQUENCES,
     SEQUENCE_TOKENS,
     calibrate,
+    fitting,
     measure_scores,
     random_sequences,
     rotations_in_use,
@@ -264,9 +265,7 @@ class CompressedModelRunner:
         return filters, f"calibrated now ({description}), kept in {path}"
 
     def _random_sequences(self) -> list[list[int]]:
-        room = (self.kv_cache_config.num_blocks - 1) * self.cache_config.block_size
-        num_tokens = min(SEQUENCE_TOKENS, self.model_config.max_model_len - 1, room)
-        return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, num_tokens)
+        return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, fitting(self, SEQUENCE_TOKENS))
 
     def _kv_heads(self) -> tuple[int, int]:
         """The first KV head of the model that this rank holds, and how many it holds."""
