@@ -75,19 +75,8 @@ class QFiltersCPUAttentionImpl(WatchedAttention, CPUAttentionBackendImpl):
         if self.scorer is not None:
             self.scorer.write(self.index, key, value, slot_mapping)
 
-    def forward(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: QFiltersCPUAttentionMetadata | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        of_window = None if attn_metadata is None else attn_metadata.by_window[self.sliding_window]
-        return super().forward(layer, query, key, value, kv_cache, of_window, *args, **kwargs)
+    def of_layer(self, attn_metadata: QFiltersCPUAttentionMetadata | None) -> CPUAttentionMetadata | None:
+        return None if attn_metadata is None else attn_metadata.by_window[self.sliding_window]
 
 
 class QFiltersCPUAttentionBackend(CPUAttentionBackend):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vllm_qfilters.attention.recent_queries import QueryRecorder
-from vllm_qfilters.filters.statistics import LayerStatistics
+from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
 
 def dequantised(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,11 @@ class WatchedAttention:
         super().__init__(*args, **kwargs)
         self.index = 0
         self.recorder: QueryRecorder | None = None
-        self.statistics: LayerStatistics | None = None
+        self.statistics: LayerStatistics | QuerySpread | None = None
+
+    def of_layer(self, attn_metadata: Any) -> Any:
+        """What is this layer's of the metadata of the layers that share its cache."""
+        return attn_metadata
 
     def forward(
         self,
@@ -56,4 +60,4 @@ class WatchedAttention:
             self.statistics.observe(dequantised(layer, query[:num_tokens]), key[:num_tokens])
         if self.recorder is not None:
             self.recorder.record(self.index, query, functools.partial(dequantised, layer))
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        return super().forward(layer, query, key, value, kv_cache, self.of_layer(attn_metadata), *args, **kwargs)

@@ -4,6 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -287,8 +288,8 @@ class CompressedModelRunner:
                     len(sequences),
                     len(sequences[0]),
                 )
-        windows = [layer.sliding_window or self.model_config.max_model_len for layer in self.layers]
-        slides = torch.tensor(windows, device=std.device) < self.model_config.max_model_len
+        windows = [layer.sliding_window or math.inf for layer in self.layers]
+        slides = torch.tensor(windows, device=std.device) <= self.compression.sliding_window
         if not slides.all():  # what layers with a sliding window do not attend to any more is for the others to judge
             std = std.masked_fill(slides.unsqueeze(1), 0)
         return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
