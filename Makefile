@@ -17,6 +17,14 @@ else
 PINNED    := requirements/cuda.in
 OVERRIDES := --overrides requirements/overrides-demo.txt
 endif
+# What this machine is fast in: bfloat16, or float32 on CPUs without a matrix product of it. Asked once the package is installed.
+DTYPE = $(shell $(BIN)/python -m vllm_qfilters.cpu)
+
+# ISA=avx2: a CPU that has more passes for one without AVX-512 and AMX, to see what users of such CPUs see.
+ifeq ($(ISA),avx2)
+export PYTHONPATH := $(CURDIR)/tests/cpu_without_avx512
+endif
+
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .PHONY: help install serve test eval lock clean
@@ -41,14 +49,16 @@ $(MODEL)/config.json: | $(VENV)/installed
 	$(BIN)/python scripts/prepare_demo_model.py $(MODEL)
 
 serve: $(VENV)/installed $(MODEL)/config.json
-	$(BIN)/vllm serve $(MODEL) --served-model-name SmolLM2-135M-Instruct --port $(PORT) \
+	@echo "serving in $(DTYPE), which this machine is fast in"
+	$(BIN)/vllm serve $(MODEL) --served-model-name SmolLM2-135M-Instruct --port $(PORT) --dtype $(DTYPE) \
 	    --kv-cache-memory-bytes 1073741824 --kv-compression qfilters --kv-compression-config.budget 1024
 
 test: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python -m pytest -q tests
 
 eval: $(VENV)/installed $(MODEL)/config.json
-	$(BIN)/vllm-qfilters eval $(MODEL) -o benchmarks/results/quality-$(notdir $(MODEL)).json
+	@echo "measuring in $(DTYPE), which this machine is fast in"
+	$(BIN)/vllm-qfilters eval $(MODEL) --dtype $(DTYPE) -o benchmarks/results/quality-$(notdir $(MODEL)).json
 
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python $(TORCH) $(OVERRIDES) \

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vllm_qfilters import cpu
 from vllm_qfilters.evaluation.environment import describe_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -64,11 +65,13 @@ class Case:
         _add_common_options(parser)
         self.add_options(parser)
         arguments = parser.parse_args()
+        arguments.llm.setdefault("dtype", cpu.fast_dtype())
         if arguments.measure is not None:
             print(_MEASURED + json.dumps(self.measure({**_job(arguments), **arguments.measure})))
             return 0
         arguments.output = output = arguments.output or RESULTS / f"{self.name}.json"
         check_output(parser, arguments)
+        print(f"measuring in {arguments.llm['dtype']}; --llm '{{\"dtype\": ...}}' chooses another", file=sys.stderr)
         variants = self.variants(arguments)
         rounds, ratios, problems = [], [], []
         for number in range(1, arguments.rounds + 1):

@@ -70,7 +70,7 @@ def measure_transformers(job: dict[str, Any]) -> Numbers:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     press = contextlib.nullcontext()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["llm"]["dtype"]).eval()
     if job["press"] is not None:
         try:
             import kvpress

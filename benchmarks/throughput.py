@@ -37,7 +37,7 @@ def _bytes_per_token(arguments: argparse.Namespace) -> int:
 
     config = AutoConfig.from_pretrained(arguments.model)
     config.update(arguments.llm.get("hf_overrides", {}))
-    dtype = arguments.llm.get("dtype", str(config.dtype).removeprefix("torch."))
+    dtype = str(config.dtype).removeprefix("torch.") if arguments.llm["dtype"] == "auto" else arguments.llm["dtype"]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * (4 if dtype == "float32" else 2)
 

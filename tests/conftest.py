@@ -22,6 +22,12 @@ import pytest
 
 from tests import models
 from tests.engines import Engines
+from vllm_qfilters import cpu
+from vllm_qfilters.kernels import IMPLEMENTATION
+
+
+def pytest_report_header():
+    return f"CPU: {cpu.isa()}, {torch.get_num_threads()} threads, served in {cpu.fast_dtype()}; kernels: {IMPLEMENTATION}"
 
 
 @pytest.fixture(scope="session")

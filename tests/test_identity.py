@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.marks import needs_fp8_caches
 from tests.models import random_prompt
 from tests.run_engine import run_engine
 
@@ -12,7 +13,10 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), [("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "fp8")])
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [("bfloat16", "auto"), ("float32", "auto"), pytest.param("bfloat16", "fp8", marks=needs_fp8_caches)],
+)
 def test_budget_above_length_is_bit_identical_to_plain_vllm(dtype, kv_cache_dtype, tiny_model, tiny_filters):
     llm = dict(LLM, dtype=dtype, kv_cache_dtype=kv_cache_dtype, block_size=32, skip_tokenizer_init=True)
     plain = run_engine(tiny_model, REQUESTS, None, **llm)

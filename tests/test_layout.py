@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
+from tests.marks import needs_avx512, needs_fp8_caches
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.kernels import PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import PageLayout
@@ -181,7 +182,6 @@ def vllm_cpu_writer(isa: str):
     return write_cache
 
 
-needs_avx512 = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="the CPU has no AVX-512")
 CPU_WRITERS = [
     pytest.param(isa, block_size, head_size, dtype, id=f"{isa}-bs{block_size}-D{head_size}-{dtype}", marks=marks)
     for isa, block_sizes, head_sizes, dtypes, marks in (
@@ -220,6 +220,7 @@ def test_keys_and_values_are_read_where_vllm_wrote_them(isa, block_size, head_si
     assert not cache.pages[0].any() and not cache.scores.any()
 
 
+@needs_fp8_caches
 @pytest.mark.parametrize(("key_scale", "value_scale"), [(1.0, 1.0), (0.3, 0.02), (7.7, 1.3)])
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

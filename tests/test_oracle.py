@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.engines import BLOCK, tokens_and_logprobs
+from tests.marks import needs_fp8_caches
 from tests.models import random_prompt
 from tests.oracle import Rule, hook_queries, rotate, teacher_forced_logprobs
 
@@ -72,7 +73,7 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_fp8_caches if "fp8" in case else ()) for case in CASES])
 def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
     _, prompt_tokens, new_tokens = CASES[case]
     options, rule = options_and_rule(case)

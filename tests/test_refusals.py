@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
+from tests.marks import needs_fp8_caches
 from tests.models import random_prompt
-from vllm_qfilters import kv_compression
+from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
-from vllm_qfilters.support import check_cuda_graphs, check_request, check_specs, check_supported
+from vllm_qfilters.support import check_cuda_graphs, check_request, check_specs, check_supported, warn_of_slow_dtype
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -123,7 +126,10 @@ def supported_config() -> SimpleNamespace:
         ("parallel_config.use_ubatching", True, "microbatches; drop --enable-dbo"),
         ("parallel_config.worker_cls", GPU_WORKER_CLS, "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
         ("use_v2_model_runner", True, "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
-        ("cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto or fp8"),
+        pytest.param(
+            "cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto or fp8",
+            marks=needs_fp8_caches,
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, value, reason):
@@ -133,6 +139,46 @@ def test_what_is_not_supported_is_refused_by_name(name, value, reason):
     setattr(getattr(config, path[0]) if path else config, attribute, value)
     with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
         check_supported(compression, config)
+
+
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_fp8_caches_are_refused_on_cpus_that_have_none(has_avx512, monkeypatch):
+    """As vLLM has it: its attention raises in the worker on such a CPU, and not before."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config.cache_config.cache_dtype = "fp8"
+    if has_avx512:
+        check_supported(compression, config)
+        assert _get_attn_isa(torch.bfloat16, 32, 64, "fp8") == "vec"
+        return
+    reason = r"--kv-cache-dtype fp8 on this CPU \(AVX2\): fp8 caches need AVX-512 or AMX; use auto"
+    with pytest.raises(ValueError, match=reason):
+        check_supported(compression, config)
+    with pytest.raises(NotImplementedError, match="AVX-512 or AMX"):
+        _get_attn_isa(torch.bfloat16, 32, 64, "fp8")
+
+
+@pytest.mark.parametrize(
+    "has_fast_bfloat16, asked, dtype, is_warned",
+    [
+        (False, "auto", torch.bfloat16, True),
+        (False, "auto", torch.float16, True),
+        (False, "auto", torch.float32, False),
+        (False, "bfloat16", torch.bfloat16, False),
+        (True, "auto", torch.bfloat16, False),
+    ],
+)
+def test_a_dtype_this_cpu_is_slow_in_is_warned_of(has_fast_bfloat16, asked, dtype, is_warned, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_fast_bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    config = supported_config()
+    config.model_config.dtype = dtype
+    warn_of_slow_dtype(asked, config)
+    assert ("--dtype float32 reads prompts several times as fast" in caplog.text) == is_warned
+    assert cpu.fast_dtype() == ("bfloat16" if has_fast_bfloat16 else "float32")
 
 
 def test_speculation_on_gpus_is_refused_by_name_and_pipelines_are_not():
@@ -221,8 +267,6 @@ def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):
 
 
 def test_a_budget_nobody_reaches_is_said_to_have_no_effect(engines, caplog, monkeypatch):
-    import logging
-
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("WARNING", logger="vllm.kv_compression"):
         engines.get(budget=2048, max_model_len=1024, num_blocks=40)

@@ -37,7 +37,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm_qfilters.config import METHODS, KVCompressionConfig
 from vllm_qfilters.engine_args import apply_kv_compression
 from vllm_qfilters.metrics import KVCompressionStatLogger
-from vllm_qfilters.support import check_request, check_supported
+from vllm_qfilters.support import check_request, check_supported, warn_of_slow_dtype
 
 _MARK = "_kv_compression_patched"
 
@@ -114,6 +114,7 @@ def _with_config_check(create_engine_config):
         config = KVCompressionConfig.from_vllm_config(vllm_config)
         if config is not None:
             check_supported(config, vllm_config)
+            warn_of_slow_dtype(self.dtype, vllm_config)
         return vllm_config
 
     return wrapper

@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, is_quantized_kv_cache
 
+from vllm_qfilters import cpu
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import KVCompressionConfig
@@ -26,7 +27,12 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     speculative, on_cpu = vllm_config.speculative_config, parallel.worker_cls == CPU_WORKER_CLS
-    has_fp8 = on_cpu or (current_platform.is_cuda() and current_platform.has_device_capability(89))
+    if on_cpu:
+        has_fp8 = cpu.has_fp8_caches()
+        where = "" if has_fp8 else f" on this CPU ({cpu.isa()}): fp8 caches need AVX-512 or AMX"
+    else:
+        has_fp8 = current_platform.is_cuda() and current_platform.has_device_capability(89)
+        where = ""
     refused = {
         "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -47,7 +53,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
             parallel.pipeline_parallel_size > 1 and config.evicts_whole_pages
         ),
-        f"--kv-cache-dtype {cache.cache_dtype}; use auto" + (" or fp8" if has_fp8 else ""): (
+        f"--kv-cache-dtype {cache.cache_dtype}{where}; use auto" + (" or fp8" if has_fp8 else ""): (
             is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_DTYPES)
         ),
         "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
@@ -81,6 +87,24 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             "smaller kv_budget",
             config.budget,
             model.max_model_len,
+        )
+
+
+def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
+    """Says what to give where ``--dtype auto`` became one that this CPU is slow in.
+
+    Args:
+        asked_dtype: the engine argument.
+        vllm_config: what became of it.
+    """
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    on_cpu = vllm_config.parallel_config.worker_cls == CPU_WORKER_CLS
+    if on_cpu and asked_dtype == "auto" and dtype != "float32" and not cpu.has_fast_bfloat16():
+        logger.warning(
+            "--dtype auto serves this model in %s, for which this CPU (%s) has no fast matrix product: --dtype float32 reads "
+            "prompts several times as fast",
+            dtype,
+            cpu.isa(),
         )
 
 

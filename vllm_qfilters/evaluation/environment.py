@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+from vllm_qfilters import cpu
+
 PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-qfilters")
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -26,6 +28,7 @@ def describe_run(folder: pathlib.Path = _FOLDER) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_gpu(),
         "cpu": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "isa": cpu.isa(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": _commit(folder),
