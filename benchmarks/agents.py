@@ -1,9 +1,10 @@
-"""Prompts that share long prefixes, as agents send them: a system prompt of their kind, and all that was said, at every turn.
+"""Prompts that share long prefixes, as agents send them: a system prompt of their kind, and all that was said, at every
+turn.
 
     python -m benchmarks agents models/SmolLM2-135M-Instruct [--kinds 2] [--agents 8] [--turns 4] [--shared 1500]
 
-Plain vLLM and ours, each with the prefix cache and without it: compression that needs the prefix cache off would lose what lies
-between. The agents of a turn run at once; the next turn begins when all have finished.
+Plain vLLM and ours, each with the prefix cache and without it: compression that needs the prefix cache off would lose
+what lies between. The agents of a turn run at once; the next turn begins when all have finished.
 """
 
 import argparse
@@ -28,7 +29,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    kinds = {"plain": {"method": None}, "layer": {"method": "qfilters"}, "page": {"method": "qfilters", "granularity": "page"}}
+    kinds = {
+        "plain": {"method": None},
+        "layer": {"method": "qfilters"},
+        "page": {"method": "qfilters", "granularity": "page"},
+    }
     return {
         name + ("" if caches else OFF): {**job, "enable_prefix_caching": caches}
         for name, job in kinds.items()

@@ -1,4 +1,5 @@
-"""What the cases that start engines have in common: variants take turns in processes of their own, results, table and plot.
+"""What the cases that start engines have in common: variants take turns in processes of their own, results, table and
+plot.
 
 A round measures every variant once. Ratios are made round by round, since the speed of a machine drifts between rounds.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_qfilters import cpu
-from vllm_qfilters.evaluation.environment import describe_run
+from vllm_qfilters.commands.evaluation.environment import describe_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,8 +36,8 @@ class Case:
         name: of the case, and of its files of results.
         description: for ``--help``.
         add_options: its own options, beside :func:`_add_common_options`.
-        variants: from the options; what differs between the jobs of a round, by the name of the variant. ``python`` among it is
-            another interpreter to measure with.
+        variants: from the options; what differs between the jobs of a round, by the name of the variant. ``python``
+            among it is another interpreter to measure with.
         measure: run in a process of its own with the options and one of those: numbers, JSON.
         columns: of the table: key of a number to its header.
         ratios: from the numbers of a round, by variant.
@@ -150,7 +151,13 @@ def bar_panels(figure: Any, numbers: Mapping[str, Sequence[Numbers]], titles: Ma
 
 
 def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
-    command = [job.get("python") or sys.executable, *sys.argv[0].split()[1:], *sys.argv[1:], "--measure", json.dumps(job)]
+    command = [
+        job.get("python") or sys.executable,
+        *sys.argv[0].split()[1:],
+        *sys.argv[1:],
+        "--measure",
+        json.dumps(job),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     measured = [line for line in done.stdout.splitlines() if line.startswith(_MEASURED)]
     if done.returncode or not measured:
@@ -164,7 +171,9 @@ def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
 
 
 def _job(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(arguments).items() if name not in ("output", "dry_run", "rounds", "measure")}
+    return {
+        name: value for name, value in vars(arguments).items() if name not in ("output", "dry_run", "rounds", "measure")
+    }
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 
     python -m benchmarks decode models/SmolLM2-135M-Instruct [--contexts 7000] [--budget 512 1024 2048] [--sequences 8]
 
-Every engine runs all contexts. The limit of a budget is plain vLLM where contexts are as long as the budget halfway through the
-steps timed: no compression can beat it. A sequence is read and decodes alone before the others come.
+Every engine runs all contexts. The limit of a budget is plain vLLM where contexts are as long as the budget halfway
+through the steps timed: no compression can beat it. A sequence is read and decodes alone before the others come.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from benchmarks.engine import Engine
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, nargs="+", default=[1024], help="tokens; default 1024")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1000, 2000, 4000, 7000], help="tokens when decoding begins")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[1000, 2000, 4000, 7000], help="tokens when decoding begins"
+    )
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed, per context")
     parser.add_argument("--methods", nargs="+", default=["qfilters", "streaming"])
@@ -60,7 +62,9 @@ def measure_context(engine: Engine, job: dict[str, Any], context: int) -> dict[s
     decoding_alone = decode(engine, steps)
     engine.drop_everything()
     for index, prompt in enumerate((first, *others)):
-        engine.add(f"{context}-{index}", prompt, max_tokens=3 * steps + 100)  # the first ones decode while the last are read
+        engine.add(
+            f"{context}-{index}", prompt, max_tokens=3 * steps + 100
+        )  # the first ones decode while the last are read
     prefill, pages_while_prefilling = engine.read_prompts()
     decoding = decode(engine, steps)
     evicted = engine.evicted_tokens - evicted

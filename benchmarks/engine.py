@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    pass
 
 
 class Engine:
@@ -31,8 +31,14 @@ class Engine:
 
         from vllm_qfilters import kv_compression
 
-        compression = {} if method is None else kv_compression(method, **{"budget": job["budget"], **job["options"], **options})
-        given = {"kv_cache_memory_bytes": job["kv_cache_memory_bytes"] or None, "max_num_batched_tokens": 2048, **job["llm"]}
+        compression = (
+            {} if method is None else kv_compression(method, **{"budget": job["budget"], **job["options"], **options})
+        )
+        given = {
+            "kv_cache_memory_bytes": job["kv_cache_memory_bytes"] or None,
+            "max_num_batched_tokens": 2048,
+            **job["llm"],
+        }
         self.llm: LLM = LLM(job["model"], **{**given, **llm}, **compression)
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
@@ -89,7 +95,9 @@ class Engine:
     def read_prompts(self) -> tuple[float, int]:
         """Steps until every sequence has its first token: the seconds it took, and most pages a sequence held."""
         begin, pages = time.perf_counter(), 0
-        while any(request.is_prefill_chunk or not request.num_computed_tokens for request in self.scheduler.requests.values()):
+        while any(
+            request.is_prefill_chunk or not request.num_computed_tokens for request in self.scheduler.requests.values()
+        ):
             self.step()
             pages = max(pages, self.pages())
         return time.perf_counter() - begin, pages

@@ -1,12 +1,13 @@
-"""Time of the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median, GB/s, and percent of the bandwidth of a copy.
+"""Time of the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median, GB/s, and percent of the bandwidth of a
+copy.
 
     python benchmarks/gpu_kernels.py [--sequences 16] [--dry-run]
 
-Beside each stands what it is to be compared with: the same write without scores, the write and then the scores in PyTorch, and
-the PyTorch reference; and what compaction is for: decode attention of xformers, where it is installed, over whole caches and
-over compacted ones. Needs PyTorch and Triton alone. Prints a table and writes it, with card, driver, versions and commit, to
-benchmarks/results/. ``--dry-run`` runs small shapes once under Triton's interpreter on a CPU: its times mean nothing, and are
-only written where ``--output`` says.
+Beside each stands what it is to be compared with: the same write without scores, the write and then the scores in
+PyTorch, and the PyTorch reference; and what compaction is for: decode attention of xformers, where it is installed,
+over whole caches and over compacted ones. Needs PyTorch and Triton alone. Prints a table and writes it, with card,
+driver, versions and commit, to benchmarks/results/. ``--dry-run`` runs small shapes once under Triton's interpreter on
+a CPU: its times mean nothing, and are only written where ``--output`` says.
 """
 
 import argparse
@@ -34,14 +35,14 @@ import triton
 from benchmarks.case import RESULTS, check_output
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
-from vllm_qfilters.kernels.compaction import compact
-from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.observation import Observation, observe
-from vllm_qfilters.kernels.score_pages import page_scores
-from vllm_qfilters.kernels.score_resident import score_resident
-from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.kernels.triton.compaction import compact
+from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.score_pages import page_scores
+from vllm_qfilters.kernels.triton.score_resident import score_resident
+from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
 
 DEVICE = "cpu" if IS_DRY_RUN else "cuda"
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, DTYPE = 32, 32, 8, 128, 16, torch.bfloat16
@@ -101,7 +102,12 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
         def pytorch(key=key, value=value, slots=slots):
             reference.write_and_score(key, value, view, plane, slots, filters)
 
-        for name, call in (("fused", fused), ("write alone", write), ("write, then PyTorch", unfused), ("PyTorch", pytorch)):
+        for name, call in (
+            ("fused", fused),
+            ("write alone", write),
+            ("write, then PyTorch", unfused),
+            ("PyTorch", pytorch),
+        ):
             cases[f"write and score {num_tokens} tokens, one layer: {name}"] = (call, num_bytes)
     return cases
 
@@ -133,7 +139,8 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     full_pages = block_table.flatten()[: 8 * num_sequences].long()
     mean, deviation = (torch.ones(NUM_LAYERS, NUM_KV_HEADS, device=DEVICE) for _ in range(2))
     num_heads, num_tokens = NUM_LAYERS * NUM_KV_HEADS, num_sequences * RESIDENT
-    # Of the tokens between sinks and window as many lie in the pages taken out as are evicted, and most of those survive.
+    # Of the tokens between sinks and window as many lie in the pages taken out as are evicted, and most of those
+    # survive.
     num_moved = num_sequences * EVICTED * (RESIDENT - EVICTED - SINKS - WINDOW) // (RESIDENT - SINKS - WINDOW)
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize + 4
 
@@ -166,7 +173,10 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
         f"attention of the last {OBSERVED} queries, {of}": (observe_queries, 2 * key_bytes),
         f"how distinct keys are, {of}": (lambda: key_distinctness(cache, batch, 7), 2 * key_bytes),
         f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
-        f"scores of {full_pages.numel()} pages": (lambda: page_scores(cache.scores, full_pages, mean, deviation), page_bytes),
+        f"scores of {full_pages.numel()} pages": (
+            lambda: page_scores(cache.scores, full_pages, mean, deviation),
+            page_bytes,
+        ),
         f"select, {of}": (lambda: select_kept(scores, batch, NUM_LAYERS, NUM_KV_HEADS), 5 * num_heads * num_tokens),
         f"compact to {RESIDENT - EVICTED}, {of}": (lambda: compact(cache, batch, is_kept, NUM_KV_HEADS), moved_bytes),
         f"compact to {RESIDENT - EVICTED}, {of}: PyTorch": (compact_pytorch, moved_bytes),
@@ -237,14 +247,22 @@ def version(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=2 if IS_DRY_RUN else 16, help="compacted at once (268 MB each)")
+    parser.add_argument(
+        "--sequences", type=int, default=2 if IS_DRY_RUN else 16, help="compacted at once (268 MB each)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="small shapes, once, without a GPU")
     parser.add_argument("--output", type=pathlib.Path, default=None if IS_DRY_RUN else RESULTS / "gpu_kernels.json")
     arguments = parser.parse_args()
     check_output(parser, arguments)
     torch.manual_seed(0)
     copied = copy_bandwidth()
-    result = {"dry_run": IS_DRY_RUN, "machine": machine(), "copy_GB_per_s": round(copied, 1), "cases": {}, "skipped": {}}
+    result = {
+        "dry_run": IS_DRY_RUN,
+        "machine": machine(),
+        "copy_GB_per_s": round(copied, 1),
+        "cases": {},
+        "skipped": {},
+    }
     for key, value in (result["machine"] | {"copy GB/s": result["copy_GB_per_s"]}).items():
         print(f"{key}: {value}")
     print(f"\n{'':76}{'ms':>10}{'GB/s':>10}{'% of copy':>12}")

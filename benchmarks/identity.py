@@ -2,8 +2,8 @@
 
     python -m benchmarks identity models/SmolLM2-135M-Instruct [--llm '{"block_size": 16}']
 
-Two engines with whatever vLLM chooses on this machine: CUDA graphs, asynchronous scheduling, an attention backend. Ends with
-status 1 if they differ.
+Two engines with whatever vLLM chooses on this machine: CUDA graphs, asynchronous scheduling, an attention backend. Ends
+with status 1 if they differ.
 """
 
 import argparse
@@ -18,7 +18,10 @@ NEW_TOKENS = 64
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    return {"plain": {"compression": None}, "compressed": {"compression": {"method": "qfilters", "budget": arguments.budget}}}
+    return {
+        "plain": {"compression": None},
+        "compressed": {"compression": {"method": "qfilters", "budget": arguments.budget}},
+    }
 
 
 def measure(job: dict[str, Any]) -> Numbers:

@@ -1,12 +1,13 @@
-"""Hugging Face transformers with kvpress at the same budget, beside plain vLLM and ours: the same prompts, in one batch.
+"""Hugging Face transformers with kvpress at the same budget, beside plain vLLM and ours: the same prompts, in one
+batch.
 
     python -m venv peer && peer/bin/pip install kvpress==0.5.5
     python -m benchmarks kvpress models/SmolLM2-135M-Instruct --python peer/bin/python [--context 4000] [--budget 1024]
 
-kvpress prunes a prompt once, after it was attended whole, to ``budget`` tokens; what is generated then comes on top. Ours
-attends whole as well (``prefill: full``) and keeps the budget while it generates. Neither frees memory for other requests in
-transformers: seconds are compared, and tokens held. kvpress needs an older transformers than vLLM, hence an environment of its
-own; variants it has not got the packages for are left out.
+kvpress prunes a prompt once, after it was attended whole, to ``budget`` tokens; what is generated then comes on top.
+Ours attends whole as well (``prefill: full``) and keeps the budget while it generates. Neither frees memory for other
+requests in transformers: seconds are compared, and tokens held. kvpress needs an older transformers than vLLM, hence an
+environment of its own; variants it has not got the packages for are left out.
 """
 
 import argparse

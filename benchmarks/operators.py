@@ -2,10 +2,10 @@
 
     python -m benchmarks operators [--calls 300] [--threads 1]
 
-Operators and reference take turns, call by call. Prints medians, ratios, and what an operator reads and writes per second in
-percent of what a copy of 256 MB does, and writes them with machine, versions, commit and command to benchmarks/results/. Decode
-steps write so little that a call costs more than its bytes; where an operator's data fit into the processor's cache, it can be
-faster than memory. tests/test_csrc.py tests that both compute the same.
+Operators and reference take turns, call by call. Prints medians, ratios, and what an operator reads and writes per
+second in percent of what a copy of 256 MB does, and writes them with machine, versions, commit and command to
+benchmarks/results/. Decode steps write so little that a call costs more than its bytes; where an operator's data fit
+into the processor's cache, it can be faster than memory. tests/test_csrc.py tests that both compute the same.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.case import RESULTS
 from vllm_qfilters import kernels
-from vllm_qfilters.evaluation.environment import describe_run
-from vllm_qfilters.kernels import PagedCache, cpu, probe_page_layout, reference
+from vllm_qfilters.commands.evaluation.environment import describe_run
+from vllm_qfilters.kernels import PagedCache, cpp, probe_page_layout, reference
 
 NUM_LAYERS, NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 30, 9, 3, 64, 128
 NUM_HEADS = NUM_LAYERS * NUM_KV_HEADS  # KV heads of all layers
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def case_of(name: str, arguments: tuple, num_bytes: int) -> Case:
-    operator, slow = getattr(cpu, name), getattr(reference, name)
+    operator, slow = getattr(cpp, name), getattr(reference, name)
     return Case(lambda: operator(*arguments), lambda: slow(*arguments), num_bytes)
 
 
@@ -79,7 +79,10 @@ def write_case(cache: PagedCache, num_tokens: int) -> Case:
 
 
 def norm_case(cache: PagedCache, num_tokens: int) -> Case:
-    value, slots = torch.randn(num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(DTYPE), torch.arange(num_tokens) % (16 * BLOCK_SIZE)
+    value, slots = (
+        torch.randn(num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(DTYPE),
+        torch.arange(num_tokens) % (16 * BLOCK_SIZE),
+    )
     num_bytes = value.nbytes + slots.nbytes + 4 * num_tokens * NUM_KV_HEADS * NUM_PLANES
     return case_of("store_value_norms", (value, cache.planes[0], slots), num_bytes)
 
@@ -139,11 +142,13 @@ def median_us(calls: list[Callable[[], None]], count: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=300, help="timed calls of each implementation")
-    parser.add_argument("--threads", type=int, default=1, help="with more, both wait for whatever else runs on the machine")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="with more, both wait for whatever else runs on the machine"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "operators.json")
     arguments = parser.parse_args()
     if kernels.IMPLEMENTATION != "C++":
-        sys.exit(f"{cpu.LIBRARY} is not built")
+        sys.exit(f"{cpp.LIBRARY} is not built")
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

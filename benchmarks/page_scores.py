@@ -1,9 +1,10 @@
 """What page scores cost: the share of decode steps spent on them, part by part.
 
-    python -m benchmarks page_scores models/SmolLM2-135M-Instruct [--context 2000] [--budget 1024] [--sequences 8] [--steps 300]
+    python -m benchmarks page_scores models/SmolLM2-135M-Instruct [--context 2000] [--budget 1024] [--sequences 8]
+    [--steps 300]
 
-One engine in page granularity decodes; the functions that score are timed where they run, within the steps whose share they
-are.
+One engine in page granularity decodes; the functions that score are timed where they run, within the steps whose share
+they are.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python -m benchmarks throughput models/SmolLM2-135M-Instruct [--requests 32] [--prompt 3000] [--output-tokens 500]
 
-All requests arrive at once. Plain vLLM queues and preempts; with KV compression, by Q-Filters or as StreamingLLM does it on the
-same engine, more sequences fit at once. The cache has the same bytes for all: compressed pages are a little larger.
+All requests arrive at once. Plain vLLM queues and preempts; with KV compression, by Q-Filters or as StreamingLLM does
+it on the same engine, more sequences fit at once. The cache has the same bytes for all: compressed pages are a little
+larger.
 """
 
 import argparse
@@ -28,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     needed = arguments.requests * (arguments.prompt + arguments.output_tokens) * _bytes_per_token(arguments)
     cache = {"kv_cache_memory_bytes": int(needed * arguments.cache)}
-    return {name: {"method": method, **cache} for name, method in [("plain", None), *((m, m) for m in arguments.methods)]}
+    return {
+        name: {"method": method, **cache} for name, method in [("plain", None), *((m, m) for m in arguments.methods)]
+    }
 
 
 def _bytes_per_token(arguments: argparse.Namespace) -> int:
@@ -85,7 +88,9 @@ def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
         if method != "plain":
             found[f"{method}: requests per second over plain"] = numbers["requests_per_s"] / plain["requests_per_s"]
             found[f"{method}: running at once over plain"] = numbers["mean_running"] / plain["mean_running"]
-            found[f"{method}: time to the first token, plain's over its"] = plain["median_ttft_s"] / numbers["median_ttft_s"]
+            found[f"{method}: time to the first token, plain's over its"] = (
+                plain["median_ttft_s"] / numbers["median_ttft_s"]
+            )
     return found
 
 

@@ -1,11 +1,13 @@
 """Replicas of a server with compressed KV caches, behind one port, with Ray Serve.
 
     pip install 'vllm-qfilters[serve]'
-    python examples/ray_serve.py --replicas 2 --port 8000 MODEL --kv-compression qfilters --kv-compression-config.budget 1024
+    python examples/ray_serve.py --replicas 2 --port 8000 MODEL --kv-compression qfilters --kv-compression-config.budget
+    1024
 
-Every replica is a whole server with an engine of its own, and takes the flags of ``vllm serve``. Ray Serve balances requests
-over them, and replaces a replica whose engine died. On a cluster (RAY_ADDRESS) replicas are put where there are GPUs for them;
-filters given as a file must be there on each machine. ``/metrics`` is answered by any one of the replicas.
+Every replica is a whole server with an engine of its own, and takes the flags of ``vllm serve``. Ray Serve balances
+requests over them, and replaces a replica whose engine died. On a cluster (RAY_ADDRESS) replicas are put where there
+are GPUs for them; filters given as a file must be there on each machine. ``/metrics`` is answered by any one of the
+replicas.
 """
 
 import argparse
@@ -45,7 +47,9 @@ class Replica:
         tasks = await self._engine.get_supported_tasks()
         self._app = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, self._app.state, args, tasks)
-        self._app.state.server = types.SimpleNamespace()  # that vLLM tells to end when its engine dies: Ray Serve sees to that
+        self._app.state.server = (
+            types.SimpleNamespace()
+        )  # that vLLM tells to end when its engine dies: Ray Serve sees to that
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -1,16 +1,16 @@
 """Kernels on the paged KV cache. Installed as ``vllm_qfilters.kernels``; needs torch alone.
 
-``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built; ``layout``
-alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is: ``write_and_score`` for a step's
-keys and values, ``selection`` and ``compaction`` for all sequences of a :class:`batch.CompactionBatch`, ``score_resident``,
-``observation``, ``distinctness`` and ``score_pages``.
+``reference`` is the truth in plain PyTorch, and serves where the C++ operators of csrc/ (``cpu``) are not built;
+``layout`` alone knows where bytes lie. The Triton kernels for GPUs are imported by name, where Triton is:
+``write_and_score`` for a step's keys and values, ``selection`` and ``compaction`` for all sequences of a
+:class:`batch.CompactionBatch`, ``score_resident``, ``observation``, ``distinctness`` and ``score_pages``.
 """
 
-from vllm_qfilters.kernels import cpu, reference
+from vllm_qfilters.kernels import cpp, reference
 from vllm_qfilters.kernels.layout import PagedCache, probe_page_layout
 from vllm_qfilters.kernels.reference import write_scores
 
-_implementation, IMPLEMENTATION = (cpu, "C++") if cpu.load() else (reference, "PyTorch")
+_implementation, IMPLEMENTATION = (cpp, "C++") if cpp.load() else (reference, "PyTorch")
 
 compact = _implementation.compact
 expected_attention = _implementation.expected_attention

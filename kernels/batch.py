@@ -1,7 +1,7 @@
 """The compactions of one step as the Triton kernels read them: many sequences of different lengths in one launch.
 
-All sizes are known on the host, so nothing waits for the device. Results of kernels are flat, row by row: of sequence ``r``,
-``[num_layers, heads, resident_tokens]`` begins at ``num_layers * heads * token_start``.
+All sizes are known on the host, so nothing waits for the device. Results of kernels are flat, row by row: of sequence
+``r``, ``[num_layers, heads, resident_tokens]`` begins at ``num_layers * heads * token_start``.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_qfilters.kernels.columns import DISTINCT, EVICTED, NUM_COLUMNS, POSITION, RESIDENT
+from vllm_qfilters.kernels.triton.columns import DISTINCT, EVICTED, NUM_COLUMNS, POSITION, RESIDENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Compaction:
         window: last tokens that stay.
         new_pages: its pages afterwards.
         copied_pages: private copies to make before anything moves, as (place in the block table, new page).
-        shared_pages_out: pages taken out that other sequences hold too, where scoring writes beside the tokens of all pages.
-        distinct_tokens: of those that stay, how many do because their keys are unlike the others, and not for their score.
+        shared_pages_out: pages taken out that other sequences hold too, where scoring writes beside the tokens of all
+            pages.
+        distinct_tokens: of those that stay, how many do because their keys are unlike the others, and not for their
+            score.
     """
 
     old_row: int
@@ -42,7 +44,9 @@ class Compaction:
 
     @property
     def max_moves(self) -> int:
-        """Most tokens of one layer and head that change places: survivors in pages taken out, into holes before the window."""
+        """Most tokens of one layer and head that change places: survivors in pages taken out, into holes before the
+        window.
+        """
         return min(self.evicted_tokens, self.resident_tokens - self.evicted_tokens - self.window)
 
 
@@ -52,7 +56,7 @@ class CompactionBatch:
 
     Attributes:
         block_table: the pages of all sequences before, shape ``[max_num_sequences, max_num_pages]``, int32.
-        rows: shape ``[num_rows, NUM_COLUMNS]``, int64, see :mod:`vllm_qfilters.kernels.columns`.
+        rows: shape ``[num_rows, NUM_COLUMNS]``, int64, see :mod:`vllm_qfilters.kernels.triton.columns`.
         new_pages: the pages of the rows afterwards, one row behind the other, int64.
         copied_pages: shape ``[num_copies, 3]``, int64: row and place in the block table, new page.
         compactions: as given.
@@ -119,7 +123,9 @@ class CompactionBatch:
     def keeps_distinct(self, num_heads: int) -> torch.Tensor:
         """Of a flat result whether it is of a row with distinct tokens, bool; ``num_heads``: of all layers."""
         return torch.repeat_interleave(
-            self.rows[:, DISTINCT.value] > 0, num_heads * self.rows[:, RESIDENT.value], output_size=num_heads * self.num_tokens
+            self.rows[:, DISTINCT.value] > 0,
+            num_heads * self.rows[:, RESIDENT.value],
+            output_size=num_heads * self.num_tokens,
         )
 
     @property

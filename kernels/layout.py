@@ -1,11 +1,11 @@
 """Where the bytes of a paged KV cache lie. The only file that knows strides.
 
-vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the view
-tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the business of the
-attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it is found by writing
-known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind the keys and values of all
-heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the first holds scores or what they
-are made of.
+vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the
+view tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the
+business of the attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it
+is found by writing known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind
+the keys and values of all heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the
+first holds scores or what they are made of.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
     """Finds the layout a cache writer uses, by writing the digits of each element's number and reading where they land.
 
     Args:
-        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers or
-            little more; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 * head_size]``,
-            slot_mapping ``[num_tokens]`` int64.
+        write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers
+            or little more; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 *
+            head_size]``, slot_mapping ``[num_tokens]`` int64.
         block_size: tokens per page.
         head_size: elements per key and value.
         dtype: of key, value and cache.
@@ -105,8 +105,8 @@ class PagedCache(_Planes):
     """Keys, values and scores of all layers of one rank, addressed by (layer, page, KV head, slot).
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
-            all of one allocation at a constant distance, each page followed by room for its planes.
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 *
+            head_size]``; all of one allocation at a constant distance, each page followed by room for its planes.
         layout: of a page.
         num_planes: float32 numbers per token and KV head.
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
@@ -150,7 +150,9 @@ class PagedCache(_Planes):
         at = (layer[:, None], page[:, None], head[:, None])
         return self.pages[*at, self.layout.keys[slot]], self.pages[*at, self.layout.values[slot]]
 
-    def write(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values) -> None:
+    def write(
+        self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values
+    ) -> None:
         """Writes what :meth:`read` returned to ``n`` other places."""
         at = (layer[:, None], page[:, None], head[:, None])
         self.pages[*at, self.layout.keys[slot]] = keys
@@ -170,14 +172,16 @@ class PagedCache(_Planes):
 
 
 class StridedCache(_Planes):
-    """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key | value``.
+    """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key |
+    value``.
 
     So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages
     outermost in the allocation.
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``;
-            all of one allocation at a constant distance, each page dense and followed by room for its planes.
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 *
+            head_size]``; all of one allocation at a constant distance, each page dense and followed by room for its
+            planes.
         num_planes: float32 numbers per token and KV head.
 
     Attributes:
@@ -218,7 +222,9 @@ class StridedCache(_Planes):
         """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
         return self.rows[layer, page, head, slot].split(self.head_size, dim=-1)
 
-    def write(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values) -> None:
+    def write(
+        self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values
+    ) -> None:
         """Writes what :meth:`read` returned to ``n`` other places."""
         self.rows[layer, page, head, slot] = torch.cat((keys, values), dim=-1)
 
@@ -246,7 +252,9 @@ def _layer_stride(kv_caches: Sequence[torch.Tensor]) -> int:
         first_byte = cache.data_ptr() - index * layer_stride * cache.element_size()
         found = (cache.shape, cache.stride(), cache.storage_offset(), first_byte)
         if found != expected:
-            raise ValueError(f"layer {index} does not lie a constant distance after the one before: {found} != {expected}")
+            raise ValueError(
+                f"layer {index} does not lie a constant distance after the one before: {found} != {expected}"
+            )
     return layer_stride
 
 
@@ -264,5 +272,11 @@ def _planes(first: torch.Tensor, num_layers: int, layer_stride: int, num_planes:
         first.untyped_storage(),
         (first.storage_offset() * element_size + content_bytes) // 4,
         (num_layers, num_blocks, num_planes, num_kv_heads, block_size),
-        (layer_stride * element_size // 4, first.stride(0) * element_size // 4, num_kv_heads * block_size, block_size, 1),
+        (
+            layer_stride * element_size // 4,
+            first.stride(0) * element_size // 4,
+            num_kv_heads * block_size,
+            block_size,
+            1,
+        ),
     )

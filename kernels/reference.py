@@ -1,6 +1,7 @@
 """What every kernel computes, in plain PyTorch: the truth that fast versions are compared with.
 
-Conventions: a higher score means keep; a filter points along the mean query, so that ``<key, filter>`` is high for keys that
+Conventions: a higher score means keep; a filter points along the mean query, so that ``<key, filter>`` is high for keys
+    that
 queries like.
 """
 
@@ -12,7 +13,9 @@ from vllm_qfilters.kernels.layout import PagedCache, StridedCache
 NOT_OBSERVED = -1.0  # stands for the attention to a token that no query was seen to look at, or not yet
 
 
-def score_and_store(key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def score_and_store(
+    key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
     """Stores the projections of a step's keys on the filters of their heads beside the keys.
 
     Args:
@@ -59,8 +62,8 @@ def expected_attention(
     """How much attention coming queries are expected to pay to each token of a sequence.
 
     For a normally distributed query of mean m and covariance ``sum_r b_r b_r^T`` the expectation of ``exp(<k, q>)`` is
-    ``exp(<k, m> + sum_r <k, b_r>^2 / 2)``; it is normalised over the tokens, and averaged over the query heads of a KV head
-    (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+    ``exp(<k, m> + sum_r <k, b_r>^2 / 2)``; it is normalised over the tokens, and averaged over the query heads of a KV
+    head (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
 
     Args:
         cache: whose keys are read.
@@ -100,7 +103,8 @@ def observed_attention(
         cache: whose keys are read.
         pages: of the sequence, shape ``[num_pages]``, int64.
         num_tokens: it holds.
-        queries: after RoPE, times the scale of the logits, shape ``[num_layers, num_heads, num_queries, head_size]``, float32.
+        queries: after RoPE, times the scale of the logits, shape ``[num_layers, num_heads, num_queries, head_size]``,
+            float32.
         num_newer: of its last tokens came after the last query.
         mean_pool, peak_pool: neighbours, the token among them, odd.
 
@@ -114,7 +118,9 @@ def observed_attention(
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
     mean, peak = torch.empty(2, num_layers, num_kv_heads, num_seen, device=queries.device)
-    is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(num_seen - num_queries + 1)
+    is_future = torch.ones(num_queries, num_seen, dtype=torch.bool, device=queries.device).triu(
+        num_seen - num_queries + 1
+    )
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
         logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
@@ -138,8 +144,8 @@ def pool_neighbours(
 
 
 def key_distinctness(cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
-    """How unlike the others each key of a sequence is: minus its cosine with the mean direction of the keys of its head, averaged
-    over neighbours (KeyDiff, arXiv 2504.15364, but for the neighbours).
+    """How unlike the others each key of a sequence is: minus its cosine with the mean direction of the keys of its
+    head, averaged over neighbours (KeyDiff, arXiv 2504.15364, but for the neighbours).
 
     Args:
         cache: the cache of this rank.
@@ -159,7 +165,9 @@ def key_distinctness(cache: PagedCache | StridedCache, pages: torch.Tensor, num_
 
 
 def mean_of_neighbours(values: torch.Tensor, pool: int) -> torch.Tensor:
-    """Over the ``pool`` ones around each token, of those that are there; shape ``[num_layers, num_kv_heads, num_tokens]``."""
+    """Over the ``pool`` ones around each token, of those that are there; shape ``[num_layers, num_kv_heads,
+    num_tokens]``.
+    """
     return avg_pool1d(values, pool, stride=1, padding=pool // 2, count_include_pad=False)
 
 
@@ -180,7 +188,8 @@ def write_and_score(
         cache: one layer of a :class:`StridedCache`, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
         score_plane, slot_mapping: as for :func:`write_scores`.
         filters: shape ``[num_kv_heads, head_size]``, float32.
-        key_scale, value_scale: for an fp8 cache: what is stored is ``key / key_scale``, no more than the dtype can hold.
+        key_scale, value_scale: for an fp8 cache: what is stored is ``key / key_scale``, no more than the dtype can
+            hold.
     """
     score_and_store(key, filters, score_plane, slot_mapping)
     is_token = slot_mapping >= 0
@@ -195,9 +204,7 @@ def write_and_score(
         part[page, :, in_page] = rows
 
 
-def score_resident(
-    keys: torch.Tensor, filters: torch.Tensor, factors: torch.Tensor | None = None
-) -> torch.Tensor:
+def score_resident(keys: torch.Tensor, filters: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
     """``<k, f> + sum_r <k, g_r>^2`` of every resident key ``k`` of one sequence, for each query head.
 
     Args:
@@ -231,7 +238,8 @@ def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, de
 
 
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
-    """The tokens each head keeps: the first ``sinks``, the last ``window``, and between them those with the highest scores.
+    """The tokens each head keeps: the first ``sinks``, the last ``window``, and between them those with the highest
+    scores.
 
     Args:
         scores: shape ``[num_layers, num_kv_heads, resident_tokens]``, float32.
@@ -283,15 +291,15 @@ def compact(
 ) -> None:
     """Takes whole pages out of a sequence; the survivors in them fill the holes before the window.
 
-    The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order, and
-    sinks stay first. Pages of ``new_pages`` that are not the corresponding old ones are private copies, made here.
+    The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order,
+    and sinks stay first. Pages of ``new_pages`` that are not the corresponding old ones are private copies, made here.
 
     Args:
         cache: the cache of this rank; keys, values and planes move together.
         old_pages: the sequence's pages, shape ``[num_old_pages]``, int64.
         new_pages: its pages afterwards, shape ``[num_new_pages]``, int64.
-        is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``; the same count everywhere, a whole number of pages less
-            than there are.
+        is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``; the same count everywhere, a whole number of
+            pages less than there are.
         sinks: first tokens, all kept.
         window: last tokens, all kept.
     """
@@ -329,15 +337,20 @@ def taken_out(resident: int, evicted: int, sinks: int, window: int, block_size: 
     Returns:
         first_out: the first token of the pages taken out.
         after_out: the first token behind them.
-        after_displaced: where the page that ends the sinks is itself taken out, the tokens from ``after_out`` up to here make
-            room for them; else ``after_out``.
+        after_displaced: where the page that ends the sinks is itself taken out, the tokens from ``after_out`` up to
+            here make room for them; else ``after_out``.
     """
     first_out = (resident - evicted - window) // block_size * block_size
     return first_out, first_out + evicted, max(sinks, first_out) + evicted
 
 
 def take_out_pages(
-    cache: PagedCache | StridedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, resident: int, sinks: int, window: int
+    cache: PagedCache | StridedCache,
+    old_pages: torch.Tensor,
+    new_pages: torch.Tensor,
+    resident: int,
+    sinks: int,
+    window: int,
 ) -> tuple[torch.Tensor, int, int, int]:
     """Makes the private copies of :func:`compact`.
 

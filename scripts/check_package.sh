@@ -19,7 +19,7 @@ fail() {
 }
 
 # A copy of what git tracks: nothing that lies about may find its way into the packages.
-git ls-files -z | xargs -0 cp --parents -t "$FOLDER/plain"
+git ls-files -z | xargs -0 cp -P --parents -t "$FOLDER/plain"
 cd "$FOLDER"
 "$PYTHON" - "$FOLDER" <<'PY' > build.log 2>&1 || { tail -20 build.log; fail "the sdist does not build"; }
 import os, sys
@@ -33,7 +33,7 @@ rm -r plain
 mkdir sdist
 tar -xf "$SDIST" -C sdist --strip-components 1
 for file in README.md CHANGELOG.md CMakeLists.txt setup.py csrc/binding.cpp csrc/lanes.h csrc/operators.h kernels/layout.py \
-    vllm_qfilters/inspection/page.html; do
+    vllm_qfilters/commands/inspection/page.html; do
   [ -f "sdist/$file" ] || fail "the sdist lacks $file"
 done
 [ ! -e sdist/tests ] || fail "the sdist has half of the tests: those without the modules they share"
@@ -54,8 +54,8 @@ check() {
   local wheel listed environment=$FOLDER/environment-$1
   wheel=$(echo "$FOLDER/$1"/*.whl)
   listed=$("$PYTHON" -m zipfile --list "$wheel" | tail -n +2 | cut -d ' ' -f 1)
-  for file in vllm_qfilters/plugin.py vllm_qfilters/kernels/layout.py vllm_qfilters/kernels/write_and_score.py \
-      vllm_qfilters/inspection/page.html vllm_qfilters/worker/model_runner.py; do
+  for file in vllm_qfilters/frontend/plugin.py vllm_qfilters/kernels/layout.py vllm_qfilters/kernels/triton/write_and_score.py \
+      vllm_qfilters/commands/inspection/page.html vllm_qfilters/worker/runner.py; do
     grep -qx "$file" <<< "$listed" || fail "$wheel lacks $file"
   done
   ! grep -E '^(tests|benchmarks|scripts|docs|kernels|csrc)/' <<< "$listed" ||
@@ -76,8 +76,8 @@ import importlib.metadata
 import sys
 
 import vllm_qfilters
-from vllm_qfilters import cli, kernels
-from vllm_qfilters.inspection import page
+from vllm_qfilters import commands, kernels
+from vllm_qfilters.commands.inspection import page
 
 expected, target = sys.argv[1:]
 assert vllm_qfilters.__file__.startswith(target), vllm_qfilters.__file__

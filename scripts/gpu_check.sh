@@ -19,8 +19,7 @@ fi
 BUILD=$ROOT/build/gpu_check
 rm -rf "$BUILD"
 mkdir -p "$BUILD/tests"
-cp -r vllm_qfilters "$BUILD"
-cp -r kernels "$BUILD/vllm_qfilters"
+cp -rL vllm_qfilters "$BUILD"  # kernels is a link
 cp tests/__init__.py tests/paged.py tests/paged_attention.py tests/test_triton.py tests/test_xformers.py "$BUILD/tests"
 export PYTHONPATH=$BUILD
 TESTS=(-m pytest -q -rs -p no:cacheprovider tests/test_triton.py tests/test_xformers.py)

@@ -2,19 +2,21 @@
 
     python scripts/load_test.py [--minutes 10] [--model FOLDER] [--full-size] [any argument of vllm serve]
 
-Starts ``vllm serve`` with KV compression and a cache so small that requests are preempted all the time, and sends at once
+Starts ``vllm serve`` with KV compression and a cache so small that requests are preempted all the time, and sends at
+once
 
 - short requests, thousands of them, beside long ones with budgets of their own,
 - ``vllm bench serve``, round after round, with lengths from a tenth to twice the mean,
 - requests whose clients go away in the middle of the stream,
 - requests with malformed ``kv_budget`` values, which must be refused with a 400 and a reason.
 
-Then everything must have been answered, no page be held, the same prompt get the same answer as before, and no exception stand
-in the log. At last the worker's process is killed while it streams, and on another server the engine's: every client must hear
-of it, and the server say why and end. Prints a report, writes it to benchmarks/results/load.json and the logs of the servers to
-build/, and ends with status 1 if anything was not as it must be.
+Then everything must have been answered, no page be held, the same prompt get the same answer as before, and no
+exception stand in the log. At last the worker's process is killed while it streams, and on another server the engine's:
+every client must hear of it, and the server say why and end. Prints a report, writes it to benchmarks/results/load.json
+and the logs of the servers to build/, and ends with status 1 if anything was not as it must be.
 
-The model has the demo model's vocabulary and random weights of 2 small layers, unless --full-size: the subject is the engine.
+The model has the demo model's vocabulary and random weights of 2 small layers, unless --full-size: the subject is the
+engine.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from typing import Any
 
 import aiohttp
 
-from vllm_qfilters.evaluation.environment import describe_run
+from vllm_qfilters.commands.evaluation.environment import describe_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -68,7 +70,8 @@ class LoadedServer(Server):
             defaults += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
         # /reset_prefix_cache is there in this mode alone, which also logs the stack of every refusal.
         defaults.append("--no-log-error-stack")
-        # A machine that stands still for longer than this makes the server close connections with requests it has not read.
+        # A machine that stands still for longer than this makes the server close connections with requests it has not
+        # read.
         environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
         super().__init__(arguments.model, *defaults, *flags, name=NAME, environment=environment)
 
@@ -198,7 +201,14 @@ class Load:
             return 0, repr(error)
 
     def _body(self, prompt: list[int], max_tokens: int, **extra: Any) -> dict[str, Any]:
-        return {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **extra}
+        return {
+            "model": NAME,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **extra,
+        }
 
     def _tokens(self, least: int, most: int) -> list[int]:
         return [self.rng.randrange(3, 400) for _ in range(self.rng.randint(least, most))]
@@ -228,7 +238,16 @@ def bench_rounds(server: LoadedServer, model: pathlib.Path, load: Load) -> None:
         while time.monotonic() < load.ends_at:
             number += 1
             command = [VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", NAME]
-            command += ["--tokenizer", str(model), "--seed", str(number), "--dataset-name", "random", "--num-prompts", "60"]
+            command += [
+                "--tokenizer",
+                str(model),
+                "--seed",
+                str(number),
+                "--dataset-name",
+                "random",
+                "--num-prompts",
+                "60",
+            ]
             command += ["--random-input-len", "500", "--random-output-len", "80", "--random-range-ratio", "0.9"]
             command += ["--max-concurrency", "8", "--ignore-eos", "--disable-tqdm"]
             command += ["--save-result", "--result-dir", folder, "--result-filename", "round.json"]

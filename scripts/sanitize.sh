@@ -22,8 +22,7 @@ fi
 # The package is copied, so that the sanitized library takes the place of the built one there alone.
 rm -rf "$BUILD"
 mkdir -p "$BUILD"
-cp -r vllm_qfilters tests "$BUILD"
-cp -r kernels "$BUILD/vllm_qfilters"
+cp -rL vllm_qfilters tests "$BUILD"  # kernels is a link
 cmake -S . -B "$BUILD/cmake" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=g++ -DPython_EXECUTABLE="$PYTHON" \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$BUILD/vllm_qfilters" \
   -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"

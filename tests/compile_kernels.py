@@ -2,7 +2,8 @@
 
     python -m tests.compile_kernels 80 90
 
-Prints JSON: per compute capability and kernel, the most registers, bytes of shared memory and bytes spilled of any case.
+Prints JSON: per compute capability and kernel, the most registers, bytes of shared memory and bytes spilled of any
+case.
 """
 
 import dataclasses
@@ -14,20 +15,19 @@ import sys
 import tempfile
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
-from vllm_qfilters.kernels.compaction import compact, copy_pages
-from vllm_qfilters.kernels.distinctness import key_distinctness
-from vllm_qfilters.kernels.observation import Observation, observe
-from vllm_qfilters.kernels.score_pages import page_scores
-from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
-from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
+from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.score_pages import page_scores
+from vllm_qfilters.kernels.triton.score_resident import Turns, mean_softmax, score_resident
+from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
 
 GEOMETRIES = [
     Geometry(2, 8, 8, 16, 128, torch.bfloat16, "LBNHC"),
@@ -92,14 +92,18 @@ def launch_all(has_fp8: bool) -> None:
             observations, scales = [Observation(0, queries, 0, is_question=True)], torch.ones(cache.num_layers)
             observe(narrow.cache, narrow.batch, observations, narrow.cache.scores, 0.1, 7, 13, True, key_scales=scales)
         queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
-        observe(cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13, shared_by_heads=True)
+        observe(
+            cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13, shared_by_heads=True
+        )
         key_distinctness(cache, batch, 7)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, bytes of shared memory per block and bytes of stack per thread, from the compiled kernel."""
+    """Registers per thread, bytes of shared memory per block and bytes of stack per thread, from the compiled
+    kernel.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

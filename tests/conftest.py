@@ -6,12 +6,15 @@ import tempfile
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two ranks share what cores there are. Here and not in a test: vLLM remembers its environment once an engine has started.
+# Two ranks share what cores there are. Here and not in a test: vLLM remembers its environment once an engine has
+# started.
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 if sys.dont_write_bytecode:  # else every process that a test starts compiles vLLM again
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), f"vllm-qfilters-tests-bytecode-{os.getuid()}")
+    os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(
+        tempfile.gettempdir(), f"vllm-qfilters-tests-bytecode-{os.getuid()}"
+    )
 
 import torch
 
@@ -27,7 +30,9 @@ from vllm_qfilters.kernels import IMPLEMENTATION
 
 
 def pytest_report_header():
-    return f"CPU: {cpu.isa()}, {torch.get_num_threads()} threads, served in {cpu.fast_dtype()}; kernels: {IMPLEMENTATION}"
+    return (
+        f"CPU: {cpu.isa()}, {torch.get_num_threads()} threads, served in {cpu.fast_dtype()}; kernels: {IMPLEMENTATION}"
+    )
 
 
 @pytest.fixture(scope="session")

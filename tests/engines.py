@@ -12,8 +12,8 @@ from vllm_qfilters import kv_compression
 
 BLOCK = 32
 
-# An engine that starts looks for Triton kernels in all that is imported, and vLLM 0.32 stumbles over llvmlite, which an engine with
-# n-gram drafts in the same process has imported before.
+# An engine that starts looks for Triton kernels in all that is imported, and vLLM 0.32 stumbles over llvmlite, which an
+# engine with n-gram drafts in the same process has imported before.
 dispatcher.vars = lambda value: vars(value) if isinstance(vars(value), dict) else {}
 
 
@@ -44,7 +44,15 @@ class Engines:
         **options,
     ) -> "Engine":
         """num_drafts: draft tokens of n-gram speculative decoding; options: of the compression."""
-        key = (num_blocks, max_model_len, max_batched, method, num_drafts, kv_cache_dtype, tuple(sorted(options.items())))
+        key = (
+            num_blocks,
+            max_model_len,
+            max_batched,
+            method,
+            num_drafts,
+            kv_cache_dtype,
+            tuple(sorted(options.items())),
+        )
         if key not in self._engines:
             self._engines[key] = Engine(
                 self._model,
@@ -98,7 +106,13 @@ class Engine:
     def generate(self, prompts, max_tokens=64, kv_budget=None, logprobs=0, **params):
         extra = None if kv_budget is None else {"kv_budget": kv_budget}
         sampling = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs, extra_args=extra, **params
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=logprobs,
+            extra_args=extra,
+            **params,
         )
         return self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
 

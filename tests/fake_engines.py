@@ -6,13 +6,15 @@ import pathlib
 import signal
 import time
 
-from vllm_qfilters.arguments import UsageError
-from vllm_qfilters.offline import Completion, Refusal
+from vllm_qfilters.commands.arguments import UsageError
+from vllm_qfilters.commands.generate.offline import Completion, Refusal
 
 
 @contextlib.contextmanager
 def echo(folder: pathlib.Path):
-    """Answers with the prompt in capitals; some prompts make it do other things. Notes each batch in ``folder``, by process."""
+    """Answers with the prompt in capitals; some prompts make it do other things. Notes each batch in ``folder``, by
+    process.
+    """
 
     def generate(requests):
         with (folder / str(os.getpid())).open("a") as log:

@@ -1,11 +1,13 @@
-"""Runs engines on model runner V2 with the Triton kernels, on a CPU under Triton's interpreter: JSON on stdin, JSON on stdout.
+"""Runs engines on model runner V2 with the Triton kernels, on a CPU under Triton's interpreter: JSON on stdin, JSON on
+stdout.
 
     python -m tests.interpreted_engine < job.json
 
-A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests": [...]}]}. The
-runs of a job take place one after the other, each on an engine of its own; the requests of a run in one batch, or, as a list of
-lists, batch by batch. A run with "model" has one of its own. A run with "calibration", {"sequences": token ids, "path": file},
-calibrates filters at its end. Pipeline stages are processes of their own, which import this module too.
+A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests":
+[...]}]}. The runs of a job take place one after the other, each on an engine of its own; the requests of a run in one
+batch, or, as a list of lists, batch by batch. A run with "model" has one of its own. A run with "calibration",
+{"sequences": token ids, "path": file}, calibrates filters at its end. Pipeline stages are processes of their own, which
+import this module too.
 """
 
 import json
@@ -40,9 +42,9 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from tests.paged import ForbiddenReads
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
-from vllm_qfilters.attention.gpu import BACKENDS
-from vllm_qfilters.inspection.command import assemble
-from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
+from vllm_qfilters.attention.scoring import BACKENDS
+from vllm_qfilters.commands.inspection.command import assemble
+from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
 
@@ -79,7 +81,8 @@ def keep_async_scheduling(check_and_update_config):
 
 
 CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
-# Pipeline stages send as with NCCL, through torch.distributed: through shared memory a stage would wait until the next one reads.
+# Pipeline stages send as with NCCL, through torch.distributed: through shared memory a stage would wait until the next
+# one reads.
 CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
 
 
@@ -96,7 +99,9 @@ def watch(target, method: str) -> list:
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
-    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent buffers."""
+    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent
+    buffers.
+    """
     prepare_attn, block_size = runner.prepare_attn, runner.cache_config.block_size
 
     def checked(input_batch):
@@ -111,7 +116,9 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
         ):
             assert found.data_ptr() == persistent.data_ptr()
         positions, slots, lengths = [], [], []
-        for row, (req_id, num_tokens) in enumerate(zip(input_batch.req_ids, input_batch.num_scheduled_tokens, strict=True)):
+        for row, (req_id, num_tokens) in enumerate(
+            zip(input_batch.req_ids, input_batch.num_scheduled_tokens, strict=True)
+        ):
             if req_id not in scheduler.requests:  # calibration
                 return (block_table,), slot_mappings
             pages = [block.block_id for block in scheduler.pages.req_to_blocks[req_id]]
@@ -135,8 +142,8 @@ def runs_v2(worker: CPUWorker) -> bool:
 
 
 def kept_of_requests(ranks: list[dict]) -> list:
-    """What ``take_kept_tokens`` of all workers returned, put together: of each request the position of its last eviction, and the
-    bits of what all layers and heads hold of the tokens before it."""
+    """What ``take_kept_tokens`` of all workers returned, put together: of each request the position of its last
+    eviction, and the bits of what all layers and heads hold of the tokens before it."""
     found = []
     for req_id, (end, _) in ranks[0]["requests"].items():
         kept, _ = assemble([{**rank, "requests": {req_id: rank["requests"][req_id]}} for rank in ranks], end)
@@ -145,7 +152,12 @@ def kept_of_requests(ranks: list[dict]) -> list:
 
 
 def run(
-    job: dict, compression: dict | None, llm: dict, requests: list, calibration: dict | None = None, model: str | None = None
+    job: dict,
+    compression: dict | None,
+    llm: dict,
+    requests: list,
+    calibration: dict | None = None,
+    model: str | None = None,
 ) -> dict:
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
     options = {}
@@ -165,7 +177,9 @@ def run(
     outputs = []
     for batch in batches:
         prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in batch]
-        params = [SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **request) for request in batch]
+        params = [
+            SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **request) for request in batch
+        ]
         for output in engine.generate(prompts, params, use_tqdm=False):
             completion = output.outputs[0]
             outputs.append(
@@ -183,7 +197,11 @@ def run(
     }
     if compression is not None:
         stats = scheduler.compression_stats
-        result |= {"compactions": stats.compactions, "evicted_tokens": stats.evicted_tokens, "freed_pages": stats.freed_pages}
+        result |= {
+            "compactions": stats.compactions,
+            "evicted_tokens": stats.evicted_tokens,
+            "freed_pages": stats.freed_pages,
+        }
         assert not scheduler.pages.evicted and not scheduler.pages.limits
         result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
     if calibration is not None:

@@ -34,7 +34,11 @@ SLIDING_WINDOW = 48  # tokens, of the models that have one
 
 
 def make_tiny_llama(
-    folder: pathlib.Path, seed: int = 0, num_heads: int = NUM_HEADS, num_kv_heads: int = NUM_KV_HEADS, vocab: int = VOCAB
+    folder: pathlib.Path,
+    seed: int = 0,
+    num_heads: int = NUM_HEADS,
+    num_kv_heads: int = NUM_KV_HEADS,
+    vocab: int = VOCAB,
 ) -> pathlib.Path:
     """A Llama with random weights, large enough that attention differs from token to token; float32."""
     torch.manual_seed(seed)
@@ -52,11 +56,13 @@ def make_tiny_mistral(folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_tiny_exaone(folder: pathlib.Path) -> pathlib.Path:
-    """The layer in the middle attends to everything and has no RoPE, the others have a sliding window; queries and keys are
-    normalised."""
+    """The layer in the middle attends to everything and has no RoPE, the others have a sliding window; queries and keys
+    are normalised."""
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
-    config = Exaone4Config(**_shape(), sliding_window=SLIDING_WINDOW, sliding_window_pattern="LG", layer_types=layer_types)
+    config = Exaone4Config(
+        **_shape(), sliding_window=SLIDING_WINDOW, sliding_window_pattern="LG", layer_types=layer_types
+    )
     model = Exaone4ForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:  # so that attention differs from token to token
         layer.self_attn.q_norm.weight.data *= 3
@@ -68,7 +74,9 @@ GEMMA_ROPE = {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta"
 
 
 def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
-    """The last layer attends to everything, the others have a sliding window, and rotary embeddings of another frequency."""
+    """The last layer attends to everything, the others have a sliding window, and rotary embeddings of another
+    frequency.
+    """
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
     shape = {**_shape(), "rope_parameters": GEMMA_ROPE, "pad_token_id": 0, "tie_word_embeddings": True}
@@ -90,7 +98,9 @@ def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_tiny_smollm3(folder: pathlib.Path) -> pathlib.Path:
-    """The last layer has no RoPE. vLLM serves it through Transformers, where one rotary embedding stands beside all layers."""
+    """The last layer has no RoPE. vLLM serves it through Transformers, where one rotary embedding stands beside all
+    layers.
+    """
     torch.manual_seed(0)
     config = SmolLM3Config(**_shape(), no_rope_layers=[1, 1, 0], pad_token_id=0)
     SmolLM3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
@@ -156,7 +166,9 @@ def tiny_identity(name: str = "tiny", architecture: str = "LlamaForCausalLM", ro
 
 
 def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None) -> Filters:
-    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep. model: a Llama if None."""
+    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep. model: a Llama if
+    None.
+    """
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
     mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
@@ -164,9 +176,16 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | N
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     # Made up as well, so that a page's score depends on them.
     shape = (NUM_LAYERS, NUM_KV_HEADS)
-    score_mean, score_std = 5 * torch.randn(shape, generator=generator), 0.3 + 3 * torch.rand(shape, generator=generator)
+    score_mean, score_std = (
+        5 * torch.randn(shape, generator=generator),
+        0.3 + 3 * torch.rand(shape, generator=generator),
+    )
     made = Filters(
-        filters, query_mean_before_rope=mean, query_second_before_rope=second, score_mean=score_mean, score_std=score_std
+        filters,
+        query_mean_before_rope=mean,
+        query_second_before_rope=second,
+        score_mean=score_mean,
+        score_std=score_std,
     )
     identity = tiny_identity()
     if model is not None:

@@ -1,7 +1,8 @@
-"""The same eviction rule on Hugging Face's model: an independent oracle for the engine. Shares no code with the product.
+"""The same eviction rule on Hugging Face's model: an independent oracle for the engine. Shares no code with the
+product.
 
-Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another RoPE; SmolLM3,
-with layers without RoPE."""
+Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
+RoPE; SmolLM3, with layers without RoPE."""
 
 import dataclasses
 
@@ -110,8 +111,8 @@ def teacher_forced_logprobs(
 
 
 def _store_in_fp8(cache) -> None:
-    """From now on keys and values are stored, and attended to, as an fp8 cache of vLLM on a CPU holds them: it cuts off what does
-    not fit into the 3 bits after the first one, of multiples of 2^-9."""
+    """From now on keys and values are stored, and attended to, as an fp8 cache of vLLM on a CPU holds them: it cuts off
+    what does not fit into the 3 bits after the first one, of multiples of 2^-9."""
     update = cache.update
 
     def cut_off(states):
@@ -125,7 +126,10 @@ def _store_in_fp8(cache) -> None:
 
 
 def _slides(model, layer: int) -> bool:
-    return getattr(model.config, "layer_types", None) is not None and model.config.layer_types[layer] == "sliding_attention"
+    return (
+        getattr(model.config, "layer_types", None) is not None
+        and model.config.layer_types[layer] == "sliding_attention"
+    )
 
 
 def _scale(model) -> float:
@@ -135,7 +139,9 @@ def _scale(model) -> float:
 def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """vectors: ``[..., len(positions), head_size]``."""
     of_layer, family = (), model.config.model_type
-    if family == "exaone4" and not _slides(model, layer) or family == "smollm3" and not model.config.no_rope_layers[layer]:
+    if (family == "exaone4" and not _slides(model, layer)) or (
+        family == "smollm3" and not model.config.no_rope_layers[layer]
+    ):
         return vectors
     if family == "gemma3_text":
         of_layer = (model.config.layer_types[layer],)
@@ -145,11 +151,15 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
 
 
 def hook_queries(layer, see):
-    """Shows ``see`` the queries of a layer before RoPE, ``[heads, n, head_size]``, whenever the model runs; returns the hook."""
+    """Shows ``see`` the queries of a layer before RoPE, ``[heads, n, head_size]``, whenever the model runs; returns the
+    hook.
+    """
     attention = layer.self_attn
     if hasattr(attention, "q_norm"):
         return attention.q_norm.register_forward_hook(lambda _, __, out: see(out[0]))
-    return attention.q_proj.register_forward_hook(lambda _, __, out: see(out[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)))
+    return attention.q_proj.register_forward_hook(
+        lambda _, __, out: see(out[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1))
+    )
 
 
 class _Queries:
@@ -162,7 +172,8 @@ class _Queries:
 
     def __enter__(self):
         self.hooks = [
-            hook_queries(layer, lambda queries, i=i: self._see(i, queries)) for i, layer in enumerate(self.model.model.layers)
+            hook_queries(layer, lambda queries, i=i: self._see(i, queries))
+            for i, layer in enumerate(self.model.model.layers)
         ]
         return self
 
@@ -175,14 +186,16 @@ class _Queries:
             self.rows[layer] = torch.cat((self.rows[layer], queries), 1)[:, -self.count :]
 
     def attention(self, cache, newer: int) -> list[torch.Tensor]:
-        """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7 neighbours; the most
-        that one of them pays to one of 13 neighbours."""
+        """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7
+        neighbours; the most that one of them pays to one of 13 neighbours."""
         means, peaks = [], []
         for index, (layer, rows) in enumerate(zip(cache.layers, self.rows, strict=True)):
             keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
             num_kv_heads, seen, _ = keys.shape
             n = rows.shape[1]
-            queries = rotate(self.model, index, rows, torch.arange(self.end - n, self.end)).unflatten(0, (num_kv_heads, -1))
+            queries = rotate(self.model, index, rows, torch.arange(self.end - n, self.end)).unflatten(
+                0, (num_kv_heads, -1)
+            )
             logits = queries @ keys[:, None].mT * _scale(self.model)  # [kv_heads, group, n, seen]
             for i in range(n):
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
@@ -241,8 +254,8 @@ def unlikeness(keys: torch.Tensor) -> torch.Tensor:
 
 
 def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed, distinct: int):
-    """Keeps the best of each head, in the places the product gives them, and of the rest the ``distinct`` ones most unlike the
-    others; returns these, and ``observed`` of those kept."""
+    """Keeps the best of each head, in the places the product gives them, and of the rest the ``distinct`` ones most
+    unlike the others; returns these, and ``observed`` of those kept."""
     kept_of_layers, kept_observed = [], []
     for index, layer in enumerate(cache.layers):
         keys = layer.keys[0]
@@ -250,7 +263,9 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
         rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys.float())))
         if rule.shared_by_heads:
             rows, others = (
-                ((values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False)).mean(0).repeat(len(values), 1)
+                ((values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False))
+                .mean(0)
+                .repeat(len(values), 1)
                 for values in (rows, others)
             )
         first_out = (resident - evicted - window) // rule.block * rule.block
@@ -280,7 +295,9 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
     return kept_of_layers, kept_observed or None
 
 
-def evict_pages(cache, scores, filters, num_pages: int, sinks: int, rule: Rule, judges: list[int]) -> list[torch.Tensor]:
+def evict_pages(
+    cache, scores, filters, num_pages: int, sinks: int, rule: Rule, judges: list[int]
+) -> list[torch.Tensor]:
     """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first.
 
     judges: the layers that are asked.

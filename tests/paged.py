@@ -155,7 +155,9 @@ def pages_taken_out(eviction: Eviction, bs: int) -> range:
 
 
 class Sequences:
-    """Sequences scattered over a cache, and the batch that evicts from them; some pages they write to are to be copied."""
+    """Sequences scattered over a cache, and the batch that evicts from them; some pages they write to are to be
+    copied.
+    """
 
     def __init__(self, evictions: list[Eviction], geometry: Geometry, seed: int, device: torch.device = DEVICE) -> None:
         numbers, bs = random.Random(seed), geometry.block_size
@@ -177,7 +179,14 @@ class Sequences:
             block_table[2 * index, :length] = torch.tensor(old)
             self.compactions.append(
                 Compaction(
-                    2 * index, 1000 + index, eviction.resident, eviction.evicted, eviction.sinks, eviction.window, new, copied
+                    2 * index,
+                    1000 + index,
+                    eviction.resident,
+                    eviction.evicted,
+                    eviction.sinks,
+                    eviction.window,
+                    new,
+                    copied,
                 )
             )
             self.old_pages.append(torch.tensor(old, device=device))

@@ -27,7 +27,9 @@ def keys_and_values(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch
     Returns:
         shape ``[1, num_blocks * block_size, num_kv_heads, group, head_size]`` each.
     """
-    tokens = rows.transpose(1, 2).flatten(0, 1).unsqueeze(2)[None]  # [1, num_blocks * block_size, num_kv_heads, 1, content]
+    tokens = (
+        rows.transpose(1, 2).flatten(0, 1).unsqueeze(2)[None]
+    )  # [1, num_blocks * block_size, num_kv_heads, 1, content]
     return tuple(part.contiguous().expand(-1, -1, -1, group, -1) for part in tokens.chunk(2, dim=-1))
 
 
@@ -45,7 +47,9 @@ def paged_bias(
     """
     unused = next(page for page in itertools.count() if not any(page in row for row in pages))
     most = max(map(len, pages))
-    block_tables = torch.tensor([[*row, *[unused] * (most - len(row))] for row in pages], dtype=torch.int32, device=device)
+    block_tables = torch.tensor(
+        [[*row, *[unused] * (most - len(row))] for row in pages], dtype=torch.int32, device=device
+    )
     bias = PagedBlockDiagonalCausalWithOffsetPaddedKeysMask if num_queries > 1 else PagedBlockDiagonalPaddedKeysMask
     return bias.from_seqlens([num_queries] * len(pages), lengths, block_tables, block_size, device=device)
 

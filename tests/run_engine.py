@@ -1,4 +1,6 @@
-"""Runs requests on an engine in a process of its own: JSON on stdin, JSON on stdout. Plain vLLM unless given a compression."""
+"""Runs requests on an engine in a process of its own: JSON on stdin, JSON on stdout. Plain vLLM unless given a
+compression.
+"""
 
 import json
 import os
@@ -12,7 +14,11 @@ def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> 
     """Requests as :func:`generate_each` takes them. Returns token_ids, logprobs, prompt_logprobs of each."""
     job = {"model": str(model), "requests": requests, "compression": compression, "llm": llm}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.run_engine"], input=json.dumps(job), capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "tests.run_engine"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     # vLLM logs to stdout as well, also when it is already shutting down.
@@ -25,8 +31,8 @@ def generate_each(llm, requests: list[dict]) -> list:
 
     Args:
         llm: the engine.
-        requests: each has a prompt (token ids), perhaps the folder of a LoRA adapter, perhaps structured_outputs (keywords of
-            vLLM's class), and SamplingParams as keywords.
+        requests: each has a prompt (token ids), perhaps the folder of a LoRA adapter, perhaps structured_outputs
+            (keywords of vLLM's class), and SamplingParams as keywords.
     """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -41,7 +47,9 @@ def generate_each(llm, requests: list[dict]) -> list:
         adapters.append(None if adapter is None else LoRARequest("adapter", 1, str(adapter)))
         if "structured_outputs" in request:
             request["structured_outputs"] = StructuredOutputsParams(**request["structured_outputs"])
-        params.append(SamplingParams(**{"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **request}))
+        params.append(
+            SamplingParams(**{"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **request})
+        )
     # Else a request joins the batch once its grammar is compiled, and batches, so last bits, differ from run to run.
     llm.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
     return llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)

@@ -13,8 +13,7 @@ PATCHED = {
         "priority data_parallel_rank resumable session_id kv_hints"
     ),
     "vllm.v1.metrics.loggers:StatLoggerManager.__init__": (
-        "self vllm_config engine_idxs custom_stat_loggers enable_default_loggers aggregate_engine_logging "
-        "client_count"
+        "self vllm_config engine_idxs custom_stat_loggers enable_default_loggers aggregate_engine_logging client_count"
     ),
     "vllm.plugins:load_endpoint_plugins": "supported_tasks",
 }

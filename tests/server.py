@@ -34,12 +34,23 @@ class Server:
         flags: all of them.
     """
 
-    def __init__(self, model: pathlib.Path, *flags: str, name: str = "demo", environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, model: pathlib.Path, *flags: str, name: str = "demo", environment: Mapping[str, str] = {}
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.flags = ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *flags]
+        self.flags = [
+            "--served-model-name",
+            name,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--enforce-eager",
+            *flags,
+        ]
         logged = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         self.log: list[str] = []
         self.process = subprocess.Popen(

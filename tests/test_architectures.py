@@ -1,5 +1,5 @@
-"""Models whose layers differ: what sliding windows attend to is never evicted, layers without one are compressed as everywhere, and
-filters turn as the queries of each layer do."""
+"""Models whose layers differ: what sliding windows attend to is never evicted, layers without one are compressed as
+everywhere, and filters turn as the queries of each layer do."""
 
 import functools
 from types import SimpleNamespace
@@ -41,7 +41,10 @@ def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines):
         if name == "exaone":
             folder, filters, engines = tiny_exaone, exaone_filters[1], exaone_engines
         else:
-            folder, path = FAMILIES[name](tmp_path_factory.mktemp(name)), tmp_path_factory.mktemp("filters") / f"{name}.safetensors"
+            folder, path = (
+                FAMILIES[name](tmp_path_factory.mktemp(name)),
+                tmp_path_factory.mktemp("filters") / f"{name}.safetensors",
+            )
             filters, engines = models.make_tiny_filters(path, model=folder), Engines(folder, path)
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         hf_model.model.do_not_compile = True  # vLLM decorates the classes of Transformers that it serves
@@ -67,7 +70,9 @@ def options_of(case: str) -> dict:
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
     engines, filters, hf_model = family(name)
     rule = make_rule(options_of(case), min_window=0 if name == "smollm3" else SLIDING_WINDOW - 1)
-    assert_like_hugging_face(engines.get(**options_of(case)), hf_model, filters, rule, prompt_tokens=900, new_tokens=200)
+    assert_like_hugging_face(
+        engines.get(**options_of(case)), hf_model, filters, rule, prompt_tokens=900, new_tokens=200
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,9 @@ def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
     angles = 0.3 * torch.arange(512)[:, None] * torch.rand(HEAD_SIZE // 2, generator=torch.Generator().manual_seed(0))
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
     wrong = Rotation(SimpleNamespace(rotary_dim=HEAD_SIZE, is_neox_style=True, cos_sin_cache=table), HEAD_SIZE)
-    with pytest.raises(ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"):
+    with pytest.raises(
+        ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"
+    ):
         rotations_in_use(runner, runner.layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
 
 
@@ -118,7 +125,9 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_exaone, exaone_
 
 
 def test_attention_sinks(tmp_path, monkeypatch):
-    """GPT-OSS: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted, else like Hugging Face."""
+    """GPT-OSS: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted, else like Hugging
+    Face.
+    """
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     model, filters = models.make_tiny_gpt_oss(tmp_path / "model"), tmp_path / "filters.safetensors"
     plain = run_engine(model, REQUESTS, None, **LLM, dtype="bfloat16")

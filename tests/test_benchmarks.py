@@ -1,4 +1,6 @@
-"""``python -m benchmarks``: tables, ratios and plots from made-up numbers. Measuring itself is for whoever asks for it."""
+"""``python -m benchmarks``: tables, ratios and plots from made-up numbers. Measuring itself is for whoever asks for
+it.
+"""
 
 import importlib.util
 import json
@@ -14,7 +16,9 @@ STANDALONE = ("operators", "gpu_kernels")  # start no engine, measure no variant
 
 
 class FakeChild:
-    """Stands for the process a variant is measured in: every number is the place of the variant in the round, from 1 on."""
+    """Stands for the process a variant is measured in: every number is the place of the variant in the round, from 1
+    on.
+    """
 
     def __init__(self, columns, absent=()):
         self.columns, self.absent = columns, absent
@@ -57,7 +61,9 @@ def test_a_case_prints_writes_and_draws(name, tiny_model, monkeypatch, tmp_path,
 def test_ratios_are_over_plain(tiny_model, monkeypatch, tmp_path):
     run("throughput", monkeypatch, tmp_path, str(tiny_model), "--rounds", "1", "--methods", "knorm", "qfilters")
     ratios = json.loads((tmp_path / "out.json").read_text())["ratios"][0]
-    assert ratios["knorm: requests per second over plain"] == 2 and ratios["qfilters: requests per second over plain"] == 3
+    assert (
+        ratios["knorm: requests per second over plain"] == 2 and ratios["qfilters: requests per second over plain"] == 3
+    )
     assert ratios["qfilters: time to the first token, plain's over its"] == 0.33
 
 
@@ -77,8 +83,18 @@ def test_variants_whose_packages_are_missing_are_left_out(tiny_model, monkeypatc
 
 def test_a_child_is_given_the_command_and_its_job(monkeypatch):
     def start(command, **kwargs):
-        assert command == ["other-python", "-m", "benchmarks", "decode", "MODEL", "--measure", '{"python": "other-python"}']
-        return subprocess.CompletedProcess(command, 0, stdout='INFO log\nmeasured: {"step_ms": 2}\nINFO bye\n', stderr="")
+        assert command == [
+            "other-python",
+            "-m",
+            "benchmarks",
+            "decode",
+            "MODEL",
+            "--measure",
+            '{"python": "other-python"}',
+        ]
+        return subprocess.CompletedProcess(
+            command, 0, stdout='INFO log\nmeasured: {"step_ms": 2}\nINFO bye\n', stderr=""
+        )
 
     monkeypatch.setattr(case.subprocess, "run", start)
     monkeypatch.setattr(sys, "argv", ["python -m benchmarks decode", "MODEL"])

@@ -1,7 +1,8 @@
-"""Days of evictions in seconds: the scheduler and its block manager without a model. Do counts, pages or memory drift apart?
+"""Days of evictions in seconds: the scheduler and its block manager without a model. Do counts, pages or memory drift
+apart?
 
-Pages hold 2 tokens, so that a compaction is due at every second token. The workers are stood for by one that keeps what workers
-keep, and checks each plan against it: lengths, block tables, evicted tokens.
+Pages hold 2 tokens, so that a compaction is due at every second token. The workers are stood for by one that keeps what
+workers keep, and checks each plan against it: lengths, block tables, evicted tokens.
 """
 
 import collections
@@ -24,8 +25,8 @@ from vllm_qfilters import kv_compression
 from vllm_qfilters.core.page_scheduler import QFiltersPageScheduler
 from vllm_qfilters.core.scheduler import QFiltersScheduler
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.plan import QFiltersModelRunnerOutput
-from vllm_qfilters.worker.request_state import EvictedTokens
+from vllm_qfilters.messages import QFiltersModelRunnerOutput
+from vllm_qfilters.worker.lengths import EvictedTokens
 
 BLOCK, NUM_BLOCKS, BUDGET, CHUNK = 2, 800, 48, 32
 COMPACTIONS = 50_000  # per granularity
@@ -113,7 +114,9 @@ class Simulation:
         self.sums = collections.Counter()
 
     def add(self) -> None:
-        prompt = self.rng.choice([[], *self.prefixes]) + [self.rng.randrange(3, 500) for _ in range(self.rng.randint(1, 60))]
+        prompt = self.rng.choice([[], *self.prefixes]) + [
+            self.rng.randrange(3, 500) for _ in range(self.rng.randint(1, 60))
+        ]
         extra_args = self.rng.choice([None, None, None, {"kv_budget": 32}, {"kv_budget": 0.9}, {"kv_budget": 0}])
         most = 60 if extra_args == {"kv_budget": 0} else 900
         params = SamplingParams(max_tokens=self.rng.randint(1, most), ignore_eos=True, extra_args=extra_args)
@@ -177,7 +180,9 @@ class Simulation:
 
 
 def reachable(root: object) -> tuple[int, set[str]]:
-    """What the scheduler remembers: the sum of the lengths of all containers, and the names of simulated requests in them."""
+    """What the scheduler remembers: the sum of the lengths of all containers, and the names of simulated requests in
+    them.
+    """
     seen, stack, total, names = set(), [root], 0, set()
     while stack:
         value = stack.pop()

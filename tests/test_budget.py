@@ -50,7 +50,9 @@ def cases(draw, is_chunked: bool | None = None) -> Case:
     prefill_interval = block_size * draw(st.integers(1, chunk // block_size)) if is_chunked else None
     prompt_tokens = draw(st.integers(1, 3 * budget))
     new_tokens = draw(st.integers(1, budget))
-    return Case(RequestLimits(budget, window, sinks, interval, chunk, prefill_interval), block_size, prompt_tokens, new_tokens)
+    return Case(
+        RequestLimits(budget, window, sinks, interval, chunk, prefill_interval), block_size, prompt_tokens, new_tokens
+    )
 
 
 step_sizes = st.lists(st.integers(1, 700), min_size=1, max_size=20)
@@ -129,7 +131,9 @@ def test_nothing_is_evicted_while_there_is_room_for_the_tokens_before_the_next_c
 def test_a_prompt_keeps_all_it_has_room_for_until_its_end(case, sizes):
     limits = case.limits
     steps = live(dataclasses.replace(case, prompt_tokens=case.prompt_tokens + limits.first_prefill_cut), sizes)
-    kept = [step.resident_before - step.evicted_tokens for step in steps if step.evicted_tokens and not step.is_decoding]
+    kept = [
+        step.resident_before - step.evicted_tokens for step in steps if step.evicted_tokens and not step.is_decoding
+    ]
     room = limits.budget + limits.chunk - limits.prefill_interval
     assert kept and all(room - case.block_size < tokens <= room for tokens in kept)
 

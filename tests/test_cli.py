@@ -1,4 +1,6 @@
-"""The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of both subcommands with one."""
+"""The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of both subcommands with
+one.
+"""
 
 import argparse
 import dataclasses
@@ -14,10 +16,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
-from vllm_qfilters import cli
-from vllm_qfilters.evaluation.engine import serve
+from vllm_qfilters.commands import cli
+from vllm_qfilters.commands.evaluation.engine import serve
+from vllm_qfilters.commands.generate.offline import Refusal, Request
 from vllm_qfilters.filters.format import load
-from vllm_qfilters.offline import Refusal, Request
 
 
 class FakeLLM:
@@ -82,7 +84,9 @@ def started(monkeypatch):
 def prompts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "in.jsonl"
-    path.write_text('{"prompt": "a", "kv_budget": 512}\n{"messages": [{"role": "user", "content": "b"}], "temperature": 1}\n')
+    path.write_text(
+        '{"prompt": "a", "kv_budget": 512}\n{"messages": [{"role": "user", "content": "b"}], "temperature": 1}\n'
+    )
     return path
 
 
@@ -105,10 +109,19 @@ def test_without_a_subcommand(argv, status):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("calibrate", ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"]),
-        ("eval", ["--methods METHOD", "-o FILE", "passkey", "the King James Bible", "qfilters:window=0.25", "--help=all"]),
+        (
+            "calibrate",
+            ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"],
+        ),
+        (
+            "eval",
+            ["--methods METHOD", "-o FILE", "passkey", "the King James Bible", "qfilters:window=0.25", "--help=all"],
+        ),
         ("inspect", ["--prompt-file FILE", "-o FILE", "--max-tokens N", "shaded", "-config.budget 512", "--help=all"]),
-        ("generate", ["--input FILE", "--max-tokens N", "--batch-size N", "--ray N", '{"prompt": "..."}', "-config.budget 1024"]),
+        (
+            "generate",
+            ["--input FILE", "--max-tokens N", "--batch-size N", "--ray N", '{"prompt": "..."}', "-config.budget 1024"],
+        ),
     ],
 )
 def test_help_teaches(name, words, capsys):
@@ -185,7 +198,11 @@ def test_bad_usage_is_one_line_and_starts_nothing(argv, message, prompts, starte
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("it is\ntoo large"), OSError("no weights"), RuntimeError("Engine core initialization failed. See above.")],
+    [
+        ValueError("it is\ntoo large"),
+        OSError("no weights"),
+        RuntimeError("Engine core initialization failed. See above."),
+    ],
 )
 def test_an_engine_that_does_not_start_is_one_line(error, prompts, started, tiny_model, capsys):
     started.error = error
@@ -203,7 +220,14 @@ def test_generate(prompts, started, tiny_model, capsys):
     options = ["--max-tokens", "7", "--max-model-len", "1k", "--kv-compression-config.budget", "512"]
     assert run([*GENERATE, *options], tiny_model) == 0
     first, second = map(json.loads, prompts.with_name("out.jsonl").read_text().splitlines())
-    assert first == {"line": 1, "id": None, "text": "A", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 2}
+    assert first == {
+        "line": 1,
+        "id": None,
+        "text": "A",
+        "finish_reason": "stop",
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+    }
     assert second["text"] == "B"
     (engine_args,) = started.args
     assert engine_args.model == str(tiny_model) and engine_args.max_model_len == 1000
@@ -269,7 +293,9 @@ def test_calibrate_into_a_file(started, tiny_model, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("block_size", [None, 32, 256])
 def test_calibration_fits_any_block_size(block_size, started, tiny_model):
-    assert run(["calibrate", "MODEL", *([] if block_size is None else ["--block-size", str(block_size)])], tiny_model) == 0
+    assert (
+        run(["calibrate", "MODEL", *([] if block_size is None else ["--block-size", str(block_size)])], tiny_model) == 0
+    )
     options = started.args[0].additional_config["kv_compression"]
     assert options["method"] == "random"
     assert options["interval"] == options["chunk"] == (block_size or 128)
@@ -319,7 +345,13 @@ def command():
     engine += ["--max-model-len", "1024"]
 
     def run_command(*argv):
-        argv = [sys.executable, "-c", "from vllm_qfilters.cli import main; raise SystemExit(main())", *map(str, argv), *engine]
+        argv = [
+            sys.executable,
+            "-c",
+            "from vllm_qfilters.commands.cli import main; raise SystemExit(main())",
+            *map(str, argv),
+            *engine,
+        ]
         return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
 
     return run_command
@@ -367,7 +399,18 @@ def evaluate(model_with_tokenizer, tmp_path):
     """Arguments of an evaluation on the tiny model; the file of results is quality.json."""
     text = tmp_path / "words.txt"
     text.write_text(" ".join(f"w{3 + (7 * i + i * i // 50) % (VOCAB - 3)}" for i in range(2000)))
-    argv = ["eval", model_with_tokenizer, "--text", text, "-o", tmp_path / "quality.json", "--sequences", 2, "--tokens", 500]
+    argv = [
+        "eval",
+        model_with_tokenizer,
+        "--text",
+        text,
+        "-o",
+        tmp_path / "quality.json",
+        "--sequences",
+        2,
+        "--tokens",
+        500,
+    ]
     argv += ["--loss-from", 200, "--chunk", 64, "--lengths", 320, "--prompts", 1, "--trials", 1, "--depths", 0, 1]
     argv += ["--generations", 1, "--generation-tokens", 150, "--budgets", 96, "--fractions", 0.5]
     return [str(argument) for argument in argv]
@@ -388,7 +431,7 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
         starts.append(engine_args)
         return serve(engine_args, requests)
 
-    monkeypatch.setattr("vllm_qfilters.evaluation.command.run_engine", run_here)
+    monkeypatch.setattr("vllm_qfilters.commands.evaluation.command.run_engine", run_here)
     evaluate += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
     assert cli.main([*evaluate, "--methods", "streaming", "--no-plots"]) == 0
     printed = capsys.readouterr().out
@@ -425,6 +468,9 @@ def test_inspect(model_with_tokenizer, tiny_filters, tmp_path, capsys):
     argv += ["--kv-compression-config.budget", "128", "--kv-compression-config.chunk", "64"]
     assert cli.main(argv) == 0
     # Cut to 128 at 256, then 45 tokens more: one page more goes when decoding begins.
-    assert f"{page} shows 301 tokens, of which every layer and head holds {301 - 256 + 128 - 64}" in capsys.readouterr().out
+    assert (
+        f"{page} shows 301 tokens, of which every layer and head holds {301 - 256 + 128 - 64}"
+        in capsys.readouterr().out
+    )
     written = page.read_text()
     assert ">w3</span>" in written and "> w302</span>" in written and written.count("data-kept=") == 301

@@ -164,7 +164,9 @@ class Sequence:
     def __init__(self, eviction: Eviction, seed: int) -> None:
         numbers = random.Random(seed)
         bs = eviction.block_size
-        num_pages = math.ceil(eviction.resident / bs) + numbers.randint(0, 1)  # one more where the next token's page is there
+        num_pages = math.ceil(eviction.resident / bs) + numbers.randint(
+            0, 1
+        )  # one more where the next token's page is there
         geometry = Geometry(num_layers=2, num_blocks=2 * num_pages + 3, num_kv_heads=2, block_size=bs)
         self.buffer, self.cache = make_cache(geometry, seed)
         pages = numbers.sample(range(geometry.num_blocks), geometry.num_blocks)
@@ -181,7 +183,14 @@ class Sequence:
         self.eviction = eviction
         self.page_bytes_before = self.page_bytes()
         self.before = triples(self.cache, self.old_pages, eviction.resident)
-        compact(self.cache, torch.tensor(self.old_pages), torch.tensor(self.new_pages), self.is_kept, eviction.sinks, eviction.window)
+        compact(
+            self.cache,
+            torch.tensor(self.old_pages),
+            torch.tensor(self.new_pages),
+            self.is_kept,
+            eviction.sinks,
+            eviction.window,
+        )
         self.after = triples(self.cache, self.new_pages, eviction.kept)
 
     def page_bytes(self) -> torch.Tensor:
@@ -261,10 +270,15 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(granularity):
     old_pages, new_block_ids, resident, kept, sinks, window = [7, 2, 9, 4, 11, 0], (7, 5, 11, 0), 90, 58, 4, 21
     scorer = Scorer(cache)
     before = triples(cache, old_pages, resident)
-    scores = torch.tensor([
-        [[cache.scores[layer, old_pages[token // 16], head, token % 16] for token in range(resident)] for head in range(3)]
-        for layer in range(2)
-    ])
+    scores = torch.tensor(
+        [
+            [
+                [cache.scores[layer, old_pages[token // 16], head, token % 16] for token in range(resident)]
+                for head in range(3)
+            ]
+            for layer in range(2)
+        ]
+    )
     assert torch.equal(scorer.resident_scores(ResidentTokens(torch.tensor(old_pages), resident, resident)), scores)
     is_kept = select_kept(scores if mean_over_ranks is None else -scores, kept, sinks, window, shared_by_heads)
     row = RequestCompaction("a", resident, resident, resident - kept, sinks, window, new_block_ids)

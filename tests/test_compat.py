@@ -63,7 +63,7 @@ def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
 def test_registering_twice_patches_once():
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_qfilters.plugin import register
+    from vllm_qfilters.frontend.plugin import register
 
     register()
     patched = EngineArgs.add_cli_args
@@ -99,13 +99,19 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
     [
         (["--kv-compression-config.budget", "1024"], "does nothing without --kv-compression"),
         (["--kv-compression", "qfilters", "--kv-compression-config.budgt", "1"], "unknown KV compression option budgt"),
-        (["--kv-compression", "qfilters", "--kv-compression-config.method", "knorm"], "the method is named by --kv-compression"),
+        (
+            ["--kv-compression", "qfilters", "--kv-compression-config.method", "knorm"],
+            "the method is named by --kv-compression",
+        ),
         (["--kv-compression", "qfilters", "--kv-compression-config.budget", "0"], "budget=0"),
         (
             ["--kv-compression", "qfilters", "--kv-compression-config.endpoint", "true", "--disable-log-stats"],
             "endpoint=True lists what vLLM's statistics carry: drop --disable-log-stats",
         ),
-        (["--kv-compression", "qfilters", "--worker-cls", "other.Worker"], "--worker-cls other.Worker cannot be combined"),
+        (
+            ["--kv-compression", "qfilters", "--worker-cls", "other.Worker"],
+            "--worker-cls other.Worker cannot be combined",
+        ),
     ],
 )
 def test_bad_flags_are_refused(flags, reason, tiny_model):

@@ -9,7 +9,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_qfilters.budget import RequestLimits
-from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, FILTERS, GRANULARITIES, METHODS, PREFILLS, SCOPES, KVCompressionConfig
+from vllm_qfilters.config import (
+    ADDITIONAL_CONFIG_KEY,
+    FILTERS,
+    GRANULARITIES,
+    METHODS,
+    PREFILLS,
+    SCOPES,
+    KVCompressionConfig,
+)
 
 BUDGET_RANGE = ("an integer > 0", "<= 1.0")
 WINDOW_RANGE = ("an integer >= 0", "0 <= window < 1")
@@ -54,7 +62,10 @@ REFUSED = {
     "chunk-none": (dict(chunk=None), ("chunk=None:", "an integer >= 1")),
     "prefill-interval-zero": (dict(prefill_interval=0), ("prefill_interval=0:", "an integer >= 1")),
     "prefill-interval-float": (dict(prefill_interval=64.0), ("prefill_interval=64.0:", "an integer >= 1")),
-    "prefill-interval-above-chunk": (dict(prefill_interval=512, chunk=256), ("prefill_interval=512:", "at most chunk=256")),
+    "prefill-interval-above-chunk": (
+        dict(prefill_interval=512, chunk=256),
+        ("prefill_interval=512:", "at most chunk=256"),
+    ),
     "method-unknown": (dict(method="snapkv"), ("method='snapkv':", *METHODS)),
     "method-none": (dict(method=None), ("method=None:", *METHODS)),
     "granularity-unknown": (dict(granularity="token"), ("granularity='token':", *GRANULARITIES)),
@@ -91,7 +102,10 @@ def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
         *(pytest.param(dict(method=method), id=f"method-{method}") for method in METHODS),
         *(pytest.param(dict(filter=filter), id=f"filter-{filter}") for filter in FILTERS),
         pytest.param(dict(rank=0, observed=0), id="mean-alone"),
-        *(pytest.param(dict(granularity=granularity), id=f"granularity-{granularity}") for granularity in GRANULARITIES),
+        *(
+            pytest.param(dict(granularity=granularity), id=f"granularity-{granularity}")
+            for granularity in GRANULARITIES
+        ),
         *(pytest.param(dict(prefill=prefill), id=f"prefill-{prefill}") for prefill in PREFILLS),
         *(pytest.param(dict(scope=scope), id=f"scope-{scope}") for scope in SCOPES),
     ],
@@ -134,7 +148,9 @@ def of_model(sliding_window: int | None, layer_types: list[str] | None = None, *
     model_config = SimpleNamespace(
         get_sliding_window=lambda: sliding_window, max_model_len=4096, hf_text_config=hf_text_config
     )
-    return KVCompressionConfig.from_vllm_config(SimpleNamespace(additional_config=additional, model_config=model_config))
+    return KVCompressionConfig.from_vllm_config(
+        SimpleNamespace(additional_config=additional, model_config=model_config)
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,9 @@ def test_the_defaults_fit_every_block_size(block_size):
 
 
 @pytest.mark.parametrize("name", ["interval", "chunk", "prefill_interval"])
-@pytest.mark.parametrize(("value", "block_size", "suggested"), [(100, 32, 96), (5, 32, 32), (129, 128, 128), (250, 128, 256)])
+@pytest.mark.parametrize(
+    ("value", "block_size", "suggested"), [(100, 32, 96), (5, 32, 32), (129, 128, 128), (250, 128, 256)]
+)
 def test_tokens_that_are_no_whole_pages_are_refused_with_a_value_that_fits(name, value, block_size, suggested):
     config = KVCompressionConfig(**{"interval": block_size, "chunk": 16 * block_size, name: value})
     with pytest.raises(ValueError) as refusal:
@@ -232,7 +250,9 @@ def test_a_request_with_budget_zero_is_not_compressed(zero):
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 7}], ids=["none", "empty", "other-key"])
 def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
     limits = KVCompressionConfig(**SMALL).request_limits(extra_args, prompt_tokens=1000)
-    assert limits == RequestLimits(budget=512, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True)
+    assert limits == RequestLimits(
+        budget=512, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +268,9 @@ def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
 )
 def test_a_request_sets_its_own_budget(value, prompt_tokens, budget):
     limits = KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens)
-    assert limits == RequestLimits(budget, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True)
+    assert limits == RequestLimits(
+        budget, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True
+    )
 
 
 def test_a_configured_fraction_is_of_the_prompt():
@@ -269,7 +291,9 @@ def test_a_fractional_window_is_of_the_budget_of_the_request(budget, window):
 )
 def test_scope_decode_keeps_the_prompt_beside_the_budget(prompt_tokens, budget, sinks):
     limits = KVCompressionConfig(**SMALL, scope="decode").request_limits(None, prompt_tokens)
-    expected = RequestLimits(budget, window=64, sinks=sinks, interval=32, chunk=None, prefill_interval=None, keeps_distinct=True)
+    expected = RequestLimits(
+        budget, window=64, sinks=sinks, interval=32, chunk=None, prefill_interval=None, keeps_distinct=True
+    )
     assert limits == expected
 
 
@@ -372,11 +396,28 @@ def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
     is_prefilling=st.booleans(),
 )
 def test_whole_pages_outside_sinks_and_window_always_suffice(
-    window, sinks, block_size, pages_per_interval, prefill, scope, method, kv_budget, prompt_tokens, surplus, is_prefilling
+    window,
+    sinks,
+    block_size,
+    pages_per_interval,
+    prefill,
+    scope,
+    method,
+    kv_budget,
+    prompt_tokens,
+    surplus,
+    is_prefilling,
 ):
     interval = pages_per_interval * block_size
     config = KVCompressionConfig(
-        method=method, budget=1.0, window=window, sinks=sinks, interval=interval, prefill=prefill, scope=scope, granularity="page"
+        method=method,
+        budget=1.0,
+        window=window,
+        sinks=sinks,
+        interval=interval,
+        prefill=prefill,
+        scope=scope,
+        granularity="page",
     )
     if isinstance(kv_budget, int):
         kv_budget += config.min_budget(block_size)
@@ -392,7 +433,9 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
 def test_page_granularity_needs_a_budget_of_whole_pages():
     config = KVCompressionConfig(**{**SMALL, "budget": 220, "granularity": "page"})
     config.check_block_size(32)
-    with pytest.raises(ValueError, match="budget=160: at least 162 tokens are needed .* in whole pages of 32; raise budget"):
+    with pytest.raises(
+        ValueError, match="budget=160: at least 162 tokens are needed .* in whole pages of 32; raise budget"
+    ):
         dataclasses.replace(config, budget=160).check_block_size(32)
     dataclasses.replace(config, budget=160, granularity="layer").check_block_size(32)
     limits = config.request_limits(None, prompt_tokens=1000, block_size=32)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import vllm_qfilters
-from tests.test_compact import SEQUENCES, Eviction, make_scores, random_eviction
+from tests.test_compact import SEQUENCES, Eviction, make_scores
 from tests.test_layout import DTYPES, Geometry, make_cache, transposed_keys_layout
 from vllm_qfilters import kernels
-from vllm_qfilters.kernels import cpu, reference
+from vllm_qfilters.kernels import cpp, reference
 from vllm_qfilters.scorers import StaticFilterScorer
 
 PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
@@ -28,7 +28,7 @@ OPERATORS = (
     "fill_holes",
     "page_scores",
 )
-needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpu.LIBRARY} is not built")
+needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpp.LIBRARY} is not built")
 
 
 NO_PAGED_KEYS = [  # argument of an operator that reads keys, what it must not be, and the refusal
@@ -67,7 +67,7 @@ def test_score_and_store_matches_reference(num_tokens, num_heads, head_size, blo
     key, score_plane, slots = make_step(num_tokens, num_heads, head_size, block_size, DTYPES[dtype], is_strided)
     filters = make_filters(num_heads, head_size)
     untouched = score_plane._base.clone()
-    cpu.score_and_store(key, filters, score_plane, slots)
+    cpp.score_and_store(key, filters, score_plane, slots)
     found = score_plane.clone()
     score_plane._base.copy_(untouched)
     reference.score_and_store(key, filters, score_plane, slots)
@@ -87,7 +87,7 @@ def test_every_float_is_read_as_what_it_is(dtype):
     filters[0, 5] = 1.0
     key[..., :5], key[..., 6:] = 0, 0
     score_plane = torch.zeros(512, 1, 128)
-    cpu.score_and_store(key, filters, score_plane, torch.arange(2**16))
+    cpp.score_and_store(key, filters, score_plane, torch.arange(2**16))
     torch.testing.assert_close(score_plane.flatten(), key[:, 0, 5].float(), atol=0, rtol=0, equal_nan=True)
 
 
@@ -99,7 +99,7 @@ def test_store_value_norms_matches_reference(num_tokens, num_heads, head_size, d
     slots[num_tokens // 2 + 1 :: 5] = -1
     planes = torch.full((num_tokens // 16 + 2, 2, num_heads, 16), torch.nan)
     expected = planes.clone()
-    cpu.store_value_norms(value, planes, slots)
+    cpp.store_value_norms(value, planes, slots)
     reference.store_value_norms(value, expected, slots)
     torch.testing.assert_close(planes, expected, atol=0, rtol=1e-5, equal_nan=True)
 
@@ -109,7 +109,7 @@ def test_tokens_beyond_the_slots_are_not_read():
     key, score_plane, slots = make_step(10, 3, 64, 16, torch.float32, is_strided=True)
     key[7:] = float("nan")
     filters = make_filters(3, 64)
-    cpu.score_and_store(key, filters, score_plane, slots[:7])
+    cpp.score_and_store(key, filters, score_plane, slots[:7])
     expected = torch.full_like(score_plane, float("nan"))
     reference.score_and_store(key, filters, expected, slots[:7])
     torch.testing.assert_close(score_plane, expected, equal_nan=True)
@@ -124,7 +124,7 @@ def test_the_static_filter_is_scored_with_the_operator(monkeypatch):
     scorer = StaticFilterScorer(cache, torch.stack([make_filters(2, 8).to(torch.float64)] * 3))
     scorer.write(1, key, key, slots)
     ((_, filters, score_plane, _),) = calls
-    assert filters.dtype == torch.float32 and kernels.score_and_store is cpu.score_and_store
+    assert filters.dtype == torch.float32 and kernels.score_and_store is cpp.score_and_store
     assert score_plane.data_ptr() == cache.scores[1].data_ptr()
 
 
@@ -151,7 +151,7 @@ def test_score_and_store_refuses(case):
         slot_mapping=torch.zeros(10, dtype=torch.int64),
     )
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpu.score_and_store(**(step | changes))
+        cpp.score_and_store(**(step | changes))
 
 
 @needs_library
@@ -166,7 +166,7 @@ def test_select_kept_matches_reference(seed, num_heads, shared_by_heads):
     kept = numbers.randint(sinks + window, resident)
     scores = make_scores((3, num_heads, resident + 5), seed, is_tied=False)[..., :resident]
     before = scores.clone()
-    found = cpu.select_kept(scores, kept, sinks, window, shared_by_heads)
+    found = cpp.select_kept(scores, kept, sinks, window, shared_by_heads)
     assert torch.equal(scores, before)
     assert torch.equal(found, reference.select_kept(scores, kept, sinks, window, shared_by_heads))
 
@@ -180,7 +180,7 @@ def test_among_ties_as_many_of_each_score_are_kept_as_by_the_reference(seed, sha
     if shared_by_heads:
         scores = scores[:, :1].expand(-1, 3, -1)  # equal heads: their mean has the same ties
     kept = numbers.randint(50, 299)
-    found = cpu.select_kept(scores, kept, 4, 32, shared_by_heads)
+    found = cpp.select_kept(scores, kept, 4, 32, shared_by_heads)
     expected = reference.select_kept(scores, kept, 4, 32, shared_by_heads)
     for layer in range(2):
         for head in range(3):
@@ -193,7 +193,7 @@ def test_special_scores_are_ordered_as_topk_does():
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([-inf, 1.0, nan, -1.0, inf, 0.5, -nan, -2.0, -0.25]).expand(1, 1, -1)
     for kept in range(10):
-        found = cpu.select_kept(scores, kept, 0, 0, False)
+        found = cpp.select_kept(scores, kept, 0, 0, False)
         best = reference.select_kept(scores, kept, 0, 0, False)
         assert int(found.sum()) == kept
         if kept != 1:  # either NaN
@@ -204,14 +204,16 @@ def test_special_scores_are_ordered_as_topk_does():
 @pytest.mark.parametrize("arguments", [(11, 0, 0), (5, -1, 0), (5, 0, -1), (8, 6, 6)])
 def test_select_kept_refuses_counts_that_cannot_be(arguments):
     with pytest.raises(RuntimeError, match="cannot keep"):
-        cpu.select_kept(torch.zeros(1, 1, 10), *arguments, False)
+        cpp.select_kept(torch.zeros(1, 1, 10), *arguments, False)
 
 
 def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pages: int) -> torch.Tensor:
     """Every byte of a cache after an eviction from a sequence in it, some of whose pages are replaced by copies."""
     numbers = random.Random(seed)
     buffer, cache = make_cache(geometry, seed)
-    buffer.copy_(torch.randint(-128, 128, buffer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8))
+    buffer.copy_(
+        torch.randint(-128, 128, buffer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    )
     pages = numbers.sample(range(geometry.num_blocks), geometry.num_blocks)
     old_pages, free = pages[:num_pages], pages[num_pages:]
     new_pages = [
@@ -250,14 +252,26 @@ def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
         head_size=(16, 32, 40)[seed % 3],
         dtype=CACHE_DTYPES[dtype],
     )
-    found, expected = (compacted(compact, eviction, seed, geometry, num_pages) for compact in (cpu.compact, reference.compact))
+    found, expected = (
+        compacted(compact, eviction, seed, geometry, num_pages) for compact in (cpp.compact, reference.compact)
+    )
     assert torch.equal(found, expected)
 
 
 def hole_arguments(cache) -> list:
     is_kept = torch.ones(cache.num_layers, cache.num_kv_heads, 48, dtype=torch.bool)
     is_kept[..., 3:19] = False
-    return [cache.pages.clone(), cache.planes.clone(), cache.layout.keys, cache.layout.values, torch.tensor([4, 1, 2]), is_kept, 16, 32, 32]
+    return [
+        cache.pages.clone(),
+        cache.planes.clone(),
+        cache.layout.keys,
+        cache.layout.values,
+        torch.tensor([4, 1, 2]),
+        is_kept,
+        16,
+        32,
+        32,
+    ]
 
 
 @needs_library
@@ -279,7 +293,7 @@ def test_fill_holes_refuses(position, value, message):
     arguments = hole_arguments(make_cache(Geometry())[1])
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpu.OPERATORS.fill_holes(*arguments)
+        cpp.OPERATORS.fill_holes(*arguments)
 
 
 def page_arguments() -> list:
@@ -300,7 +314,7 @@ def test_page_scores_match_reference(num_heads, block_size, num_pages):
     deviation = 0.1 + torch.rand(3, num_heads, generator=generator)
     deviation[1, 0] = torch.inf  # has no say
     pages = torch.randint(6, (num_pages,), generator=generator)
-    found = cpu.page_scores(scores, pages, mean, deviation)
+    found = cpp.page_scores(scores, pages, mean, deviation)
     torch.testing.assert_close(found, reference.page_scores(scores, pages, mean, deviation), atol=1e-4, rtol=1e-5)
 
 
@@ -319,7 +333,7 @@ def test_page_scores_refuses(position, value, message):
     arguments = page_arguments()
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpu.OPERATORS.page_scores(*arguments)
+        cpp.OPERATORS.page_scores(*arguments)
 
 
 def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,10 +349,12 @@ def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize(("group", "rank", "head_size"), [(1, 0, 16), (3, 1, 40), (4, 8, 32)])
 def test_expected_attention_matches_reference(group, rank, head_size, num_tokens, dtype):
-    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    _, cache = make_cache(
+        Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
+    )
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     statistics = make_statistics(2, 2 * group, rank, head_size)
-    found = cpu.expected_attention(cache, pages, num_tokens, *statistics)
+    found = cpp.expected_attention(cache, pages, num_tokens, *statistics)
     expected = reference.expected_attention(cache, pages, num_tokens, *statistics)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 2), atol=1e-5, rtol=0)
@@ -358,7 +374,7 @@ def test_expected_attention_refuses(position, value, message):
     arguments = attention_arguments()
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpu.OPERATORS.expected_attention(*arguments)
+        cpp.OPERATORS.expected_attention(*arguments)
 
 
 @needs_library
@@ -371,7 +387,9 @@ def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, lies_side_by_si
     exponents = torch.frexp(numbers).exponent
     for exponent in exponents.unique().tolist():
         own = numbers[exponents == exponent].to(CACHE_DTYPES[dtype])
-        _, cache = make_cache(Geometry(num_layers=1, num_blocks=2, num_kv_heads=1, block_size=256, dtype=CACHE_DTYPES[dtype]))
+        _, cache = make_cache(
+            Geometry(num_layers=1, num_blocks=2, num_kv_heads=1, block_size=256, dtype=CACHE_DTYPES[dtype])
+        )
         if lies_side_by_side:
             cache.layout = transposed_keys_layout(256, 8)
         cache.pages.zero_()
@@ -379,7 +397,7 @@ def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, lies_side_by_si
         means = torch.zeros(1, 1, 8)
         means[0, 0, 3] = 2.0**-exponent
         arguments = (cache, torch.tensor([1]), len(own), means, torch.zeros(1, 1, 0, 8))
-        torch.testing.assert_close(cpu.expected_attention(*arguments), reference.expected_attention(*arguments))
+        torch.testing.assert_close(cpp.expected_attention(*arguments), reference.expected_attention(*arguments))
 
 
 @needs_library
@@ -388,11 +406,15 @@ def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer(
     pages, queries = torch.arange(5), torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
     statistics = make_statistics(2, 4, 3, 16)
     scales = torch.tensor([0.25, 3.0])
-    expected = cpu.expected_attention(cache, pages, 75, *(vectors * scales[:, *[None] * (vectors.dim() - 1)] for vectors in statistics))
-    observed = cpu.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, 13)
+    expected = cpp.expected_attention(
+        cache, pages, 75, *(vectors * scales[:, *[None] * (vectors.dim() - 1)] for vectors in statistics)
+    )
+    observed = cpp.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, 13)
     cache.key_scales = scales
-    for kernels in (cpu, reference):
-        torch.testing.assert_close(kernels.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4)
+    for kernels in (cpp, reference):
+        torch.testing.assert_close(
+            kernels.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4
+        )
         for found, wanted in zip(kernels.observed_attention(cache, pages, 75, queries, 3, 7, 13), observed):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
@@ -404,11 +426,13 @@ def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer(
 @pytest.mark.parametrize(("group", "head_size"), [(1, 16), (3, 40), (4, 32)])
 def test_observed_attention_matches_reference(group, head_size, num_seen, num_queries, num_newer, dtype):
     num_tokens = num_seen + num_newer
-    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    _, cache = make_cache(
+        Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
+    )
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     queries = torch.randn(2, 2 * group, num_queries, head_size, generator=torch.Generator().manual_seed(num_seen))
     arguments = (cache, pages, num_tokens, queries, num_newer, 7, 13)
-    for found, expected in zip(cpu.observed_attention(*arguments), reference.observed_attention(*arguments)):
+    for found, expected in zip(cpp.observed_attention(*arguments), reference.observed_attention(*arguments)):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
@@ -425,7 +449,7 @@ def test_attention_holds_over_the_range_of_logits(lowest):
         cache.pages[0, page][:, cache.layout.keys] = keys[16 * page : 16 * page + 16]
     query = torch.zeros(1, 2, 1, 8)
     query[..., 3] = 1
-    mean, peak = cpu.observed_attention(cache, pages, num_tokens, query, 0, 1, 1)
+    mean, peak = cpp.observed_attention(cache, pages, num_tokens, query, 0, 1, 1)
     expected = logits.double().softmax(0).expand(1, 2, -1)
     for found in (mean, peak):
         torch.testing.assert_close(found.double(), expected, atol=1e-36, rtol=2e-6)
@@ -443,7 +467,7 @@ def test_attention_holds_over_the_range_of_logits(lowest):
 )
 def test_observed_attention_refuses(queries, message):
     with pytest.raises(RuntimeError, match=message):
-        cpu.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
+        cpp.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
 
 
 @needs_library
@@ -452,13 +476,15 @@ def test_observed_attention_refuses(queries, message):
 @pytest.mark.parametrize(("num_tokens", "pool"), [(1, 1), (1, 7), (63, 7), (64, 1), (65, 3), (200, 7)])
 @pytest.mark.parametrize("head_size", [16, 40])
 def test_key_distinctness_matches_reference(head_size, num_tokens, pool, lies_side_by_side, dtype):
-    _, cache = make_cache(Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype]))
+    _, cache = make_cache(
+        Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
+    )
     if lies_side_by_side:
         cache.layout = transposed_keys_layout(16, head_size)
     cache.key_scales = torch.tensor([0.25, 3.0])  # angles do not depend on it
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     cache.pages[1, pages[0], 1] = 0  # keys of no direction
-    found = cpu.key_distinctness(cache, pages, num_tokens, pool)
+    found = cpp.key_distinctness(cache, pages, num_tokens, pool)
     assert found.shape == (2, 2, num_tokens) and found.isfinite().all()
     torch.testing.assert_close(found, reference.key_distinctness(cache, pages, num_tokens, pool), atol=1e-5, rtol=1e-4)
 
@@ -472,7 +498,7 @@ def test_key_distinctness_refuses(position, value, message):
     arguments = attention_arguments()[:4]
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpu.OPERATORS.key_distinctness(*arguments)
+        cpp.OPERATORS.key_distinctness(*arguments)
 
 
 def attention_arguments() -> list:
@@ -494,7 +520,7 @@ def test_schemas_say_what_operators_do(operator):
         "key_distinctness": attention_arguments()[:4],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
-    torch.library.opcheck(getattr(cpu.OPERATORS, operator).default, tuple(arguments[operator]))
+    torch.library.opcheck(getattr(cpp.OPERATORS, operator).default, tuple(arguments[operator]))
 
 
 def test_the_package_works_without_the_library(tmp_path):

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from vllm_qfilters.config import METHODS, KVCompressionConfig
-from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
+from vllm_qfilters.stats import COUNTERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -26,7 +27,9 @@ def literals() -> str:
     return "\n".join("".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', path.read_text())) for path in files)
 
 
-@pytest.mark.parametrize("feature, state, proof", table("compatibility.md"), ids=lambda text: text.replace(" ", "-")[:40])
+@pytest.mark.parametrize(
+    "feature, state, proof", table("compatibility.md"), ids=lambda text: text.replace(" ", "-")[:40]
+)
 def test_every_cell_of_the_compatibility_table_has_its_proof(feature, state, proof):
     paths, refusals = re.findall(r"`([^`]+)`", proof), re.findall(r'"([^"]+)"', proof)
     kind = re.match(r"tested|refused|open|not tested", state)
@@ -36,7 +39,9 @@ def test_every_cell_of_the_compatibility_table_has_its_proof(feature, state, pro
         file, _, test = path.partition("::")
         assert (ROOT / file).is_file(), path
         if test:
-            functions = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+            functions = {
+                node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
+            }
             assert test in functions, path
     said = literals()
     for refusal in refusals:
@@ -50,7 +55,9 @@ def test_the_compatibility_table_has_every_refusal_of_support():
     (refused,) = (value for value in assigned if isinstance(value, ast.Dict))
     quoted = {quote for *_, proof in table("compatibility.md") for quote in re.findall(r'"([^"]+)"', proof)}
     for key in refused.keys:
-        assert any(quote in ast.get_source_segment(source, key) for quote in quoted), ast.get_source_segment(source, key)
+        assert any(quote in ast.get_source_segment(source, key) for quote in quoted), ast.get_source_segment(
+            source, key
+        )
 
 
 def test_messages_that_troubleshooting_explains_are_ours():

@@ -7,15 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_qfilters.evaluation import needles, statistics, tasks, texts
-from vllm_qfilters.evaluation.engine import EngineError, EngineFinished, EngineStarted, RequestFinished, run_engine
-from vllm_qfilters.evaluation.evaluate import engine_options, evaluate, plan
-from vllm_qfilters.evaluation.methods import FULL, Method
-from vllm_qfilters.evaluation.needles import PromptFrame
-from vllm_qfilters.evaluation.report import loss_increase, ratio_to_reference, report, table
-from vllm_qfilters.evaluation.results import Results
-from vllm_qfilters.evaluation.tasks import EvalAnswer, LossTask, RetrievalTask
-from vllm_qfilters.evaluation.texts import Text, TextSequence
+from vllm_qfilters.commands.evaluation import needles, statistics, tasks, texts
+from vllm_qfilters.commands.evaluation.engine import (
+    EngineError,
+    EngineFinished,
+    EngineStarted,
+    RequestFinished,
+    run_engine,
+)
+from vllm_qfilters.commands.evaluation.evaluate import engine_options, evaluate, plan
+from vllm_qfilters.commands.evaluation.methods import FULL, Method
+from vllm_qfilters.commands.evaluation.needles import PromptFrame
+from vllm_qfilters.commands.evaluation.report import loss_increase, ratio_to_reference, report, table
+from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, LossTask, RetrievalTask
+from vllm_qfilters.commands.evaluation.texts import Text, TextSequence
 
 BLOCK = 32
 
@@ -44,7 +50,10 @@ class CharacterTokenizer:
     [
         ("qfilters", {}),
         ("streaming:sinks=16", {"sinks": 16}),
-        ("qfilters:filter=static,granularity=head,window=0.25", {"filter": "static", "granularity": "head", "window": 0.25}),
+        (
+            "qfilters:filter=static,granularity=head,window=0.25",
+            {"filter": "static", "granularity": "head", "window": 0.25},
+        ),
         ("qfilters:filters=/a/b.safetensors", {"filters": "/a/b.safetensors"}),
     ],
 )
@@ -160,7 +169,8 @@ def test_prompts_too_short_for_a_needle_are_refused(make):
 
 
 @pytest.mark.parametrize(
-    "text, is_answered", [(" 12345.", True), (" is 12345 or 6", True), ("6, 12345", False), ("123456", False), ("none", False)]
+    "text, is_answered",
+    [(" 12345.", True), (" is 12345 or 6", True), ("6, 12345", False), ("123456", False), ("none", False)],
 )
 def test_the_first_number_counts(text, is_answered):
     assert needles.is_answered(text, "12345") == is_answered
@@ -257,7 +267,9 @@ def test_what_does_not_fit_together_is_refused(method, task, reason):
 
 
 class FakeEngine:
-    """Stands for ``run_engine``: loses 2 nats with the full cache, 3 with streaming, 2.5 with others. Finishes backwards."""
+    """Stands for ``run_engine``: loses 2 nats with the full cache, 3 with streaming, 2.5 with others. Finishes
+    backwards.
+    """
 
     def __init__(self, die_after=None):
         self.starts, self.requests, self.die_after = [], [], die_after
@@ -366,7 +378,7 @@ def test_table_is_aligned():
 
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    from vllm_qfilters.evaluation.plots import draw
+    from vllm_qfilters.commands.evaluation.plots import draw
 
     chosen = [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]
     paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, chosen))

@@ -21,7 +21,7 @@ from vllm_qfilters.filters.format import Filters, ModelIdentity
 from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
-from vllm_qfilters.worker import model_runner
+from vllm_qfilters.worker import runner as runner_module
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
 QUERY_SHAPE = (NUM_LAYERS, NUM_HEADS, HEAD_SIZE)
@@ -264,7 +264,9 @@ def test_what_a_file_says_of_itself_is_shown_in_one_short_line(path, text):
     assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
 
 
-@pytest.mark.parametrize("tensors", [{}, {"filters": torch.zeros(SHAPE), "weight": torch.zeros(3)}], ids=["empty", "others"])
+@pytest.mark.parametrize(
+    "tensors", [{}, {"filters": torch.zeros(SHAPE), "weight": torch.zeros(3)}], ids=["empty", "others"]
+)
 def test_a_file_without_filters_is_refused_naming_what_it_has(path, tensors):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=f"no tensor 'q_filters', only {', '.join(tensors)}"):
@@ -363,7 +365,9 @@ def save_with_header(path: pathlib.Path, changes: dict[str, str | None]) -> None
         "calibration": "",
         **changes,
     }
-    save_file({"q_filters": torch.zeros(SHAPE)}, path, {name: value for name, value in header.items() if value is not None})
+    save_file(
+        {"q_filters": torch.zeros(SHAPE)}, path, {name: value for name, value in header.items() if value is not None}
+    )
 
 
 def write_safetensors(path: pathlib.Path, header: bytes | dict) -> None:
@@ -416,7 +420,13 @@ def test_the_cache_path_changes_when_weights_are_overwritten_by_as_many_bytes(ca
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "org/other"}, {"architecture": "Other"}, {"num_layers": 9}, {"head_size": 64}, {"rope": {"rope_theta": 5e5}}],
+    [
+        {"name": "org/other"},
+        {"architecture": "Other"},
+        {"num_layers": 9},
+        {"head_size": 64},
+        {"rope": {"rope_theta": 5e5}},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_the_cache_path_changes_with_the_model(cache_root, change):
@@ -636,7 +646,9 @@ class Layers:
         layers = []
         for queries, keys in zip(self.queries[:, :, heads], self.keys[:, :, kv_heads], strict=True):
             size = queries.shape[2]
-            layer = LayerStatistics(queries.shape[1], keys.shape[1], size, Rotation(None, size), torch.zeros(0, dtype=torch.int64))
+            layer = LayerStatistics(
+                queries.shape[1], keys.shape[1], size, Rotation(None, size), torch.zeros(0, dtype=torch.int64)
+            )
             for query, key in zip(queries.split([120, 1, 179]), keys.split([120, 1, 179]), strict=True):
                 layer.observe(query, key)
             layers.append(layer)
@@ -666,7 +678,9 @@ def one_stage(monkeypatch):
 
 @pytest.fixture
 def one_rank(one_stage, monkeypatch):
-    monkeypatch.setattr(calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=lambda tensor, dim: tensor))
+    monkeypatch.setattr(
+        calibrate, "get_tp_group", lambda: SimpleNamespace(device="cpu", all_gather=lambda tensor, dim: tensor)
+    )
 
 
 GROUPS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2), (6, 1)], ids=["MHA", "GQA2", "MQA6"])
@@ -759,15 +773,17 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
 
 
 def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
-    """Each machine has a cache of its own: were each rank to look there, some would calibrate and wait for the others."""
+    """Each machine has a cache of its own: were each rank to look there, some would calibrate and wait for the
+    others.
+    """
 
     def rank(is_first: bool, found: object) -> object:
         group = SimpleNamespace(is_first_rank=is_first, broadcast_object=lambda given: sent.append(given) or sent[0])
-        monkeypatch.setattr(model_runner, "get_world_group", lambda: group)
-        monkeypatch.setattr(model_runner, "find_filters", lambda *wanted: found)
-        monkeypatch.setattr(model_runner.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
+        monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
+        monkeypatch.setattr(runner_module, "find_filters", lambda *wanted: found)
+        monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
         runner = SimpleNamespace(model_config=None, compression=SimpleNamespace(filter="static", filters="auto"))
-        return model_runner.CompressedModelRunner._find_or_calibrate_filters(runner)
+        return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
 
     sent: list[object] = []
     assert rank(True, ("filters", "cache here")) == ("filters", "cache here")

@@ -15,11 +15,11 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 
-from vllm_qfilters.attention.gpu import ScoringAttention
+from vllm_qfilters.attention.scoring import ScoringAttention
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.worker.model_runner import CompressedModelRunner
+from vllm_qfilters.worker.runner import CompressedModelRunner
 
 NUM_LAYERS, NUM_BLOCKS = 3, 5
 
@@ -49,7 +49,9 @@ def test_scores_have_a_place_behind_every_page(layout, block_size, dtype):
     assert bool((buffer != 0).all())
 
 
-@pytest.mark.parametrize("layout", sorted({layout.name for layout in KVCacheLayout} - {"LBNHC", "LBHNC", "BLNHC", "BLHNC"}))
+@pytest.mark.parametrize(
+    "layout", sorted({layout.name for layout in KVCacheLayout} - {"LBNHC", "LBHNC", "BLNHC", "BLHNC"})
+)
 def test_vllm_pads_no_pages_in_layouts_that_split_them(layout):
     with pytest.raises(AssertionError, match="Page padding"):
         allocate(KVCacheLayout[layout], 16, torch.bfloat16)
@@ -97,7 +99,9 @@ class Runner:
 class CompressedRunner(CompressedModelRunner, Runner):
     def __init__(self, block_size: int, kernel_block_sizes: list, backend: str = "SOME_ATTN", windows: tuple = (None,)):
         usual = dict(num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-        attn_backend = SimpleNamespace(get_name=lambda: backend, get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes)
+        attn_backend = SimpleNamespace(
+            get_name=lambda: backend, get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes
+        )
         self.specs, layers = {}, {}
         for index, window in enumerate(windows):
             layers[f"layer{index}"] = SimpleNamespace(get_attn_backend=lambda: attn_backend, sliding_window=window)
@@ -107,14 +111,19 @@ class CompressedRunner(CompressedModelRunner, Runner):
                 else SlidingWindowSpec(block_size=16, sliding_window=window, **usual)
             )
         self.compilation_config = SimpleNamespace(static_forward_context=layers)
-        self.cache_config, self.model_config = SimpleNamespace(block_size=block_size), SimpleNamespace(max_model_len=1 << 20)
+        self.cache_config, self.model_config = (
+            SimpleNamespace(block_size=block_size),
+            SimpleNamespace(max_model_len=1 << 20),
+        )
         self.compression = KVCompressionConfig()
         object.__setattr__(self.compression, "sliding_window", 512)
 
 
 def test_pages_a_backend_would_split_are_refused():
     assert CompressedRunner(64, [16, 32, 64]).get_kv_cache_spec()["layer0"].max_resident_tokens == 2048 + 2048
-    with pytest.raises(ValueError, match="SOME_ATTN reads pages of 64 tokens at most: use --block-size 64 instead of 128"):
+    with pytest.raises(
+        ValueError, match="SOME_ATTN reads pages of 64 tokens at most: use --block-size 64 instead of 128"
+    ):
         CompressedRunner(128, [16, 32, 64]).get_kv_cache_spec()
     with pytest.raises(ValueError, match="interval=128 is not a multiple of the block size 256"):
         CompressedRunner(256, [256]).get_kv_cache_spec()
@@ -123,7 +132,9 @@ def test_pages_a_backend_would_split_are_refused():
 def test_layers_with_and_without_a_sliding_window_share_a_cache():
     full, sliding = CompressedRunner(64, [16, 32, 64], windows=(None, 512)).get_kv_cache_spec().values()
     assert full == sliding and full.block_size == 64
-    with pytest.raises(ValueError, match="FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"):
+    with pytest.raises(
+        ValueError, match="FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+    ):
         CompressedRunner(64, [16, 32, 64], "FLASHINFER", (None, 512)).get_kv_cache_spec()
     (spec,) = CompressedRunner(64, [16, 32, 64], "FLASHINFER", (512,)).get_kv_cache_spec().values()
     assert spec == full
@@ -136,9 +147,11 @@ from unittest.mock import MagicMock
 for name in ("flashinfer", "flashinfer.decode", "flashinfer.prefill", "flashinfer.utils"):  # not there without a GPU
     sys.modules[name] = MagicMock(__name__=name, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
 """
-CHECK_BACKENDS = MOCK_FLASHINFER + """
+CHECK_BACKENDS = (
+    MOCK_FLASHINFER
+    + """
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm_qfilters.attention.gpu import BACKENDS, ScoringAttention
+from vllm_qfilters.attention.scoring import BACKENDS, ScoringAttention
 from vllm_qfilters.attention.watched import WatchedAttention
 
 for backend, path in BACKENDS.items():
@@ -150,6 +163,7 @@ for backend, path in BACKENDS.items():
     assert "do_kv_cache_update" in vars(mro[3]) and "forward" in vars(mro[3])
 print("checked", *BACKENDS)
 """
+)
 
 
 def run_checks(code: str) -> None:
@@ -161,8 +175,11 @@ def test_every_backend_writes_keys_where_we_score_them():
     run_checks(CHECK_BACKENDS)
 
 
-# A step of a decode and a prompt's last 5 tokens, which hold 100 and 37 tokens in pages of 16; positions are far beyond.
-CHECK_FLASHINFER_PLAN = MOCK_FLASHINFER + """
+# A step of a decode and a prompt's last 5 tokens, which hold 100 and 37 tokens in pages of 16; positions are far
+# beyond.
+CHECK_FLASHINFER_PLAN = (
+    MOCK_FLASHINFER
+    + """
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flashinfer
@@ -174,12 +191,13 @@ flashinfer.fast_plan_decode = lambda wrapper, **plan: plans.append(plan)
 flashinfer.PIN_MEMORY, flashinfer.BatchPrefillWithPagedKVCacheWrapper = False, MagicMock
 Builder = flashinfer.FlashInferMetadataBuilder
 builder = MagicMock(
-    spec=Builder, reorder_batch_threshold=1, use_xqa=False, use_trtllm_gen_varlen_decode=False, page_size=16, use_dcp=False,
-    use_trtllm_decode_attention=False, has_sinks=False, _num_speculative_tokens=0, enable_cuda_graph=True, num_qo_heads=4,
-    _decode_cudagraph_max_bs=8, dcp_world_size=1, num_kv_heads=2, nvfp4_trtllm=False, cache_dtype="auto",
-    attention_config=MagicMock(use_trtllm_attention=False), global_hyperparameters=MagicMock(), model_config=MagicMock(),
-    head_dim=64, sm_scale=0.1, window_left=-1, logits_soft_cap=0.0, kv_cache_dtype=torch.bfloat16, q_data_type_decode=None,
-    q_data_type_prefill=None, decode_fixed_split_size=-1, prefill_fixed_split_size=-1, disable_split_kv=False,
+    spec=Builder, reorder_batch_threshold=1, use_xqa=False, use_trtllm_gen_varlen_decode=False, page_size=16,
+    use_dcp=False, use_trtllm_decode_attention=False, has_sinks=False, _num_speculative_tokens=0,
+    enable_cuda_graph=True, num_qo_heads=4, _decode_cudagraph_max_bs=8, dcp_world_size=1, num_kv_heads=2,
+    nvfp4_trtllm=False, cache_dtype="auto", attention_config=MagicMock(use_trtllm_attention=False),
+    global_hyperparameters=MagicMock(), model_config=MagicMock(), head_dim=64, sm_scale=0.1, window_left=-1,
+    logits_soft_cap=0.0, kv_cache_dtype=torch.bfloat16, q_data_type_decode=None, q_data_type_prefill=None,
+    decode_fixed_split_size=-1, prefill_fixed_split_size=-1, disable_split_kv=False,
     paged_kv_indptr=flashinfer.CpuGpuBuffer(9, dtype=torch.int32, device="cpu", pin_memory=False),
     paged_kv_last_page_len=flashinfer.CpuGpuBuffer(8, dtype=torch.int32, device="cpu", pin_memory=False),
     paged_kv_indices=torch.zeros(64, dtype=torch.int32),
@@ -201,6 +219,7 @@ assert prefill["paged_kv_indptr"].tolist() == [7, 10] and prefill["paged_kv_last
 assert prefill["seq_lens"].tolist() == [37] and prefill["qo_indptr"].tolist() == [0, 5]
 print("checked")
 """
+)
 
 
 def test_flashinfer_plans_with_the_lengths_we_give_it():

@@ -1,5 +1,5 @@
-"""The GPU path from the scheduler to the kernels, on a CPU: model runner V2 and TRITON_ATTN under Triton's interpreter. Pipeline
-stages are processes that send to one another with gloo in place of NCCL."""
+"""The GPU path from the scheduler to the kernels, on a CPU: model runner V2 and TRITON_ATTN under Triton's interpreter.
+Pipeline stages are processes that send to one another with gloo in place of NCCL."""
 
 import json
 import subprocess
@@ -13,7 +13,11 @@ from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt, tin
 from vllm_qfilters.filters.format import Filters, load
 
 LLM = dict(
-    block_size=32, num_gpu_blocks_override=32, kv_cache_memory_bytes=1 << 26, max_model_len=512, max_num_batched_tokens=128
+    block_size=32,
+    num_gpu_blocks_override=32,
+    kv_cache_memory_bytes=1 << 26,
+    max_model_len=512,
+    max_num_batched_tokens=128,
 )
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
 PAGES = dict(EVICTING, budget=128, granularity="page")
@@ -53,14 +57,23 @@ def runs(tiny_model, tiny_filters, calibrated, tiny_exaone, exaone_filters):
         dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
         dict(compression=PAGES, llm=LLM, requests=BATCHES),
         dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
-        dict(compression=EVICTING, llm=dict(LLM, pipeline_parallel_size=2), requests=BATCHES, calibration=calibration[2]),
-        dict(compression=dict(EVICTING, filters=str(exaone_filters[0])), llm=LLM, requests=BATCHES, model=str(tiny_exaone)),
+        dict(
+            compression=EVICTING, llm=dict(LLM, pipeline_parallel_size=2), requests=BATCHES, calibration=calibration[2]
+        ),
+        dict(
+            compression=dict(EVICTING, filters=str(exaone_filters[0])),
+            llm=LLM,
+            requests=BATCHES,
+            model=str(tiny_exaone),
+        ),
     ]
     job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
     command = [sys.executable, "-m", "tests.interpreted_engine"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    results = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # the rest is vLLM's log
+    results = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("[{"))
+    )  # the rest is vLLM's log
     assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
     return results
 
@@ -126,14 +139,18 @@ def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
 
 
 def test_two_pipeline_stages_answer_as_one(runs):
-    """One has one of the three layers, the other two. Three batches are in flight, as asynchronous scheduling wants it."""
+    """One has one of the three layers, the other two. Three batches are in flight, as asynchronous scheduling wants
+    it.
+    """
     one, two = runs[2], runs[6]
     assert two["async_scheduling"]
     assert (two["compactions"], two["evicted_tokens"]) == (one["compactions"], one["evicted_tokens"])
     assert sorted(two["kept"]) == sorted(one["kept"])
     for found, expected in zip(two["outputs"], one["outputs"], strict=True):
         assert found["token_ids"] == expected["token_ids"]
-        torch.testing.assert_close(torch.tensor(found["logprobs"]), torch.tensor(expected["logprobs"]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(found["logprobs"]), torch.tensor(expected["logprobs"]), atol=1e-3, rtol=0
+        )
         assert found["cached_tokens"] == expected["cached_tokens"]
 
 

@@ -14,8 +14,8 @@ from tests.models import NUM_KV_HEADS, NUM_LAYERS, random_prompt
 from tests.oracle import teacher_forced_logprobs
 from tests.paged import Geometry, make_cache
 from tests.test_oracle import CASES, options_and_rule
-from vllm_qfilters.inspection.command import assemble, inspect, token_texts
-from vllm_qfilters.inspection.page import Inspection, render
+from vllm_qfilters.commands.inspection.command import assemble, inspect, token_texts
+from vllm_qfilters.commands.inspection.page import Inspection, render
 from vllm_qfilters.kernels.reference import compact
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.worker.kept_tokens import KeptTokens

@@ -1,4 +1,6 @@
-"""The same keys, scored and cut by kvpress (Apache-2.0, of PyPI) and by us, by head, as it does: the same tokens stay."""
+"""The same keys, scored and cut by kvpress (Apache-2.0, of PyPI) and by us, by head, as it does: the same tokens
+stay.
+"""
 
 import importlib.machinery
 import json
@@ -63,7 +65,9 @@ def press_of(method: str, presses, folder: pathlib.Path):
 def test_the_same_tokens_stay(method, seed, presses, tmp_path):
     generator = torch.Generator().manual_seed(seed)
     shape = (NUM_LAYERS, NUM_KV_HEADS, NUM_TOKENS, HEAD_SIZE)
-    keys = torch.randn(shape, generator=generator) + torch.randn(NUM_LAYERS, NUM_KV_HEADS, 1, HEAD_SIZE, generator=generator)
+    keys = torch.randn(shape, generator=generator) + torch.randn(
+        NUM_LAYERS, NUM_KV_HEADS, 1, HEAD_SIZE, generator=generator
+    )
 
     _, cache = make_cache(Geometry(NUM_LAYERS, 8, NUM_KV_HEADS, 16, HEAD_SIZE))
     scorer = SCORERS[method](cache)

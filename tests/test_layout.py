@@ -11,7 +11,7 @@ from tests.marks import needs_avx512, needs_fp8_caches
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.kernels import PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import PageLayout
-from vllm_qfilters.worker.cpu_model_runner import cache_writer
+from vllm_qfilters.worker.runner_v1 import cache_writer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCORE_BYTES = 4
@@ -53,7 +53,9 @@ class Geometry:
 
 
 def kv_cache_views(buffer: torch.Tensor, geometry: Geometry, page_bytes: int | None = None) -> list[torch.Tensor]:
-    """The views vLLM gives to attention layers: one int8 allocation, layers outermost, pages padded behind their content."""
+    """The views vLLM gives to attention layers: one int8 allocation, layers outermost, pages padded behind their
+    content.
+    """
     page_elements = (page_bytes or geometry.page_bytes) // geometry.dtype.itemsize
     layer_elements = geometry.num_blocks * page_elements
     shape = (geometry.num_blocks, geometry.num_kv_heads, geometry.block_size, 2 * geometry.head_size)
@@ -110,7 +112,9 @@ LAYOUTS = {"identity": identity_layout, "transposed-keys": transposed_keys_layou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("block_size", "head_size"), [(16, 8), (32, 80), (128, 64)], ids=["bs16-D8", "bs32-D80", "bs128-D64"])
+@pytest.mark.parametrize(
+    ("block_size", "head_size"), [(16, 8), (32, 80), (128, 64)], ids=["bs16-D8", "bs32-D80", "bs128-D64"]
+)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_probing_finds_the_layout_a_writer_uses(name, block_size, head_size, dtype):
     layout = LAYOUTS[name](block_size, head_size)
@@ -278,7 +282,9 @@ def test_elements_and_scores_lie_at_their_bytes_of_the_allocation(geometry):
                 start = geometry.element_byte(layer, page, head, element)
                 assert torch.equal(buffer[start : start + geometry.dtype.itemsize], bytes_of(row[dim : dim + 1]))
         start = geometry.score_byte(layer, page, head, slot)
-        assert torch.equal(buffer[start : start + SCORE_BYTES], bytes_of(cache.scores[layer, page, head, slot : slot + 1]))
+        assert torch.equal(
+            buffer[start : start + SCORE_BYTES], bytes_of(cache.scores[layer, page, head, slot : slot + 1])
+        )
 
 
 def test_a_write_changes_nothing_but_its_places(geometry):
@@ -305,7 +311,9 @@ def test_scores_and_contents_do_not_overlap(geometry):
     assert not cache.pages.any()
     expected = torch.zeros_like(buffer)
     number = bytes_of(torch.tensor([-1.5]))
-    for layer, page, plane, head, slot in torch.cartesian_prod(*(torch.arange(size) for size in cache.planes.shape)).tolist():
+    for layer, page, plane, head, slot in torch.cartesian_prod(
+        *(torch.arange(size) for size in cache.planes.shape)
+    ).tolist():
         start = geometry.score_byte(layer, page, plane * geometry.num_kv_heads + head, slot)
         expected[start : start + SCORE_BYTES] = number
     assert torch.equal(buffer, expected)
@@ -388,7 +396,9 @@ def test_a_plane_is_written_for_the_tokens_of_a_sequence_alone(geometry):
 def token_major(views: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same shape with all heads of a token side by side."""
     return [
-        view.as_strided(view.shape, (view.stride(0), view.shape[3], view.shape[1] * view.shape[3], 1), view.storage_offset())
+        view.as_strided(
+            view.shape, (view.stride(0), view.shape[3], view.shape[1] * view.shape[3], 1), view.storage_offset()
+        )
         for view in views
     ]
 
@@ -399,10 +409,18 @@ def token_major(views: list[torch.Tensor]) -> list[torch.Tensor]:
         pytest.param(token_major, "head by head", id="token-major"),
         pytest.param(lambda views: [view.transpose(2, 3) for view in views], "head by head", id="transposed"),
         pytest.param(lambda views: [view[..., ::2] for view in views], "head by head", id="every-other-element"),
-        pytest.param(lambda views: [views[0], views[2], views[1]], "layer 2 .* constant distance", id="layers-out-of-order"),
-        pytest.param(lambda views: [views[0], views[1], views[2][1:]], "layer 2 .* constant distance", id="fewer-pages"),
-        pytest.param(lambda views: [view.clone() for view in views], "layer 1 .* constant distance", id="separate-allocations"),
-        pytest.param(lambda views: [views[0], views[1][::2], views[2]], "layer 1 .* constant distance", id="other-strides"),
+        pytest.param(
+            lambda views: [views[0], views[2], views[1]], "layer 2 .* constant distance", id="layers-out-of-order"
+        ),
+        pytest.param(
+            lambda views: [views[0], views[1], views[2][1:]], "layer 2 .* constant distance", id="fewer-pages"
+        ),
+        pytest.param(
+            lambda views: [view.clone() for view in views], "layer 1 .* constant distance", id="separate-allocations"
+        ),
+        pytest.param(
+            lambda views: [views[0], views[1][::2], views[2]], "layer 1 .* constant distance", id="other-strides"
+        ),
     ],
 )
 def test_views_that_are_not_laid_out_like_vllms_are_refused(rearrange, message):

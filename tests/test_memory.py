@@ -9,8 +9,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.models import HEAD_SIZE, NUM_LAYERS
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
-from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
 from vllm_qfilters.worker.gpu_worker import QFiltersGPUWorker
+from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 
 GIB = 1 << 30
 NUM_PAGES = 20_000
@@ -49,7 +49,8 @@ def test_recent_queries_of_all_requests_that_run_at_once_are_reserved(engines):
 @pytest.mark.parametrize(
     "options, mebibytes",
     [
-        # 65,536 tokens at once, five float32 per KV head; a byte per head and token of the cache; the queries of 8 prompts.
+        # 65,536 tokens at once, five float32 per KV head; a byte per head and token of the cache; the queries of 8
+        # prompts.
         ({}, 320 + 79 + 64),
         (dict(observed=0), 320 + 79),
         (dict(filter="static"), 1280 + 79),

@@ -12,9 +12,10 @@ from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, KVCompressionStats, attach_stats, detach_stats
-from vllm_qfilters.plan import QFiltersModelRunnerOutput
-from vllm_qfilters.worker.compaction_timer import CompactionTimer
+from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS, PREFIX
+from vllm_qfilters.messages import QFiltersModelRunnerOutput
+from vllm_qfilters.stats import COUNTERS, KVCompressionStats, attach_stats, detach_stats
+from vllm_qfilters.worker.timer import CompactionTimer
 
 ROOT = pathlib.Path(__file__).parents[1]
 

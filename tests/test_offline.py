@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from vllm_qfilters import offline
-from vllm_qfilters.offline import BadLine, Completion, OutputMismatch, Refusal, Request
+from vllm_qfilters.commands.generate import offline
+from vllm_qfilters.commands.generate.offline import BadLine, Completion, OutputMismatch, Refusal, Request
 
 INPUT = [
     {"prompt": "one", "id": "a"},

@@ -15,10 +15,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from tests import fake_engines
 from tests.engines import keep_alive
-from vllm_qfilters import KVCompressionConfig, cli, kv_compression, offline, offline_ray
-from vllm_qfilters.arguments import UsageError
-from vllm_qfilters.offline import Request
-from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput, RequestCompaction
+from vllm_qfilters import KVCompressionConfig, kv_compression
+from vllm_qfilters.commands import cli
+from vllm_qfilters.commands.arguments import UsageError
+from vllm_qfilters.commands.generate import offline
+from vllm_qfilters.commands.generate import ray as offline_ray
+from vllm_qfilters.commands.generate.offline import Request
+from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.plan import CompactionPlan, RequestCompaction
 from vllm_qfilters.worker.cpu_worker import QFiltersCPUWorker
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +91,12 @@ def test_an_engine_that_does_not_start_says_why():
         ([{"CPU": 8.0}], 2, 0, 4),
         ([{"CPU": 3.0}, {"CPU": 1.0}], 2, 0, 1),
         ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}], 4, 2, 1),
-        ([{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 3.0}], 3, 2, "3: with 2 GPUs and a core for each engine .* room for 2"),
+        (
+            [{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 3.0}],
+            3,
+            2,
+            "3: with 2 GPUs and a core for each engine .* room for 2",
+        ),
         ([{"CPU": 16.0}, {"CPU": 1.0, "GPU": 8.0}], 2, 1, "2: with 1 GPUs and a core for each engine .* room for 1"),
         ([{"CPU": 2.0}], 4, 0, "4: with a core for each engine the cluster has room for 2"),
     ],

@@ -20,24 +20,76 @@ CASES = {
     "full": (dict(budget=256, window=64, sinks=4, interval=64, prefill="full"), 900, 200),
     "scope-decode": (dict(budget=128, window=32, sinks=4, interval=32, scope="decode", granularity="head"), 300, 400),
     "few-tokens-between-sinks-and-window": (dict(budget=128, window=70, sinks=4, interval=32, chunk=128), 400, 200),
-    "scope-decode-ends-a-prompt-inside-a-page": (dict(budget=128, window=90, sinks=4, interval=32, scope="decode"), 300, 250),
-    "expected-head": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", observed=0, rank=0), 900, 200),
-    "expected-covariance": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", observed=0, rank=32), 900, 200),
-    "expected-observed": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", rank=0), 900, 200),
-    "expected-observed-layer-full": (dict(budget=250, window=45, sinks=7, interval=32, prefill="full", rank=32), 700, 200),
-    "expected-observed-cut-often": (dict(budget=250, window=45, sinks=4, interval=32, chunk=256, prefill_interval=96, rank=0), 900, 200),
-    "expected-observed-below-budget": (dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0), 100, 400),
-    "rotary": (dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"), 700, 200),
-    "rotary-fp8": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, filter="rotary", kv_cache_dtype="fp8"), 700, 200),
+    "scope-decode-ends-a-prompt-inside-a-page": (
+        dict(budget=128, window=90, sinks=4, interval=32, scope="decode"),
+        300,
+        250,
+    ),
+    "expected-head": (
+        dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", observed=0, rank=0),
+        900,
+        200,
+    ),
+    "expected-covariance": (
+        dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", observed=0, rank=32),
+        900,
+        200,
+    ),
+    "expected-observed": (
+        dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="head", rank=0),
+        900,
+        200,
+    ),
+    "expected-observed-layer-full": (
+        dict(budget=250, window=45, sinks=7, interval=32, prefill="full", rank=32),
+        700,
+        200,
+    ),
+    "expected-observed-cut-often": (
+        dict(budget=250, window=45, sinks=4, interval=32, chunk=256, prefill_interval=96, rank=0),
+        900,
+        200,
+    ),
+    "expected-observed-below-budget": (
+        dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, granularity="head", rank=0),
+        100,
+        400,
+    ),
+    "rotary": (
+        dict(budget=256, window=64, sinks=4, interval=64, chunk=256, granularity="head", filter="rotary"),
+        700,
+        200,
+    ),
+    "rotary-fp8": (
+        dict(budget=256, window=64, sinks=4, interval=32, chunk=256, filter="rotary", kv_cache_dtype="fp8"),
+        700,
+        200,
+    ),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
     "page-chunked": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="page"), 900, 300),
-    "page-cut-often": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64, granularity="page"), 900, 200),
+    "page-cut-often": (
+        dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64, granularity="page"),
+        900,
+        200,
+    ),
     "page-odd-window": (dict(budget=331, window=45, sinks=39, interval=96, chunk=128, granularity="page"), 700, 400),
-    "page-no-sinks-no-window": (dict(budget=192, window=0, sinks=0, interval=32, chunk=256, granularity="page"), 500, 300),
+    "page-no-sinks-no-window": (
+        dict(budget=192, window=0, sinks=0, interval=32, chunk=256, granularity="page"),
+        500,
+        300,
+    ),
     "page-full": (dict(budget=256, window=64, sinks=4, interval=64, granularity="page", prefill="full"), 900, 200),
-    "page-scope-decode": (dict(budget=256, window=50, sinks=4, interval=64, granularity="page", scope="decode"), 300, 500),
+    "page-scope-decode": (
+        dict(budget=256, window=50, sinks=4, interval=64, granularity="page", scope="decode"),
+        300,
+        500,
+    ),
     "page-smallest": (dict(budget=162, window=64, sinks=4, interval=32, chunk=128, granularity="page"), 400, 250),
-    "page-streaming": (dict(method="streaming", budget=256, sinks=4, interval=64, chunk=256, window=0, granularity="page"), 700, 300),
+    "page-streaming": (
+        dict(method="streaming", budget=256, sinks=4, interval=64, chunk=256, window=0, granularity="page"),
+        700,
+        300,
+    ),
 }
 
 
@@ -73,7 +125,9 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
     )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_fp8_caches if "fp8" in case else ()) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=needs_fp8_caches if "fp8" in case else ()) for case in CASES]
+)
 def test_engine_matches_hugging_face_with_the_same_rule(case, engines, hf_model, tiny_filters):
     _, prompt_tokens, new_tokens = CASES[case]
     options, rule = options_and_rule(case)
@@ -99,7 +153,16 @@ def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
     options = {**options, "filter": "static"}
     prompt = random_prompt(prompt_tokens, seed=1)
     ids, logprobs = tokens_and_logprobs(engines.get(**options).generate([prompt], max_tokens=50)[0])
-    rule = Rule(budget=100_000, window=64, sinks=4, interval=32, block=BLOCK, chunk=256, prefill_interval=256, shared_by_heads=True)
+    rule = Rule(
+        budget=100_000,
+        window=64,
+        sinks=4,
+        interval=32,
+        block=BLOCK,
+        chunk=256,
+        prefill_interval=256,
+        shared_by_heads=True,
+    )
     uncompressed, _ = teacher_forced_logprobs(hf_model, prompt, ids, tiny_filters[1], rule)
     assert (torch.tensor(logprobs) - torch.tensor(uncompressed)).abs().max() > 0.05
 

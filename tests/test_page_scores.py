@@ -9,8 +9,9 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from tests.test_layout import Geometry, make_cache
 from vllm_qfilters.kernels import page_scores
-from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput
-from vllm_qfilters.worker.page_scores import PageScorer
+from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.plan import CompactionPlan
+from vllm_qfilters.worker.page_scorer import PageScorer
 
 GEOMETRY = Geometry(num_layers=3, num_blocks=7, num_kv_heads=2, block_size=16)
 PAGES = (5, 0, 3)

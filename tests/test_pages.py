@@ -30,7 +30,9 @@ class Reference:
         row = self._compact(request, evicted_tokens)
         count = evicted_tokens // BLOCK
         outside = [
-            page for i, page in enumerate(before) if i * BLOCK >= limits.sinks and (i + 1) * BLOCK <= resident - limits.window
+            page
+            for i, page in enumerate(before)
+            if i * BLOCK >= limits.sinks and (i + 1) * BLOCK <= resident - limits.window
         ]
         lowest = sorted(outside, key=self.score)[:count]
         assert row.block_ids == tuple(page for page in before if page not in lowest)
@@ -106,7 +108,9 @@ def test_step_table_of_one_request(engines):
 
 
 def test_pages_freed_by_one_request_serve_another_in_the_same_step(engines):
-    """The cache has room for the second request only if the first one's pages are free before that step is scheduled."""
+    """The cache has room for the second request only if the first one's pages are free before that step is
+    scheduled.
+    """
     engine = engines.get(**OPTIONS, num_blocks=14)  # 13 usable pages
     engine.drop_everything()
     engine.add(random_prompt(257, seed=4), max_tokens=20)  # holds 8 pages at its cut, then 6 + 1
@@ -131,7 +135,9 @@ def test_a_cached_page_keeps_its_score_and_a_freed_one_is_still_found(engines):
     engine.step()
     held = {block.block_id for block in pages.req_to_blocks[request.request_id]}
     freed = [page for page in first if page not in held]
-    assert len(freed) == 2 and freed == sorted(sorted(first[1:7], key=pages.block_scores.__getitem__)[:2], key=first.index)
+    assert len(freed) == 2 and freed == sorted(
+        sorted(first[1:7], key=pages.block_scores.__getitem__)[:2], key=first.index
+    )
     engine.run()
 
     engine.add(prompt, max_tokens=40)
@@ -160,7 +166,9 @@ def test_scores_of_a_page_filled_anew_replace_those_still_on_their_way(engines):
 
 
 def make_async(engine: Engine, depth: int = 2) -> None:
-    """The next steps are scheduled before the output of one is looked at, as under async scheduling, which CPUs switch off."""
+    """The next steps are scheduled before the output of one is looked at, as under async scheduling, which CPUs switch
+    off.
+    """
     core = engine.llm.llm_engine.engine_core.engine_core
     core.batch_queue_size, core.batch_queue = depth, collections.deque(maxlen=depth)
     core.step_fn = core.step_with_batch_queue

@@ -1,5 +1,5 @@
-"""Tensor and pipeline parallelism: ranks hold different heads or layers and evict the same counts. Data parallelism: engines
-that share a server."""
+"""Tensor and pipeline parallelism: ranks hold different heads or layers and evict the same counts. Data parallelism:
+engines that share a server."""
 
 import concurrent.futures
 import json
@@ -70,7 +70,10 @@ def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeyp
     engine = engines.get(**COMPRESSION, **CACHE, filters=str(path))
     assert found == answer(engine)
     engine.drop_everything()
-    expected, calibrated = engine.runner.calibrate_filters(engine.runner._random_sequences(), ""), load(path, tiny_identity())
+    expected, calibrated = (
+        engine.runner.calibrate_filters(engine.runner._random_sequences(), ""),
+        load(path, tiny_identity()),
+    )
     torch.testing.assert_close(calibrated.filters, expected.filters, atol=1e-3, rtol=0)
     torch.testing.assert_close(
         calibrated.query_second_before_rope, expected.query_second_before_rope, atol=1e-3, rtol=1e-3
@@ -89,7 +92,9 @@ def test_two_engines_of_one_server_calibrate_and_answer_as_one(model_with_tokeni
 
         def ask(request) -> list[int]:
             extra = {"ignore_eos": True, "return_token_ids": True}
-            return client.completions.create(model="demo", temperature=0, extra_body=extra, **request).choices[0].token_ids
+            return (
+                client.completions.create(model="demo", temperature=0, extra_body=extra, **request).choices[0].token_ids
+            )
 
         with concurrent.futures.ThreadPoolExecutor(len(REQUESTS)) as threads:
             found = list(threads.map(ask, REQUESTS))

@@ -16,7 +16,9 @@ NEW_TOKENS = 120
 PREFILLS = {"chunked": dict(prefill_interval=64), "chunked rarely": {}, "full": dict(prefill="full")}
 
 
-@pytest.fixture(params=[(prefill, granularity) for prefill in PREFILLS for granularity in ("layer", "page")], ids="-".join)
+@pytest.fixture(
+    params=[(prefill, granularity) for prefill in PREFILLS for granularity in ("layer", "page")], ids="-".join
+)
 def engine(request, engines):
     prefill, granularity = request.param
     engine = engines.get(**OPTIONS, **PREFILLS[prefill], granularity=granularity)
@@ -53,7 +55,9 @@ def test_a_request_after_another_with_the_same_prefix(engine):
 
 
 def test_a_request_after_one_whose_prompt_ended_within_the_prefix(engine):
-    """What its question looked at stands beside the tokens of the shared pages, and is none of this request's business."""
+    """What its question looked at stands beside the tokens of the shared pages, and is none of this request's
+    business.
+    """
     expected = cold(engine, SECOND)
     generate(engine, SHARED[:330])
     warm = generate(engine, SECOND)

@@ -21,7 +21,9 @@ class Watch:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.preempted: set[str] = set()
-        self.decoding: set[tuple[str, int]] = set()  # requests whose next step decodes, unless they are preempted once more
+        self.decoding: set[tuple[str, int]] = (
+            set()
+        )  # requests whose next step decodes, unless they are preempted once more
 
     def __call__(self) -> None:
         scheduler, pages, pool = self.engine.scheduler, self.engine.scheduler.pages, self.engine.pool
@@ -70,7 +72,9 @@ def test_random_load_keeps_every_invariant_and_ends(granularity, prefill, seed, 
     for _ in range(200):
         if len(requests) < 24 and rng.random() < 0.4:
             prompt = rng.choice([[], *prefixes]) + random_prompt(rng.randint(1, 300), seed=rng.randint(0, 10**6))
-            job = dict(prompt=prompt, max_tokens=rng.randint(1, 150), kv_budget=rng.choice([None, None, 180, 250, 0.6, 0]))
+            job = dict(
+                prompt=prompt, max_tokens=rng.randint(1, 150), kv_budget=rng.choice([None, None, 180, 250, 0.6, 0])
+            )
             name = engine.add(**job)
             requests[name] = job
             alive.append(name)

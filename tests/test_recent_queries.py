@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
-from vllm_qfilters.attention.recent_queries import QueryRecorder
+from vllm_qfilters.attention.queries import QueryRecorder
 from vllm_qfilters.attention.watched import dequantised
 
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
@@ -35,7 +35,9 @@ def assert_last_queries(recorder: QueryRecorder, req_id: str, end: int, num_prom
     found = recorder.get(req_id)
     assert (found.end, found.num_prompt_tokens) == (end, num_prompt)
     positions = range(max(0, end - NUM_QUERIES), end)
-    expected = [torch.stack([query_of(req_id, position, layer) for position in positions]) for layer in range(NUM_LAYERS)]
+    expected = [
+        torch.stack([query_of(req_id, position, layer) for position in positions]) for layer in range(NUM_LAYERS)
+    ]
     assert torch.equal(found.queries, torch.stack(expected).transpose(1, 2))
 
 
@@ -45,7 +47,9 @@ def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
     computed = dict.fromkeys(prompt, 0)
     for _ in range(60):
         tokens = {r: rng.choice([1, 2, 3, 7, 12]) for r in rng.sample(sorted(prompt), 4)}
-        tokens = {r: min(count, prompt[r] - computed[r]) if computed[r] < prompt[r] else 1 for r, count in tokens.items()}
+        tokens = {
+            r: min(count, prompt[r] - computed[r]) if computed[r] < prompt[r] else 1 for r, count in tokens.items()
+        }
         run_step(recorder, tokens, computed, prompt)
         for req_id in tokens:
             assert_last_queries(recorder, req_id, min(computed[req_id], prompt[req_id]), prompt[req_id])

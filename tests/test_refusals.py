@@ -17,8 +17,9 @@ from tests.marks import needs_fp8_caches
 from tests.models import random_prompt
 from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.config import KVCompressionConfig
-from vllm_qfilters.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
-from vllm_qfilters.support import check_cuda_graphs, check_request, check_specs, check_supported, warn_of_slow_dtype
+from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
+from vllm_qfilters.frontend.support import check_request, check_supported, warn_of_slow_dtype
+from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -44,7 +45,9 @@ def test_a_bad_kv_budget_is_refused(kv_budget, reason, engines):
 
 def test_a_kv_budget_of_too_few_pages_is_refused(engines):
     engine = engines.get(**dict(OPTIONS, budget=192), granularity="page")
-    with pytest.raises(VLLMValidationError, match="kv_budget=129: at least 130 tokens .* interval 32, in whole pages of 32"):
+    with pytest.raises(
+        VLLMValidationError, match="kv_budget=129: at least 130 tokens .* interval 32, in whole pages of 32"
+    ):
         engine.add(random_prompt(10, seed=0), kv_budget=129)
     engine.add(random_prompt(10, seed=0), max_tokens=2, kv_budget=130)
     engine.run()
@@ -71,7 +74,9 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
             "KV compression does not support speculative decoding by models that draft and other methods; use ngram",
         ),
         (
-            dict(hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}),
+            dict(
+                hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            ),
             r"budget=128: at least 163 tokens are needed for window 32 \(at least 127, which the model's sliding windows reach back\)",
         ),
     ],
@@ -81,7 +86,9 @@ def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model)
     from vllm import LLM
 
     compression = kv_compression("random", budget=128, window=32, sinks=4, interval=32, chunk=128)
-    arguments = dict(block_size=32, skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_model_len=512)
+    arguments = dict(
+        block_size=32, skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_model_len=512
+    )
     if llm.get("speculative_config", {}).get("model"):
         llm = dict(speculative_config={**llm["speculative_config"], "model": str(tiny_model)})
     with pytest.raises(Exception, match=reason):
@@ -89,7 +96,9 @@ def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model)
 
 
 def supported_config() -> SimpleNamespace:
-    """What :func:`check_supported` reads of a VllmConfig; a real one lets every start of an engine fail if a name changes."""
+    """What :func:`check_supported` reads of a VllmConfig; a real one lets every start of an engine fail if a name
+    changes.
+    """
     return SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, original_max_model_len=4096,
@@ -127,7 +136,9 @@ def supported_config() -> SimpleNamespace:
         ("parallel_config.worker_cls", GPU_WORKER_CLS, "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
         ("use_v2_model_runner", True, "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER"),
         pytest.param(
-            "cache_config.cache_dtype", "int4_per_token_head", "--kv-cache-dtype int4_per_token_head; use auto or fp8",
+            "cache_config.cache_dtype",
+            "int4_per_token_head",
+            "--kv-cache-dtype int4_per_token_head; use auto or fp8",
             marks=needs_fp8_caches,
         ),
     ],
@@ -195,21 +206,27 @@ def test_pages_in_pipelines_are_refused_by_name():
     config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
     config.parallel_config.pipeline_parallel_size = 2
     check_supported(compression, config)
-    with pytest.raises(ValueError, match="KV compression does not support pipeline parallelism with granularity 'page'"):
+    with pytest.raises(
+        ValueError, match="KV compression does not support pipeline parallelism with granularity 'page'"
+    ):
         check_supported(dataclasses.replace(compression, granularity="page"), config)
 
 
 @pytest.mark.parametrize("is_mm_prefix_lm, mm_features, kv_budget, is_refused", [
     (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False), (False, ["image"], None, False),
 ])  # fmt: skip
-def test_images_that_are_attended_to_in_both_directions_are_refused(is_mm_prefix_lm, mm_features, kv_budget, is_refused):
+def test_images_that_are_attended_to_in_both_directions_are_refused(
+    is_mm_prefix_lm, mm_features, kv_budget, is_refused
+):
     config = SimpleNamespace(
         model_config=SimpleNamespace(is_mm_prefix_lm=is_mm_prefix_lm),
         cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None),
     )
     params = SamplingParams(extra_args={} if kv_budget is None else {"kv_budget": kv_budget})
     request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=mm_features)
-    refused = pytest.raises(VLLMValidationError, match="does not support images in prompts of models that attend to them in both")
+    refused = pytest.raises(
+        VLLMValidationError, match="does not support images in prompts of models that attend to them in both"
+    )
     with refused if is_refused else contextlib.nullcontext():
         check_request(KVCompressionConfig(), config, request)
 
@@ -217,13 +234,25 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(is_mm_prefix
 @pytest.mark.parametrize(
     "spec_cls, change, reason",
     [
-        (ChunkedLocalAttentionSpec, dict(attention_chunk_size=128), "sliding windows, but second has a ChunkedLocalAttentionSpec"),
-        (SlidingWindowSpec, dict(sliding_window=129), "keeps the 128 tokens .* as its sliding window, but second has one of 129"),
+        (
+            ChunkedLocalAttentionSpec,
+            dict(attention_chunk_size=128),
+            "sliding windows, but second has a ChunkedLocalAttentionSpec",
+        ),
+        (
+            SlidingWindowSpec,
+            dict(sliding_window=129),
+            "keeps the 128 tokens .* as its sliding window, but second has one of 129",
+        ),
         (FullAttentionSpec, dict(attention_chunk_size=128), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(non_causal=True), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
         (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
-        (FullAttentionSpec, dict(dtype=torch.uint8), "second is torch.uint8, .* torch.float32; drop --kv-cache-dtype-skip"),
+        (
+            FullAttentionSpec,
+            dict(dtype=torch.uint8),
+            "second is torch.uint8, .* torch.float32; drop --kv-cache-dtype-skip",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
 )
@@ -239,10 +268,17 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
 
 
 def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():
-    with pytest.raises(ValueError, match="observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"):
+    with pytest.raises(
+        ValueError, match="observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"
+    ):
         check_cuda_graphs(KVCompressionConfig(), CUDAGraphMode.FULL)
     check_cuda_graphs(KVCompressionConfig(observed=0), CUDAGraphMode.FULL)
-    for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE):
+    for mode in (
+        CUDAGraphMode.NONE,
+        CUDAGraphMode.PIECEWISE,
+        CUDAGraphMode.FULL_DECODE_ONLY,
+        CUDAGraphMode.FULL_AND_PIECEWISE,
+    ):
         check_cuda_graphs(KVCompressionConfig(), mode)
 
 

@@ -41,7 +41,9 @@ def engine(folder):
 
 @pytest.fixture
 def requests(folder):
-    """Base model and adapter on one prompt; two grammars, one of them with the adapter, that end by themselves; one token."""
+    """Base model and adapter on one prompt; two grammars, one of them with the adapter, that end by themselves; one
+    token.
+    """
     prompt = random_prompt(300, seed=1)
     return [
         dict(prompt=prompt, max_tokens=150),
@@ -77,7 +79,9 @@ def test_grammars_and_adapters_hold_while_tokens_are_evicted(folder, engine, req
     outputs = generate_each(engine.llm, requests)
     assert engine.scheduler.compression_stats.evicted_tokens - evicted_before > 1000
     tokenizer = engine.llm.get_tokenizer()
-    _, _, regex, schema, _ = (tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True) for output in outputs)
+    _, _, regex, schema, _ = (
+        tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True) for output in outputs
+    )
     assert re.fullmatch(REGEX, regex)
     assert len(json.loads(schema)) == 40
     engine.assert_idle()

@@ -76,7 +76,9 @@ def test_unrotate_inverts_vllms_rotary_embedding(case, before, positions):
 def test_elements_beyond_a_partial_rotation_stay_as_they_are(case, before, positions):
     rope = make_rope(case)
     assert rope.rotary_dim < HEAD_SIZE
-    assert torch.equal(Rotation(rope, HEAD_SIZE).unrotate(before, positions)[..., rope.rotary_dim :], before[..., rope.rotary_dim :])
+    assert torch.equal(
+        Rotation(rope, HEAD_SIZE).unrotate(before, positions)[..., rope.rotary_dim :], before[..., rope.rotary_dim :]
+    )
 
 
 @pytest.mark.parametrize(("case", "is_scaled"), [("neox", False), ("yarn", True), ("neox-bf16-table", True)])
@@ -123,7 +125,9 @@ def test_what_is_turned_to_a_position_are_the_moments_of_the_queries_from_there_
     rotation = Rotation(rope, HEAD_SIZE)
     second = torch.einsum("nhi,nhj->hij", before, before) / NUM_TOKENS
     mean, covariance = rotation.average(before.mean(0), second, count)
-    after = torch.stack([rotate(rope, torch.full((NUM_TOKENS,), position + step), before) for step in range(count)]).flatten(0, 1)
+    after = torch.stack(
+        [rotate(rope, torch.full((NUM_TOKENS,), position + step), before) for step in range(count)]
+    ).flatten(0, 1)
     tolerance = 0.05 if "bf16" in case else 1e-4  # a rounded table does not quite compose
     torch.testing.assert_close(rotation.rotate(mean, position), after.mean(0), atol=tolerance, rtol=0)
     centred = after - after.mean(0)
@@ -179,7 +183,9 @@ def test_the_spread_of_equal_queries_tells_their_rotation(case):
     """Of the last of them, in chunks of any size: before, queries of models with attention sinks differ."""
     rope, none, num_tokens = make_rope(case), Rotation(None, HEAD_SIZE), 70
     query = torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(0)).repeat(num_tokens, 1, 1)
-    query[: -QuerySpread.NUM_QUERIES] += torch.randn(1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1))
+    query[: -QuerySpread.NUM_QUERIES] += torch.randn(
+        1, NUM_HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1)
+    )
     buffer = torch.zeros(100, dtype=torch.int64)
     for turned in (rotate(rope, torch.arange(num_tokens), query), query):
         spread = QuerySpread((Rotation(rope, HEAD_SIZE), none), buffer)
@@ -195,7 +201,11 @@ def test_the_spread_of_equal_queries_tells_their_rotation(case):
 @pytest.mark.parametrize("rope", [DEFAULT, LLAMA3, YARN], ids=lambda rope: rope["rope_type"])
 def test_tables_of_transformers_are_those_of_vllm(rope, is_neox_style):
     config = LlamaConfig(
-        head_dim=HEAD_SIZE, num_attention_heads=1, hidden_size=HEAD_SIZE, max_position_embeddings=MAX_POSITION, rope_parameters=rope
+        head_dim=HEAD_SIZE,
+        num_attention_heads=1,
+        hidden_size=HEAD_SIZE,
+        max_position_embeddings=MAX_POSITION,
+        rope_parameters=rope,
     )
     with set_current_vllm_config(VllmConfig()):
         expected = get_rope(HEAD_SIZE, MAX_POSITION, is_neox_style, dict(rope), torch.float32)

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from tests.server import Server
-from vllm_qfilters.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
+from vllm_qfilters.stats import COUNTERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -45,8 +46,12 @@ def text(words: int) -> str:
 def test_the_log_says_what_is_active_and_where_filters_came_from(server):
     (line,) = [line for line in server.log if "KV compression is on" in line]
     for part in (
-        "method qfilters", "budget 512 tokens", "window 50% of the budget", "granularity layer",
-        "prefill chunked (cut every 512 tokens, at most 512 beside the budget)", "filters calibrated now (4 sequences of 2048 random token ids)",
+        "method qfilters",
+        "budget 512 tokens",
+        "window 50% of the budget",
+        "granularity layer",
+        "prefill chunked (cut every 512 tokens, at most 512 beside the budget)",
+        "filters calibrated now (4 sequences of 2048 random token ids)",
         "at most 8 pages of 64 tokens per decoding sequence, 16 while its prompt is read",
     ):
         assert part in line, line

@@ -45,7 +45,9 @@ def test_step_table_of_one_request(engines):
 
 
 def test_pages_freed_by_one_request_serve_another_in_the_same_step(engines):
-    """The cache has room for the second request only if the first one's pages are free before that step is scheduled."""
+    """The cache has room for the second request only if the first one's pages are free before that step is
+    scheduled.
+    """
     engine = engines.get(**dict(OPTIONS, num_blocks=13))  # 12 usable pages
     first = random_prompt(257, seed=4)  # holds 8 pages at its cut, then 4 + 1
     engine.add(first, max_tokens=20)
@@ -75,7 +77,9 @@ def test_per_request_budgets_in_one_batch(engines):
     for (name, limit), kv_budget in zip(ids.items(), budgets):
         assert largest[name] == (limit or 358), (name, largest)  # off: all but the last token
         (alone,) = engine.generate([prompt], max_tokens=60, kv_budget=kv_budget)
-        assert together[name].outputs[0].token_ids == alone.outputs[0].token_ids, f"{kv_budget}: neighbours change the answer"
+        assert together[name].outputs[0].token_ids == alone.outputs[0].token_ids, (
+            f"{kv_budget}: neighbours change the answer"
+        )
     engine.assert_idle()
 
 

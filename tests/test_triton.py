@@ -38,14 +38,14 @@ from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
-from vllm_qfilters.kernels.compaction import compact, copy_pages
-from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.observation import Observation, observe
-from vllm_qfilters.kernels.score_pages import page_scores
-from vllm_qfilters.kernels.score_resident import score_resident
-from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.write_and_score import Score, write_and_score
+from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
+from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.score_pages import page_scores
+from vllm_qfilters.kernels.triton.score_resident import score_resident
+from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
 from vllm_qfilters.scorers import (
     ExpectedAttentionScorer,
     KeyDiffScorer,
@@ -93,7 +93,9 @@ def make_step(num_tokens: int, geometry: Geometry, dtype: torch.dtype, is_stride
     qkv = random_tensor(num_tokens + 3, 5 * columns, seed=num_tokens, dtype=dtype)
     qkv[num_tokens:] = float("nan")
     key, value = (qkv[:, first * columns : (first + 1) * columns].view(-1, heads, size) for first in (3, 4))
-    slots = torch.randperm(geometry.num_blocks * geometry.block_size, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    slots = torch.randperm(geometry.num_blocks * geometry.block_size, generator=torch.Generator().manual_seed(1))[
+        :num_tokens
+    ]
     slots[::5] = -1
     if not is_strided:
         key, value = key.contiguous(), value.contiguous()
@@ -163,7 +165,9 @@ def test_other_scores(score):
         assert torch.equal(after, before)
         return
     assert torch.equal(after[~is_written], before[~is_written])
-    assert bool((cache.planes[:, :, 1][is_written] == reference.NOT_OBSERVED).all()) and bool((cache.planes[:, :, 1][~is_written] != 0).all())
+    assert bool((cache.planes[:, :, 1][is_written] == reference.NOT_OBSERVED).all()) and bool(
+        (cache.planes[:, :, 1][~is_written] != 0).all()
+    )
     if score in (Score.NEGATIVE_NORM, Score.VALUE_NORM):
         expected = cache.scores.clone()
         norm = -key.norm(dim=-1) if score == Score.NEGATIVE_NORM else value.norm(dim=-1)
@@ -252,7 +256,9 @@ def test_mean_standardised_matches_reference(sequences):
     for index, found in enumerate(batch.split(shared, cache.num_layers, 1)):
         eviction = sequences.evictions[index]
         if eviction.resident - eviction.sinks - eviction.window > 1:
-            expected = reference.mean_standardised(sequences.scores_of(index) * 3 + 1e3, eviction.sinks, eviction.window)
+            expected = reference.mean_standardised(
+                sequences.scores_of(index) * 3 + 1e3, eviction.sinks, eviction.window
+            )
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
@@ -279,7 +285,9 @@ def test_the_best_scores_are_kept(sequences, scores):
         found = found.bool()
         expected = reference.select_kept(row, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
         assert bool((found.sum(-1) == eviction.kept).all())
-        assert bool(found[..., : eviction.sinks].all()) and bool(found[..., eviction.resident - eviction.window :].all())
+        assert bool(found[..., : eviction.sinks].all()) and bool(
+            found[..., eviction.resident - eviction.window :].all()
+        )
         # Which of several equal ones stay is free: their scores are not.
         best = torch.where(found, row, -float("inf")).sort(-1).values
         assert torch.equal(best, torch.where(expected, row, -float("inf")).sort(-1).values)
@@ -288,7 +296,9 @@ def test_the_best_scores_are_kept(sequences, scores):
 @pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
 def test_compact_matches_reference(case, is_shared):
     dtype = [torch.bfloat16, torch.float32, torch.uint8, torch.float16][case[1] % 4]
-    geometry = Geometry(num_kv_heads=3, head_size=[8, 10, 16, 20][case[1] % 4], dtype=dtype, layout=LAYOUTS[case[1] % 4])
+    geometry = Geometry(
+        num_kv_heads=3, head_size=[8, 10, 16, 20][case[1] % 4], dtype=dtype, layout=LAYOUTS[case[1] % 4]
+    )
     fast, slow = (Sequences(case[0], geometry, seed=case[1]) for _ in range(2))
     cache, batch = fast.cache, fast.batch
     selections = 1 if is_shared else cache.num_kv_heads
@@ -301,7 +311,9 @@ def test_compact_matches_reference(case, is_shared):
     for index, kept in enumerate(batch.split(is_kept, cache.num_layers, selections)):
         eviction = slow.evictions[index]
         kept = kept.bool().expand(-1, cache.num_kv_heads, -1)
-        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
+        reference.compact(
+            slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window
+        )
     assert torch.equal(fast.buffer, slow.buffer)
 
 
@@ -318,7 +330,9 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granulari
     for index, eviction in enumerate(slow.evictions):
         scores = slow.scores_of(index) if mean_over_ranks is torch.clone else -slow.scores_of(index)
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, is_shared)
-        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window)
+        reference.compact(
+            slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window
+        )
     assert torch.equal(fast.buffer, slow.buffer)
 
 
@@ -381,7 +395,9 @@ def room(num_bytes: int, path) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["LBNHC", "BLHNC"])
 def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
-    """With offsets of layers and pages beyond 2^31, of keys, planes and words alike, everything is as in a small cache."""
+    """With offsets of layers and pages beyond 2^31, of keys, planes and words alike, everything is as in a small
+    cache.
+    """
     num_pages = 1 << 20
     evictions = [Eviction(130, 32, 4, 9), Eviction(48, 16, 0, 5)]
     geometry = Geometry(2, 8, 4, 16, 64, torch.bfloat16, layout)
@@ -410,7 +426,9 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
     for cache, views, batch, first in ((near.cache, near.views, near.batch, 0), (far, far_views, far_batch, num_pages)):
         for layer in range(2):
             far_slots = torch.where(slots < 0, -1, slots + 16 * first)
-            write_and_score(key, value, views[layer], cache.planes[layer], far_slots, Score.PROJECTION, filters[0, 0, :4])
+            write_and_score(
+                key, value, views[layer], cache.planes[layer], far_slots, Score.PROJECTION, filters[0, 0, :4]
+            )
         copy_pages(cache, batch)
         scores, plane = gather_scores(cache.scores, batch), cache.planes[:, :, 1]
         observation = Observation(0, queries, 0, is_question=True)
@@ -454,12 +472,16 @@ def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_obser
     BatchCompactor(batch_scorer, shared_by_heads=False).compact(compactions, fast.batch.block_table, on_device)
     for index, eviction in enumerate(evictions):
         pages, new_pages = slow.old_pages[index], slow.new_pages[index]
-        scores = scorer.resident_scores(ResidentTokens(pages, eviction.resident, compactions[index].position, recent[index]))
+        scores = scorer.resident_scores(
+            ResidentTokens(pages, eviction.resident, compactions[index].position, recent[index])
+        )
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
         reference.compact(slow.cache, pages, new_pages, kept, eviction.sinks, eviction.window)
         for plane in range(2):
             found = fast.cache.resident_plane(plane, new_pages.to(DEVICE), eviction.kept).cpu()
-            torch.testing.assert_close(found, slow.cache.resident_plane(plane, new_pages, eviction.kept), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                found, slow.cache.resident_plane(plane, new_pages, eviction.kept), atol=1e-5, rtol=1e-4
+            )
         assert torch.equal(fast.cache.rows[:, new_pages.to(DEVICE)].cpu(), slow.cache.rows[:, new_pages])
 
 
@@ -472,9 +494,13 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
     rotary_dim = head_size // 4 * 2
     rotations = []
     for seed in range(num_rotations):
-        angles = torch.arange(POSITIONS)[:, None] * torch.rand(rotary_dim // 2, generator=torch.Generator().manual_seed(seed))
+        angles = torch.arange(POSITIONS)[:, None] * torch.rand(
+            rotary_dim // 2, generator=torch.Generator().manual_seed(seed)
+        )
         table = 1.2 * torch.cat((angles.cos(), angles.sin()), dim=-1)
-        rotary_emb = SimpleNamespace(rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.rows.device))
+        rotary_emb = SimpleNamespace(
+            rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.rows.device)
+        )
         rotations.append(Rotation(rotary_emb, head_size))
     shape = (cache.num_layers, num_heads, head_size)
     mean, spread = random_tensor(*shape, seed=1).cpu(), random_tensor(*shape, head_size, seed=2).cpu()
@@ -492,10 +518,14 @@ SCORERS = [
 
 
 @pytest.mark.parametrize("name", SCORERS)
-@pytest.mark.parametrize("case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"])
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"]
+)
 def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
     score_by_reference(monkeypatch)
-    geometry = Geometry(num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4])
+    geometry = Geometry(
+        num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4]
+    )
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
     slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
     key_scales = None
@@ -551,7 +581,9 @@ def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, mon
     evictions = [*3 * [Eviction(66, 16, 4, 20)], Eviction(300, 208, 4, 40), Eviction(48, 16, 4, 16)]
     sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=1)
     cache, residents = sequences.cache, [eviction.resident for eviction in evictions]
-    scorer = BatchExpectedAttentionScorer(cache, make_bank(cache, group, 3, 1), None, scale=0.1, shared_by_heads=is_shared)
+    scorer = BatchExpectedAttentionScorer(
+        cache, make_bank(cache, group, 3, 1), None, scale=0.1, shared_by_heads=is_shared
+    )
     queries = random_tensor(2, 2 * group, 2, 12, seed=4)
     recent = [RecentQueries(queries, compaction.position, compaction.position) for compaction in sequences.compactions]
     compactions = [dataclasses.replace(compaction, distinct_tokens=10) for compaction in sequences.compactions]
@@ -584,7 +616,9 @@ def test_key_distinctness_matches_reference(head_size, pool, layout, dtype):
     with forbidden_waiting():
         flat = key_distinctness(cache, sequences.batch, pool)
     for index, found in enumerate(sequences.batch.split(flat, cache.num_layers, 3)):
-        expected = reference.key_distinctness(cache, sequences.old_pages[index], sequences.evictions[index].resident, pool)
+        expected = reference.key_distinctness(
+            cache, sequences.old_pages[index], sequences.evictions[index].resident, pool
+        )
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -604,7 +638,9 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
     for index, eviction in enumerate(evictions):
         pages, bounds = sequences.old_pages[index], (eviction.sinks, eviction.window)
         values = sequences.scores_of(index), reference.key_distinctness(cache, pages, eviction.resident, 7)
-        scores, distinctness = (3 * reference.mean_standardised(part, *bounds) if is_shared else part for part in values)
+        scores, distinctness = (
+            3 * reference.mean_standardised(part, *bounds) if is_shared else part for part in values
+        )
         best = reference.select_kept(scores, eviction.kept - distinct[index], *bounds, False)
         expected.append(reference.select_kept(distinctness.masked_fill(best, 1e9), eviction.kept, *bounds, False))
     compactor = BatchCompactor(BatchScorer(cache, Score.PROJECTION), is_shared, lambda values: 3 * values)
@@ -682,8 +718,10 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     if name in FP8 and not HAS_FP8:
         pytest.skip("this GPU has no fp8")
     geometry, group, observed = OBSERVATIONS[name]
-    dtype, key_scales = (torch.bfloat16, torch.tensor([0.5, 4.0], device=DEVICE)) if name in FP8 else (geometry.dtype, None)
-    monkeypatch.setattr("vllm_qfilters.kernels.observation.SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
+    dtype, key_scales = (
+        (torch.bfloat16, torch.tensor([0.5, 4.0], device=DEVICE)) if name in FP8 else (geometry.dtype, None)
+    )
+    monkeypatch.setattr("vllm_qfilters.kernels.triton.observation.SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
     sequences = Sequences([Eviction(70, 16, 4, 20), Eviction(137, 32, 4, 33), Eviction(96, 16, 0, 0)], geometry, seed=1)
     cache, batch = sequences.cache, sequences.batch
     cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3).to(geometry.dtype))
@@ -735,7 +773,9 @@ def test_page_scores_match_reference(heads, block, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_lie_behind_the_pages_and_nothing_overlaps(layout):
-    buffer, views, cache = make_cache(Geometry(num_layers=3, num_blocks=5, num_kv_heads=3, layout=layout, dtype=torch.float16))
+    buffer, views, cache = make_cache(
+        Geometry(num_layers=3, num_blocks=5, num_kv_heads=3, layout=layout, dtype=torch.float16)
+    )
     buffer.zero_()
     for layer, view in enumerate(views):
         assert cache.rows[layer].data_ptr() == view.data_ptr() and cache.rows[layer].stride() == view.stride()

@@ -14,8 +14,8 @@ pytest.importorskip("xformers", reason="xformers is not installed: pip install '
 
 from tests.paged import Eviction, Geometry, Sequences, random_tensor
 from tests.paged_attention import attend, attend_masked, keys_and_values, paged_bias
-from vllm_qfilters.kernels.compaction import compact, copy_pages
-from vllm_qfilters.kernels.selection import gather_scores, mean_standardised, select_kept
+from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
+from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
 
 GROUP = 3
 CASES = {
@@ -25,7 +25,11 @@ CASES = {
 
 
 def evictions(bs: int) -> list[Eviction]:
-    return [Eviction(6 * bs + 3, 2 * bs, 4, bs + 5), Eviction(3 * bs, bs, 2 * bs - 4, 4), Eviction(4 * bs + 1, 3 * bs, 0, 9)]
+    return [
+        Eviction(6 * bs + 3, 2 * bs, 4, bs + 5),
+        Eviction(3 * bs, bs, 2 * bs - 4, 4),
+        Eviction(4 * bs + 1, 3 * bs, 0, 9),
+    ]
 
 
 class Compacted:

@@ -1,6 +1,8 @@
-"""What tokens are worth to the queries to come, for all sequences of a step at once, on GPUs: see :mod:`vllm_qfilters.scorers`.
+"""What tokens are worth to the queries to come, for all sequences of a step at once, on GPUs: see
+:mod:`vllm_qfilters.scorers`.
 
-What is left beside a key as it is written (``written``) is the business of the attention backend there, fused with the write.
+What is left beside a key as it is written (``written``) is the business of the attention backend there, fused with the
+write.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +11,13 @@ import torch
 
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.distinctness import key_distinctness
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.observation import Observation, observe
 from vllm_qfilters.kernels.reference import NOT_OBSERVED
-from vllm_qfilters.kernels.score_resident import Turns, mean_softmax, score_resident
-from vllm_qfilters.kernels.selection import gather_scores
-from vllm_qfilters.kernels.write_and_score import Score
+from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.score_resident import Turns, mean_softmax, score_resident
+from vllm_qfilters.kernels.triton.selection import gather_scores
+from vllm_qfilters.kernels.triton.write_and_score import Score
 from vllm_qfilters.scorers import ExpectedAttentionScorer, RecentQueries, mix_in_observed
 
 
@@ -41,7 +43,7 @@ class BatchScorer:
         """float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
 
         Args:
-            batch: the sequences, after :func:`vllm_qfilters.kernels.compaction.copy_pages`.
+            batch: the sequences, after :func:`vllm_qfilters.kernels.triton.compaction.copy_pages`.
             recent_queries: of the prompt of each row; None where they have been used after its end.
         """
         return gather_scores(self.cache.scores, batch)
@@ -79,10 +81,14 @@ class BatchRotaryFilterScorer(BatchScorer):
         distinct = {rotation: index for index, rotation in enumerate(dict.fromkeys(bank.rotations))}
         self._rotations = [rotation.to(device) for rotation in distinct]
         self._rotation_of_layer = torch.tensor([distinct[rotation] for rotation in bank.rotations], device=device)
-        partners = [rotation.partner for rotation in self._rotations if not rotation.is_identity] or [self._rotations[0].partner]
+        partners = [rotation.partner for rotation in self._rotations if not rotation.is_identity] or [
+            self._rotations[0].partner
+        ]
         self._partner = partners[0]  # the identity takes any: its sines are zero
         if any(not torch.equal(partner, self._partner) for partner in partners):
-            raise ValueError("KV compression on GPUs needs rotary embeddings of one style in all layers: use filter 'static'")
+            raise ValueError(
+                "KV compression on GPUs needs rotary embeddings of one style in all layers: use filter 'static'"
+            )
 
     def resident_scores(self, batch, recent_queries):
         turns = self.turns(batch.positions)
@@ -152,6 +158,8 @@ class BatchExpectedAttentionScorer(BatchRotaryFilterScorer):
         pools = ExpectedAttentionScorer.MEAN_POOL, ExpectedAttentionScorer.PEAK_POOL
         heads = self.shared_by_heads, self.max_over_ranks
         observed = observe(self.cache, batch, observations, plane, self.scale, *pools, *heads, self.key_scales)
-        if batch.has_distinct_tokens:  # not looked at yet: what stands beside them, other sequences observed on shared pages
+        if (
+            batch.has_distinct_tokens
+        ):  # not looked at yet: what stands beside them, other sequences observed on shared pages
             observed.masked_fill_(batch.keeps_distinct(self.cache.num_layers * self.cache.num_kv_heads), NOT_OBSERVED)
         return observed

@@ -1,7 +1,7 @@
 """How many tokens a sequence evicts and when: pure integers, no engine, no tensors.
 
-Counts depend on positions alone, never on how the scheduler batched them, so that a prompt served from the prefix cache, a
-prompt chunked beside other requests and a prompt served alone are cut at the same tokens.
+Counts depend on positions alone, never on how the scheduler batched them, so that a prompt served from the prefix
+cache, a prompt chunked beside other requests and a prompt served alone are cut at the same tokens.
 """
 
 import dataclasses
@@ -32,8 +32,10 @@ class RequestLimits:
         window: last tokens, never evicted.
         sinks: first tokens, never evicted.
         interval: tokens evicted in one go; a multiple of the block size.
-        chunk: most tokens resident beside the budget while a prompt is read; None: a prompt is cut when decoding begins.
-        prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None as ``chunk``.
+        chunk: most tokens resident beside the budget while a prompt is read; None: a prompt is cut when decoding
+            begins.
+        prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None as
+            ``chunk``.
         private_window: the workers write beside tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
@@ -59,12 +61,13 @@ class RequestLimits:
 
         Args:
             resident: tokens the sequence holds now.
-            is_prefilling: more of the prompt is to come; the sequence then stands at a multiple of ``prefill_interval``.
+            is_prefilling: more of the prompt is to come; the sequence then stands at a multiple of
+                ``prefill_interval``.
             block_size: tokens per page.
 
         Returns:
-            0 if nothing is due. After eviction the sequence holds at least ``budget - interval`` tokens, and never more with those
-            of the next step than ``budget`` while decoding, ``budget + chunk`` before.
+            0 if nothing is due. After eviction the sequence holds at least ``budget - interval`` tokens, and never more
+            with those of the next step than ``budget`` while decoding, ``budget + chunk`` before.
         """
         surplus = resident - self._kept_while_prefilling if is_prefilling else resident + 1 - self.budget
         if surplus <= 0:
@@ -77,9 +80,11 @@ class RequestLimits:
         return kept - self.sinks if self.recent_only else self.window
 
     def distinct_tokens(self, kept: int) -> int:
-        """Of ``kept`` tokens, those that stay because their keys are unlike the others: all that the budget does not hold.
+        """Of ``kept`` tokens, those that stay because their keys are unlike the others: all that the budget does not
+        hold.
 
-        What the end of a prompt will ask for shows in no query yet, but it is seldom what the rest of the prompt is like.
+        What the end of a prompt will ask for shows in no query yet, but it is seldom what the rest of the prompt is
+        like.
         """
         return max(0, kept - self.budget) if self.keeps_distinct else 0
 
@@ -102,6 +107,6 @@ class RequestLimits:
 
     @property
     def _kept_while_prefilling(self) -> int:
-        """Tokens that leave room for those up to the next cut. What the end of a prompt asks for is known at its end alone: until
-        then all the room there is serves to keep more of it."""
+        """Tokens that leave room for those up to the next cut. What the end of a prompt asks for is known at its end
+        alone: until then all the room there is serves to keep more of it."""
         return self.budget + self.chunk - self.prefill_interval

@@ -1,7 +1,8 @@
 """The configuration of KV compression: one frozen dataclass, one way to read it.
 
-Knows nobody: the command line, the engine core and the workers all import this module. The configuration travels as JSON in
-vLLM's ``additional_config["kv_compression"]`` and is read back by :meth:`KVCompressionConfig.from_vllm_config` alone.
+Knows nobody: the command line, the engine core and the workers all import this module. The configuration travels as
+JSON in vLLM's ``additional_config["kv_compression"]`` and is read back by :meth:`KVCompressionConfig.from_vllm_config`
+alone.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ FILTERS = ("expected", "rotary", "static")
 GRANULARITIES = ("head", "layer", "page")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
+FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")  # by vLLM's names
 PREFILL_INTERVAL = 512  # tokens, unless chunk is less: GPUs are busy with as many
 
 
@@ -34,35 +36,39 @@ class KVCompressionConfig:
 
     Attributes:
         method: which tokens stay; one of ``METHODS``.
-        budget: most tokens a decoding sequence keeps resident per layer and head. An ``int`` counts tokens; a ``float`` in
-            (0, 1] is a fraction of the sequence's prompt. A request may set its own as ``kv_budget``.
-        window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a fraction of
-            the sequence's budget. Never fewer than layers with a sliding window attend to.
+        budget: most tokens a decoding sequence keeps resident per layer and head. An ``int`` counts tokens; a ``float``
+            in (0, 1] is a fraction of the sequence's prompt. A request may set its own as ``kv_budget``.
+        window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a
+            fraction of the sequence's budget. Never fewer than layers with a sliding window attend to.
         sinks: the first tokens of a sequence, never evicted.
         interval: tokens evicted in one go by a sequence that reached its budget; a multiple of the block size.
-        granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep the
-            same tokens, by the mean of their standardised scores; ``page``: all layers and heads keep the same pages, by the
-            mean score of their tokens, and nothing moves. Sinks then protect every page they reach into.
-        prefill: ``chunked``: a prompt is cut while it is read, so that a sequence never holds more than ``budget + chunk``, and
-            to the budget at its end; ``full``: the whole prompt is attended first and cut when decoding begins.
-        scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is for
-            generated tokens alone.
-        chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block size.
-        prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the block size. A
-            step reads no more of a prompt once it is cut, and a cut makes no more room than that, so that the end of a prompt still
-            finds the best of it. None, the default, becomes 512 or ``chunk``, whichever is less.
-        filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and covariance of the
-            queries before RoPE, turned to the coming positions, times the norm of its value; ``rotary``: its projection on the
-            mean query, turned likewise; ``static``: its projection on one vector per KV head (the paper). None, the default,
+        granularity: ``head``: every KV head keeps its own best tokens (the paper); ``layer``: the heads of a layer keep
+            the same tokens, by the mean of their standardised scores; ``page``: all layers and heads keep the same
+            pages, by the mean score of their tokens, and nothing moves. Sinks then protect every page they reach into.
+        prefill: ``chunked``: a prompt is cut while it is read, so that a sequence never holds more than ``budget +
+            chunk``, and to the budget at its end; ``full``: the whole prompt is attended first and cut when decoding
+            begins.
+        scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is
+            for generated tokens alone.
+        chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block
+            size.
+        prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the
+            block size. A step reads no more of a prompt once it is cut, and a cut makes no more room than that, so that
+            the end of a prompt still finds the best of it. None, the default, becomes 512 or ``chunk``, whichever is
+            less.
+        filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and
+            covariance of the queries before RoPE, turned to the coming positions, times the norm of its value;
+            ``rotary``: its projection on the mean query, turned likewise; ``static``: its projection on one vector per
+                KV head (the paper). None, the default,
             becomes ``expected``, and ``static`` in page granularity, whose scores are final when a page is full.
         rank: of the covariance ``expected`` goes by; 0: the mean query alone, from the head size on: exact.
         observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none.
-        filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this model,
-            else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
-        endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are visible to
-            whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
-        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them; 0 if it has
-            none, or none shorter than its longest context. No option: :meth:`from_vllm_config` knows the model.
+        filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this
+            model, else published ones, else calibrate now and cache them. Used by ``qfilters`` alone.
+        endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are
+            visible to whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
+        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them; 0 if
+            it has none, or none shorter than its longest context. No option: :meth:`from_vllm_config` knows the model.
 
     Raises:
         ValueError: a value is out of its range; the message names the value and the range.
@@ -95,11 +101,13 @@ class KVCompressionConfig:
         _check_choice("scope", self.scope, SCOPES)
         _check_budget("budget", self.budget)
         if not _is_int(self.window) and not (isinstance(self.window, float) and 0 <= self.window < 1):
-            raise ValueError(f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)")
+            raise ValueError(
+                f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)"
+            )
         ranges = {"window": 0, "sinks": 0, "interval": 1, "chunk": 1, "prefill_interval": 1, "rank": 0, "observed": 0}
         for name, least in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, float) and name == "window" or value is None and name == "prefill_interval":
+            if (isinstance(value, float) and name == "window") or (value is None and name == "prefill_interval"):
                 continue
             if not _is_int(value) or value < least:
                 unit = "" if name == "rank" else " (tokens)"
@@ -107,7 +115,9 @@ class KVCompressionConfig:
         if self.prefill_interval is None:
             object.__setattr__(self, "prefill_interval", min(PREFILL_INTERVAL, self.chunk))
         if self.prefill_interval > self.chunk:
-            raise ValueError(f"prefill_interval={self.prefill_interval}: give at most chunk={self.chunk}, or raise chunk")
+            raise ValueError(
+                f"prefill_interval={self.prefill_interval}: give at most chunk={self.chunk}, or raise chunk"
+            )
         if not isinstance(self.filters, str) or not self.filters:
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
         if not isinstance(self.endpoint, bool):
@@ -118,7 +128,9 @@ class KVCompressionConfig:
                 "page is full: with granularity 'page' use filter 'static', or choose granularity 'layer' or 'head'"
             )
         if self.evicts_whole_pages and self.method == "keydiff":
-            raise ValueError("method='keydiff' scores a token by all keys of its sequence: choose granularity 'layer' or 'head'")
+            raise ValueError(
+                "method='keydiff' scores a token by all keys of its sequence: choose granularity 'layer' or 'head'"
+            )
         if _is_int(self.budget):
             self._check_budget_holds("budget", self.budget)
 
@@ -272,7 +284,11 @@ class KVCompressionConfig:
 def _sliding_window(model_config: Any) -> int:
     """That of a model of which some layers have one, and a shorter one than its longest context; else 0."""
     window, layer_types = model_config.get_sliding_window(), getattr(model_config.hf_text_config, "layer_types", None)
-    if window is None or window >= model_config.max_model_len or layer_types and "sliding_attention" not in layer_types:
+    if (
+        window is None
+        or window >= model_config.max_model_len
+        or (layer_types and "sliding_attention" not in layer_types)
+    ):
         return 0
     return window
 
@@ -292,4 +308,6 @@ def _check_budget(name: str, value: Any) -> None:
     if isinstance(value, float) and 0 < value <= 1:
         return
     off = " or 0 to switch compression off" if name == REQUEST_BUDGET_KEY else ""
-    raise ValueError(f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){off}")
+    raise ValueError(
+        f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){off}"
+    )

@@ -1,6 +1,6 @@
 """What this CPU computes fast, and which KV caches vLLM 0.32 has on it. Imports torch alone, and that late.
 
-    python -m vllm_qfilters.cpu      # the --dtype to serve with on this machine
+python -m vllm_qfilters.cpu      # the --dtype to serve with on this machine
 """
 
 import platform

@@ -1,8 +1,8 @@
 """What a token is worth to the queries to come: higher = keep.
 
-A scorer looks twice. :meth:`Scorer.write` sees every key and value as it is stored, and leaves numbers beside it in the planes of
-the cache; :meth:`Scorer.resident_scores` makes scores of them, and of the cached keys where it needs those, when a sequence is
-about to be compacted.
+A scorer looks twice. :meth:`Scorer.write` sees every key and value as it is stored, and leaves numbers beside it in the
+planes of the cache; :meth:`Scorer.resident_scores` makes scores of them, and of the cached keys where it needs those,
+when a sequence is about to be compacted.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from vllm_qfilters.kernels import (
     write_scores,
 )
 
-
-DISTINCT_POOL = 7  # neighbours whose keys count with a token's own: what stands out are words and numbers of several tokens
+DISTINCT_POOL = (
+    7  # neighbours whose keys count with a token's own: what stands out are words and numbers of several tokens
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ class RecentQueries:
     num_prompt_tokens: int
 
     def have_read_prompt_at(self, position: int) -> bool:
-        """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks for."""
+        """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks
+        for.
+        """
         return position >= self.num_prompt_tokens
 
     def last(self, count: int) -> "RecentQueries":
@@ -57,8 +60,8 @@ class ResidentTokens:
         num_tokens: it holds.
         position: of its next token.
         recent_queries: of its prompt; None after its first eviction behind the prompt.
-        is_observed: queries of its prompt look at it now or did before. Until they do, what other sequences observed may stand
-            beside tokens whose pages they shared.
+        is_observed: queries of its prompt look at it now or did before. Until they do, what other sequences observed
+            may stand beside tokens whose pages they shared.
     """
 
     pages: torch.Tensor
@@ -79,7 +82,8 @@ class Scorer:
 
         Args:
             layer: index of the attention layer.
-            key: after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+            key: after RoPE, shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are
+                padding.
             value: of the same shape.
             slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
         """
@@ -144,10 +148,14 @@ class RotaryFilterScorer(Scorer):
     def resident_scores(self, tokens):
         means, _ = self.bank.at(tokens.position)
         filters = means.unflatten(1, (self.cache.num_kv_heads, -1)).mean(2)  # [num_layers, num_kv_heads, head_size]
-        return torch.stack([
-            (self.cache.resident_keys(layer, tokens.pages, tokens.num_tokens) @ head_filters.unsqueeze(-1)).squeeze(-1)
-            for layer, head_filters in enumerate(filters)
-        ])
+        return torch.stack(
+            [
+                (self.cache.resident_keys(layer, tokens.pages, tokens.num_tokens) @ head_filters.unsqueeze(-1)).squeeze(
+                    -1
+                )
+                for layer, head_filters in enumerate(filters)
+            ]
+        )
 
 
 def mix_in_observed(expected: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
@@ -156,13 +164,14 @@ def mix_in_observed(expected: torch.Tensor, observed: torch.Tensor) -> torch.Ten
 
 
 class ExpectedAttentionScorer(Scorer):
-    """What a token is expected to add to the attention output of the coming queries: attention times the norm of its value.
+    """What a token is expected to add to the attention output of the coming queries: attention times the norm of its
+    value.
 
-    The attention is expected from the queries' statistics before RoPE, turned to the coming positions (Q-Filters' fixed statistics
-    in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is mixed with the attention the prompt's
-    last queries pay: what they pay on the whole, a sample of the queries to come, which stays beside the tokens from then on. In
-    the first eviction after the prompt they are its question: there it is mixed with the most that any of them pays, so that what
-    is asked for stays although few of them look at it.
+    The attention is expected from the queries' statistics before RoPE, turned to the coming positions (Q-Filters' fixed
+    statistics in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is mixed with the
+    attention the prompt's last queries pay: what they pay on the whole, a sample of the queries to come, which stays
+    beside the tokens from then on. In the first eviction after the prompt they are its question: there it is mixed with
+    the most that any of them pays, so that what is asked for stays although few of them look at it.
 
     Args:
         cache: with a second plane if the last queries of prompts are kept.
@@ -174,7 +183,9 @@ class ExpectedAttentionScorer(Scorer):
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes
     MEAN_POOL = 7  # neighbours that attention is averaged over
-    PEAK_POOL = 13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
+    PEAK_POOL = (
+        13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
+    )
 
     def __init__(
         self,

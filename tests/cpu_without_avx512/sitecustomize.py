@@ -1,7 +1,8 @@
-"""Lets a CPU pass for one with AVX2 alone: with this folder on PYTHONPATH, in every Python process (`make test ISA=avx2`).
+"""Lets a CPU pass for one with AVX2 alone: with this folder on PYTHONPATH, in every Python process (`make test
+ISA=avx2`).
 
-vLLM then loads its operators for AVX2 and refuses what they lack, and neither oneDNN nor ATen uses more. Only the loops of csrc/
-still run with the widest vectors there are: they give the same numbers.
+vLLM then loads its operators for AVX2 and refuses what they lack, and neither oneDNN nor ATen uses more. Only the loops
+of csrc/ still run with the widest vectors there are: they give the same numbers.
 """
 
 import importlib.abc

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from vllm_qfilters.attention.recent_queries import QueryRecorder
+from vllm_qfilters.attention.queries import QueryRecorder
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
 
 def dequantised(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
-    """A query as the model made it: for attention in fp8 vLLM quantises it, with a scale of the layer or of each KV head.
+    """A query as the model made it: for attention in fp8 vLLM quantises it, with a scale of the layer or of each KV
+    head.
 
     Args:
         layer: vLLM's attention layer.

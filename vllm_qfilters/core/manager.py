@@ -17,8 +17,8 @@ from vllm_qfilters.plan import RequestCompaction
 class QFiltersManager(FullAttentionManager):
     """Counts pages by resident tokens, and takes whole pages out of a sequence.
 
-    A page taken out may still be read by steps in flight, also in later pipeline stages. Every stage has its own part of a page
-    and runs steps in order: whoever is given the page writes to that part in a later step.
+    A page taken out may still be read by steps in flight, also in later pipeline stages. Every stage has its own part
+    of a page and runs steps in order: whoever is given the page writes to that part in a later step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,8 @@ class QFiltersManager(FullAttentionManager):
     ) -> int:
         num_tokens -= self.evicted.get(request_id, 0)
         if apply_admission_cap and request_id in self.limits:
-            # Agrees with QFiltersSpec.max_memory_usage_bytes, or a request that passed the startup check is never admitted.
+            # Agrees with QFiltersSpec.max_memory_usage_bytes, or a request that passed the startup check is never
+            # admitted.
             num_tokens = min(num_tokens, self.limits[request_id].max_resident_tokens)
         return super().get_num_blocks_to_allocate(
             request_id,
@@ -62,7 +63,8 @@ class QFiltersManager(FullAttentionManager):
         )
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        # After an eviction page i no longer holds tokens [i * block_size, ...), and new keys have seen a compressed context.
+        # After an eviction page i no longer holds tokens [i * block_size, ...), and new keys have seen a compressed
+        # context.
         if request.request_id not in self.evicted:
             super().cache_blocks(request, *args, **kwargs)
 
@@ -74,10 +76,11 @@ class QFiltersManager(FullAttentionManager):
     def compact(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
         """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
 
-        The pages taken out lie before the window: in them ends the region tokens are evicted from, so that survivors move only
-        into holes before them and the window keeps its pages. Pages that survivors may be written to must be private and
-        unhashed; others are replaced, from free pages if there are enough, else by giving up their place in the prefix cache.
-        Call :meth:`release` after the last request of a step: until then the pages taken out stay readable.
+        The pages taken out lie before the window: in them ends the region tokens are evicted from, so that survivors
+        move only into holes before them and the window keeps its pages. Pages that survivors may be written to must be
+        private and unhashed; others are replaced, from free pages if there are enough, else by giving up their place in
+        the prefix cache. Call :meth:`release` after the last request of a step: until then the pages taken out stay
+        readable.
 
         Returns:
             The plan row, or None if pages shared with other running requests would have to be copied and none is free.

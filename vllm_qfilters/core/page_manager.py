@@ -1,9 +1,9 @@
 """The block manager of page granularity: knows the score of every page, and frees the lowest-scoring ones.
 
 Runs in the engine process. A page's score is the mean over its tokens, KV heads and layers of their normalised scores
-(worker/page_scores.py). It is final once the page is full, and belongs to the page, not to a sequence: sequences that share a
-page share its score, a prefix-cached page keeps it for the next request that hits it, and a preempted request finds it again or
-fills other pages anew. It is forgotten when the page is filled anew.
+(worker/page_scores.py). It is final once the page is full, and belongs to the page, not to a sequence: sequences that
+share a page share its score, a prefix-cached page keeps it for the next request that hits it, and a preempted request
+finds it again or fills other pages anew. It is forgotten when the page is filled anew.
 """
 
 from collections import Counter
@@ -32,8 +32,8 @@ class PageManager(QFiltersManager):
         Args:
             request: it is scheduled, and its computed tokens count the step's already.
             num_tokens: it computes in the step.
-            num_unverified: of its computed tokens may turn out to be rejected drafts. What they fill is filled again by a later
-                step, and scored again.
+            num_unverified: of its computed tokens may turn out to be rejected drafts. What they fill is filled again by
+                a later step, and scored again.
         """
         resident = self.resident_tokens(request)
         first = max(0, resident - num_tokens - num_unverified) // self.block_size
@@ -58,7 +58,8 @@ class PageManager(QFiltersManager):
         return is_choice and any(blocks[i].block_id in self._awaited for i in candidates)
 
     def compact(self, request: Request, evicted_tokens: int) -> RequestCompaction:
-        """Takes the lowest-scoring pages, ``evicted_tokens`` in all, out of a running sequence; among equals the oldest.
+        """Takes the lowest-scoring pages, ``evicted_tokens`` in all, out of a running sequence; among equals the
+        oldest.
 
         Call :meth:`release` after the last request of a step.
         """
@@ -70,7 +71,9 @@ class PageManager(QFiltersManager):
         return self._take_out(request, sorted(candidates[i] for i in lowest), window)
 
     def _candidates(self, request: Request, evicted_tokens: int) -> range:
-        """Where in the sequence the pages are that lie wholly outside sinks and window; at least as many as are evicted."""
+        """Where in the sequence the pages are that lie wholly outside sinks and window; at least as many as are
+        evicted.
+        """
         first = cdiv(self.limits[request.request_id].sinks, self.block_size)
         end = (self.resident_tokens(request) - self._window(request, evicted_tokens)) // self.block_size
         return range(first, end)

@@ -1,9 +1,10 @@
 """The scheduler of page granularity: asks the workers for the scores of pages that a step fills, and evicts by them.
 
-Scores come back with the step's output: at once without async scheduling, one step late or more with it. Choosing among pages
-whose scores are still to come would make what is evicted a matter of timing. A sequence that would have to, which happens at the
-cuts of its prompt (or with a window of less than a few tokens), sits out the step, and is cut in the next one: it computes no
-token meanwhile, so it stays within its budget, and evictions are the same with and without async scheduling.
+Scores come back with the step's output: at once without async scheduling, one step late or more with it. Choosing among
+pages whose scores are still to come would make what is evicted a matter of timing. A sequence that would have to, which
+happens at the cuts of its prompt (or with a window of less than a few tokens), sits out the step, and is cut in the
+next one: it computes no token meanwhile, so it stays within its budget, and evictions are the same with and without
+async scheduling.
 """
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -13,7 +14,7 @@ from vllm.v1.request import Request
 
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.scheduler import QFiltersScheduler
-from vllm_qfilters.plan import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 
 
 class QFiltersPageScheduler(QFiltersScheduler):
@@ -33,7 +34,8 @@ class QFiltersPageScheduler(QFiltersScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        # First: what follows may end requests, and their pages keep their scores for whoever finds them in the prefix cache.
+        # First: what follows may end requests, and their pages keep their scores for whoever finds them in the prefix
+        # cache.
         assert isinstance(scheduler_output, QFiltersSchedulerOutput)
         if scheduler_output.pages_to_score:
             assert isinstance(model_runner_output, QFiltersModelRunnerOutput)

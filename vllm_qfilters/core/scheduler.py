@@ -1,7 +1,7 @@
 """The scheduler: decides before every step which running sequences evict how many tokens.
 
-Runs in the engine process. Freed pages are back in the pool before vLLM's own scheduling begins, so they serve other requests in
-the same step; which tokens go is the workers' business (worker/compactor.py).
+Runs in the engine process. Freed pages are back in the pool before vLLM's own scheduling begins, so they serve other
+requests in the same step; which tokens go is the workers' business (worker/compactor.py).
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.metrics import KVCompressionStats, RunningSequence, attach_stats
-from vllm_qfilters.plan import CompactionPlan, QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.plan import CompactionPlan
+from vllm_qfilters.stats import KVCompressionStats, RunningSequence, attach_stats
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -64,14 +65,18 @@ class QFiltersScheduler(AsyncScheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self.compression = KVCompressionConfig.from_vllm_config(self.vllm_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, QFiltersManager), f"pages are managed by {type(manager).__name__}, not QFiltersManager"
+        assert isinstance(manager, QFiltersManager), (
+            f"pages are managed by {type(manager).__name__}, not QFiltersManager"
+        )
         self.pages = manager
         self.compression_stats = KVCompressionStats()
         if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
-            # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with drafts of
-            # id -1, which would be computed beyond cuts, and which CPUs find no embedding for.
+            # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
+            # drafts of id -1, which would be computed beyond cuts, and which CPUs find no embedding for.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
-        self.unverified_drafts: Counter[str] = Counter()  # by request: draft tokens of steps whose output is still to come
+        self.unverified_drafts: Counter[str] = (
+            Counter()
+        )  # by request: draft tokens of steps whose output is still to come
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
         self._sent_stats = KVCompressionStats()
         self._histories: dict[str, _History] = {}
@@ -151,7 +156,8 @@ class QFiltersScheduler(AsyncScheduler):
         else:
             victim = self.running[-1]
         self.running.remove(victim)
-        # It may be resumed in this very step, as after reset_prefix_cache: the worker must then not think it went on running.
+        # It may be resumed in this very step, as after reset_prefix_cache: the worker must then not think it went on
+        # running.
         self._preempt_request(victim, time.monotonic(), drop_stale_output=True)
         self.prev_step_scheduled_req_ids.discard(victim.request_id)
         return victim
@@ -162,7 +168,9 @@ class QFiltersScheduler(AsyncScheduler):
             return 0
         if request.is_prefill_chunk and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
-        evicted_tokens = limits.evicted_tokens(self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size)
+        evicted_tokens = limits.evicted_tokens(
+            self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size
+        )
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
             return 0
@@ -171,7 +179,8 @@ class QFiltersScheduler(AsyncScheduler):
     def _sits_out(self, request: Request, evicted_tokens: int) -> bool:
         """Whether a sequence about to lose ``evicted_tokens`` has to wait for the output of a step.
 
-        Computing no token meanwhile, it stays within its budget, and is cut at the same position as without async scheduling.
+        Computing no token meanwhile, it stays within its budget, and is cut at the same position as without async
+        scheduling.
         """
         return request.request_id in self.unverified_drafts
 
@@ -188,8 +197,8 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.pages.limits.get(request.request_id)
         if limits is None or request.num_prompt_tokens + request.max_tokens <= limits.budget:
             return None
-        # The queries that will be observed must be computed. A hit up to a cut would hold more than the budget and a chunk, and skip
-        # the cut that a cold prompt gets there.
+        # The queries that will be observed must be computed. A hit up to a cut would hold more than the budget and a
+        # chunk, and skip the cut that a cold prompt gets there.
         ends = [request.num_prompt_tokens]
         if limits.first_prefill_cut is not None:
             ends.append(limits.first_prefill_cut)
@@ -216,7 +225,9 @@ class QFiltersScheduler(AsyncScheduler):
         return self._vllm_scheduler()._update_request_with_output(request, *args, **kwargs)
 
     def _vllm_scheduler(self) -> Any:
-        """What would schedule in our place: only under async scheduling do placeholders stand in for tokens still to come."""
+        """What would schedule in our place: only under async scheduling do placeholders stand in for tokens still to
+        come.
+        """
         return super() if self.scheduler_config.async_scheduling else super(AsyncScheduler, self)
 
     def _free_blocks(self, request: Request) -> None:

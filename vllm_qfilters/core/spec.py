@@ -14,10 +14,11 @@ PLANE_BYTES = 4  # one float32 per token and KV head
 class QFiltersSpec(FullAttentionSpec):
     """Attention whose sequences hold a bounded number of tokens, full or with a sliding window among the last of them.
 
-    Layers of both kinds hold the same number of tokens and share block tables, as with ``--disable-hybrid-kv-cache-manager``.
+    Layers of both kinds hold the same number of tokens and share block tables, as with
+    ``--disable-hybrid-kv-cache-manager``.
 
-    Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is counted
-    in the size of the cache, and allocated, shared and freed with the page.
+    Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is
+    counted in the size of the cache, and allocated, shared and freed with the page.
 
     Attributes:
         max_resident_tokens: most tokens one sequence holds at any time.

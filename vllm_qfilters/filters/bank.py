@@ -13,8 +13,9 @@ HORIZON = 128  # coming positions a filter is averaged over; 128 and 512 lose th
 class FilterBank:
     """Per query head the mean of the coming queries, and the directions they vary in most.
 
-    Calibration gives mean and second moment of ``q`` before RoPE. ``R_t q``, averaged over the ``HORIZON`` positions from n on, has
-    the mean ``R_n f`` and the covariance ``R_n C R_n^T`` with f and C those from position 0 on: computed once, turned when needed.
+    Calibration gives mean and second moment of ``q`` before RoPE. ``R_t q``, averaged over the ``HORIZON`` positions
+    from n on, has the mean ``R_n f`` and the covariance ``R_n C R_n^T`` with f and C those from position 0 on: computed
+    once, turned when needed.
 
     Args:
         filters: with the statistics of the whole model.
@@ -33,9 +34,7 @@ class FilterBank:
         ValueError: the filters come without statistics, as published ones do.
     """
 
-    def __init__(
-        self, filters: Filters, rotations: Sequence[Rotation], heads: slice, rank: int, scale: float
-    ) -> None:
+    def __init__(self, filters: Filters, rotations: Sequence[Rotation], heads: slice, rank: int, scale: float) -> None:
         if filters.query_mean_before_rope is None or filters.query_second_before_rope is None:
             raise ValueError(
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "

@@ -1,7 +1,8 @@
-"""Calibrates Q-Filters inside the serving engine: runs token ids through the loaded model and watches its attention layers.
+"""Calibrates Q-Filters inside the serving engine: runs token ids through the loaded model and watches its attention
+layers.
 
-Runs in every worker at once, before the engine serves or while it idles. Covers whatever vLLM can run, quantised and sharded
-models too: queries are taken where the attention backend gets them.
+Runs in every worker at once, before the engine serves or while it idles. Covers whatever vLLM can run, quantised and
+sharded models too: queries are taken where the attention backend gets them.
 """
 
 import contextlib
@@ -23,7 +24,9 @@ from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 2048
 REPEATED_TOKENS = 512
-MOST_SPREAD = 0.1  # of queries that should be equal, relative to their length; SmolLM2, Qwen2.5 in bfloat16: 0.0015, else 0.14
+MOST_SPREAD = (
+    0.1  # of queries that should be equal, relative to their length; SmolLM2, Qwen2.5 in bfloat16: 0.0015, else 0.14
+)
 _REQUEST_ID = "kv-compression-calibration"
 
 
@@ -79,9 +82,10 @@ def rotations_in_use(
 ) -> list[Rotation]:
     """How the queries of each layer do turn with their position.
 
-    Models leave RoPE out in some layers, where an embedding stands beside the attention all the same, and some embeddings do not say
-    which elements they turn together. So it is looked at, not assumed: where one token is repeated, attention is over equal values,
-    and every layer makes the same query at all positions. Taken off their rotation they are equal again.
+    Models leave RoPE out in some layers, where an embedding stands beside the attention all the same, and some
+    embeddings do not say which elements they turn together. So it is looked at, not assumed: where one token is
+    repeated, attention is over equal values, and every layer makes the same query at all positions. Taken off their
+    rotation they are equal again.
 
     Args:
         runner: an idle model runner whose cache exists.
@@ -113,8 +117,8 @@ def rotations_in_use(
 def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, description: str) -> Filters:
     """The paper's filters (arXiv 2503.02812, section 3) from the statistics of each layer's heads on this rank.
 
-    Per query head the first right singular vector of its queries after RoPE, which is the first eigenvector of their second
-    moment, signed along their mean; per KV head the average over its query heads.
+    Per query head the first right singular vector of its queries after RoPE, which is the first eigenvector of their
+    second moment, signed along their mean; per KV head the average over its query heads.
     """
 
     def gathered(attribute: str, moment: str, num_total: int | None = None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The filters file, and the two conventions everything else relies on.
 
 A score is high for tokens to keep, and a filter points along the mean query: ``score = <key, filter>``. Published files
-(``nthngdy/<model>_qfilt``; make_filters.py and hf_cache.py of github.com/NathanGodey/qfilters) store the NEGATED filter and
-negate the projection again. :func:`load` and :func:`save` are the only places that know: nothing else ever negates.
+(``nthngdy/<model>_qfilt``; make_filters.py and hf_cache.py of github.com/NathanGodey/qfilters) store the NEGATED filter
+and negate the projection again. :func:`load` and :func:`save` are the only places that know: nothing else ever negates.
 """
 
 import dataclasses
@@ -133,12 +133,12 @@ def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> Non
 
 
 def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
-    """Reads a filters file, ours or a published one, for ``model``. The file may come from anybody: of tensors nothing is read
-    before the header, of limited length, says that they are of the model's shapes.
+    """Reads a filters file, ours or a published one, for ``model``. The file may come from anybody: of tensors nothing
+    is read before the header, of limited length, says that they are of the model's shapes.
 
     Raises:
-        ValueError: it is no safetensors file, lacks filters, has impossible ones, or was made for another model; the message
-            has both sides' numbers.
+        ValueError: it is no safetensors file, lacks filters, has impossible ones, or was made for another model; the
+            message has both sides' numbers.
         OSError: it cannot be read.
     """
     path = pathlib.Path(path)
@@ -153,7 +153,9 @@ def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
             _check_model(path, metadata, model)
             expected = _expected_shapes(model)
             tensors = {
-                name: _read(path, file, name, expected[name], model) for name in (_PUBLISHED_NAME, *_OPTIONAL) if name in names
+                name: _read(path, file, name, expected[name], model)
+                for name in (_PUBLISHED_NAME, *_OPTIONAL)
+                if name in names
             }
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {_shown(error, 200)}") from error
@@ -195,7 +197,9 @@ def _read(
             "(layers, heads, head size): the file was made for another model"
         )
     if found.get_dtype() not in _DTYPES:
-        raise ValueError(f"{path}: {name} must hold floating-point numbers ({', '.join(_DTYPES)}), not {found.get_dtype()}")
+        raise ValueError(
+            f"{path}: {name} must hold floating-point numbers ({', '.join(_DTYPES)}), not {found.get_dtype()}"
+        )
     tensor = file.get_tensor(name).to(torch.float32)
     if not bool((tensor.abs() <= MAX_MAGNITUDE).all()):  # false for NaN
         raise ValueError(f"{path}: {name} must hold finite numbers, of magnitude {MAX_MAGNITUDE:g} at most")

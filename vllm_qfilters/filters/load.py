@@ -27,7 +27,8 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
 
     Args:
         wanted: the configuration's ``filters``: ``auto``, a file or folder, or a repository.
-        needs_statistics: of the queries before RoPE, which published filters lack: ``auto`` then does not look for those.
+        needs_statistics: of the queries before RoPE, which published filters lack: ``auto`` then does not look for
+            those.
 
     Returns:
         None if ``wanted`` is ``auto`` and there are none yet: they must be calibrated.
@@ -46,14 +47,18 @@ def find_filters(wanted: str, model: ModelIdentity, needs_statistics: bool = Fal
         try:
             path = _download(wanted, max_file_bytes(model))
         except _NOT_DOWNLOADED as error:
-            raise ValueError(f"filters={wanted!r}: neither a file nor a repository that can be read: {error}") from error
+            raise ValueError(
+                f"filters={wanted!r}: neither a file nor a repository that can be read: {error}"
+            ) from error
         return load(path, model), f"hub {wanted}"
     cached = cache_path(model)
     if cached.exists():
         try:
             return load(cached, model), f"cache {cached}"
         except ValueError as error:
-            raise ValueError(f"{error}; these filters were calibrated here: delete the file, and they will be again") from error
+            raise ValueError(
+                f"{error}; these filters were calibrated here: delete the file, and they will be again"
+            ) from error
     repository = published_repository(model)
     if repository is None or needs_statistics:
         return None
@@ -70,7 +75,11 @@ def cache_path(model: ModelIdentity) -> pathlib.Path:
     """Where calibrated filters of ``model`` are kept. Changes with the model's configuration and weight files."""
     key = json.dumps([VERSION, _CALIBRATION, dataclasses.asdict(model), _weight_files(model.name)], sort_keys=True)
     name = pathlib.PurePath(model.name).name[:_NAME_CHARACTERS]
-    return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return (
+        pathlib.Path(envs.VLLM_CACHE_ROOT)
+        / "qfilters"
+        / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    )
 
 
 def published_repository(model: ModelIdentity) -> str | None:
@@ -81,7 +90,9 @@ def published_repository(model: ModelIdentity) -> str | None:
 
 
 def _download(repository: str, most_bytes: int) -> str:
-    """From the hub, or its local cache. Raises ValueError before a file is downloaded that is too large to hold filters."""
+    """From the hub, or its local cache. Raises ValueError before a file is downloaded that is too large to hold
+    filters.
+    """
     if try_to_load_from_cache(repository, _WEIGHTS_NAME) is None:
         size = get_hf_file_metadata(hf_hub_url(repository, _WEIGHTS_NAME)).size
         if size is not None and size > most_bytes:

@@ -1,4 +1,6 @@
-"""A model's own rotary position embedding as a linear map: on queries, off them again, and averaged over positions to come."""
+"""A model's own rotary position embedding as a linear map: on queries, off them again, and averaged over positions to
+come.
+"""
 
 import copy
 import dataclasses
@@ -22,8 +24,8 @@ class RotaryTable:
 
     @classmethod
     def both_styles(cls, rotary_emb: torch.nn.Module, num_positions: int) -> "list[RotaryTable]":
-        """Of a rotary embedding of Transformers, which serves models that vLLM has no implementation of: it does not say how its
-        cosines and sines are applied. None where they depend on more than the position.
+        """Of a rotary embedding of Transformers, which serves models that vLLM has no implementation of: it does not
+        say how its cosines and sines are applied. None where they depend on more than the position.
 
         Raises:
             AttributeError: it is none of them.
@@ -73,11 +75,15 @@ class Rotation:
     def to(self, device: torch.device) -> "Rotation":
         """The same rotation, for positions on ``device``: its tables are then made there, without waiting for it."""
         moved = copy.copy(self)
-        moved.partner, moved._sign, moved._frequency = (t.to(device) for t in (self.partner, self._sign, self._frequency))
+        moved.partner, moved._sign, moved._frequency = (
+            t.to(device) for t in (self.partner, self._sign, self._frequency)
+        )
         return moved
 
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``cos_t`` and ``sin_t``, signs included, float32, shape ``[len(positions), head_size]``, on the rotation's device."""
+        """``cos_t`` and ``sin_t``, signs included, float32, shape ``[len(positions), head_size]``, on the rotation's
+        device.
+        """
         device = self.partner.device
         if self.is_identity:
             shape = (positions.shape[0], self.head_size)
@@ -89,7 +95,8 @@ class Rotation:
     def rotate(self, vectors: torch.Tensor, position: int) -> torch.Tensor:
         """``R_t / |R_t|`` of ``vectors``, shape ``[..., head_size]``, float32: a turn that keeps every length.
 
-        ``R_t R_n / |R_n|`` is ``R_(t + n)``: it takes what was averaged over the positions from 0 on to those from n on.
+        ``R_t R_n / |R_n|`` is ``R_(t + n)``: it takes what was averaged over the positions from 0 on to those from n
+        on.
         """
         cos, sin = self.table(torch.tensor([position]))
         length = (cos.square() + sin.square()).sqrt()
@@ -113,7 +120,9 @@ class Rotation:
         query = query.to(torch.float32)
         return cos * query - sin * query[..., self.partner]
 
-    def average(self, mean: torch.Tensor, second: torch.Tensor, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def average(
+        self, mean: torch.Tensor, second: torch.Tensor, num_positions: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and covariance of queries over the positions 0 to ``num_positions - 1``.
 
         Args:

@@ -96,6 +96,8 @@ class QuerySpread:
             self._queries[index] = torch.cat((self._queries[index], unrotated))[-self.NUM_QUERIES :]
 
     def relative(self) -> torch.Tensor:
-        """Root mean square of what is not their mean, over that of the queries: float32, shape ``[len(rotations)]``, on the CPU."""
+        """Root mean square of what is not their mean, over that of the queries: float32, shape ``[len(rotations)]``, on
+        the CPU.
+        """
         least = torch.finfo(torch.float32).tiny
         return torch.stack([(each - each.mean(0)).norm() / each.norm().clamp(min=least) for each in self._queries])

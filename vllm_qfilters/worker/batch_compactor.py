@@ -7,13 +7,15 @@ import torch
 
 from vllm_qfilters.batch_scorers import BatchScorer
 from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
-from vllm_qfilters.kernels.compaction import compact, copy_pages
-from vllm_qfilters.kernels.distinctness import key_distinctness
-from vllm_qfilters.kernels.observation import SEQUENCES_AT_ONCE
-from vllm_qfilters.kernels.selection import mean_standardised, select_kept
+from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
+from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.observation import SEQUENCES_AT_ONCE
+from vllm_qfilters.kernels.triton.selection import mean_standardised, select_kept
 from vllm_qfilters.scorers import DISTINCT_POOL, RecentQueries
 
-SCORES_AT_ONCE = 1 << 26  # float32, of all layers and query heads: 256 MiB; with what is made of them see workspace_bytes
+SCORES_AT_ONCE = (
+    1 << 26
+)  # float32, of all layers and query heads: 256 MiB; with what is made of them see workspace_bytes
 
 
 def workspace_bytes(
@@ -33,12 +35,14 @@ def workspace_bytes(
         num_layers, num_kv_heads, head_size: of this rank.
         num_heads: of a layer that a token is scored for.
         num_sequences: most of them.
-        longest_sequence: tokens it holds; more than ``SCORES_AT_ONCE`` allow are compacted at once if they are of one sequence.
+        longest_sequence: tokens it holds; more than ``SCORES_AT_ONCE`` allow are compacted at once if they are of one
+            sequence.
         cached_tokens: of all sequences.
         prompt_bytes: of the recent queries of one prompt.
     """
     tokens = max(SCORES_AT_ONCE // (num_layers * num_heads), longest_sequence)
-    # Logits with the attention expected of them; or that, what was observed, and as much again twice while they are mixed.
+    # Logits with the attention expected of them; or that, what was observed, and as much again twice while they are
+    # mixed.
     scores = 4 * num_layers * max(num_heads + num_kv_heads, 5 * num_kv_heads) * tokens
     # Which tokens stay, of each head, and the numbers of their pages.
     kept = (num_layers * num_kv_heads + 2) * cached_tokens
@@ -68,7 +72,10 @@ class BatchCompactor:
         self.mean_over_ranks = mean_over_ranks
 
     def compact(
-        self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
+        self,
+        compactions: Sequence[Compaction],
+        block_table: torch.Tensor,
+        recent_queries: Sequence[RecentQueries | None],
     ) -> list[torch.Tensor]:
         """Evicts what ``compactions`` ask for. Does not wait for the device.
 
@@ -78,8 +85,8 @@ class BatchCompactor:
             recent_queries: of the prompts of the sequences.
 
         Returns:
-            Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head where
-            the heads share them.
+            Which tokens of each sequence stay: int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one head
+            where the heads share them.
         """
         kept = []
         for part in self._parts(compactions):
@@ -89,8 +96,9 @@ class BatchCompactor:
     def _parts(self, compactions: Sequence[Compaction]) -> Iterator[slice]:
         """Those that are compacted at once: almost always all of them.
 
-        There is no room for the scores of any number of tokens. And sequences write what their queries observe beside all their
-        tokens, in the pages taken out too, before the survivors move: two that take out the same page would move each other's.
+        There is no room for the scores of any number of tokens. And sequences write what their queries observe beside
+        all their tokens, in the pages taken out too, before the survivors move: two that take out the same page would
+        move each other's.
         """
         most_tokens = SCORES_AT_ONCE // (self.cache.num_layers * self.scorer.num_heads)
         first, num_tokens, shared = 0, 0, set()
@@ -104,7 +112,10 @@ class BatchCompactor:
         yield slice(first, len(compactions))
 
     def _compact(
-        self, compactions: Sequence[Compaction], block_table: torch.Tensor, recent_queries: Sequence[RecentQueries | None]
+        self,
+        compactions: Sequence[Compaction],
+        block_table: torch.Tensor,
+        recent_queries: Sequence[RecentQueries | None],
     ) -> list[torch.Tensor]:
         num_layers, num_heads = self.cache.num_layers, self.cache.num_kv_heads
         batch = CompactionBatch.make(compactions, block_table)
@@ -121,7 +132,9 @@ class BatchCompactor:
         return batch.split(is_kept, num_layers, num_heads)
 
     def _ranked_by(self, values: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
-        """What tokens are ranked by: ``values`` of each KV head, or their mean over all heads of a layer, on all ranks."""
+        """What tokens are ranked by: ``values`` of each KV head, or their mean over all heads of a layer, on all
+        ranks.
+        """
         if not self.shared_by_heads:
             return values
         return self.mean_over_ranks(mean_standardised(values, batch, self.cache.num_layers, self.cache.num_kv_heads))

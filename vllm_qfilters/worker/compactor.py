@@ -21,7 +21,10 @@ class Compactor:
     """
 
     def __init__(
-        self, scorer: Scorer, shared_by_heads: bool, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        scorer: Scorer,
+        shared_by_heads: bool,
+        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.scorer = scorer
         self.shared_by_heads = shared_by_heads

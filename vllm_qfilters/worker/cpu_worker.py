@@ -7,8 +7,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_qfilters.attention import register
-from vllm_qfilters.attention.cpu import BACKENDS
-from vllm_qfilters.worker.cpu_model_runner import QFiltersCPUModelRunner
+from vllm_qfilters.attention.backends.cpu import BACKENDS
+from vllm_qfilters.worker.runner_v1 import QFiltersCPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
 

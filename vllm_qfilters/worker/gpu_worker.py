@@ -9,8 +9,8 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_qfilters.attention import register
-from vllm_qfilters.attention.gpu import BACKENDS
-from vllm_qfilters.worker.gpu_model_runner import QFiltersGPUModelRunner
+from vllm_qfilters.attention.scoring import BACKENDS
+from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -28,7 +28,9 @@ class QFiltersGPUWorker(CompressedWorker, Worker):
         available = super().determine_available_memory()
         workspace = self.model_runner.compaction_bytes(available)
         if self.cache_config.kv_cache_memory_bytes:
-            logger.info("KV compression: compacting takes up to %s GiB beside --kv-cache-memory-bytes", format_gib(workspace))
+            logger.info(
+                "KV compression: compacting takes up to %s GiB beside --kv-cache-memory-bytes", format_gib(workspace)
+            )
             return available
         logger.info("KV compression: %s GiB of the cache's memory are set aside for compacting", format_gib(workspace))
         # vLLM suggests a --kv-cache-memory-bytes from these.

@@ -1,4 +1,5 @@
-"""Which tokens of which positions every layer and KV head of this rank still holds: recorded for ``vllm-qfilters inspect``.
+"""Which tokens of which positions every layer and KV head of this rank still holds: recorded for ``vllm-qfilters
+inspect``.
 
 Off unless asked for; a model runner then shows every eviction to a :class:`KeptTokens`. Knows tensors, not vLLM.
 """

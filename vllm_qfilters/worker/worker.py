@@ -30,9 +30,9 @@ class CompressedWorker:
         return path
 
     def record_kept_tokens(self) -> None:
-        """See :meth:`vllm_qfilters.worker.model_runner.CompressedModelRunner.record_kept_tokens`."""
+        """See :meth:`vllm_qfilters.worker.runner.CompressedModelRunner.record_kept_tokens`."""
         self.model_runner.record_kept_tokens()
 
     def take_kept_tokens(self) -> dict[str, Any]:
-        """See :meth:`vllm_qfilters.worker.model_runner.CompressedModelRunner.take_kept_tokens`."""
+        """See :meth:`vllm_qfilters.worker.runner.CompressedModelRunner.take_kept_tokens`."""
         return self.model_runner.take_kept_tokens()

@@ -1,0 +1,131 @@
+"""The operators of csrc/ behind the signatures of ``reference``. ``kernels`` offers these where the library is
+built.
+"""
+
+import importlib.resources
+import warnings
+
+import torch
+
+from vllm_qfilters.kernels.layout import PagedCache
+from vllm_qfilters.kernels.reference import mean_of_neighbours, pool_neighbours, take_out_pages
+
+LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
+OPERATORS = torch.ops.vllm_qfilters
+
+
+def load() -> bool:
+    """Loads the operators. False: the library is not built, or not for this PyTorch or these sources (then it
+    warns).
+    """
+    if not LIBRARY.is_file():
+        return False
+    try:
+        torch.ops.load_library(LIBRARY)
+        _register_fakes()
+    except (OSError, RuntimeError) as error:
+        reason = f"the C++ ones do not load, reinstall to rebuild them: {error.__cause__ or error}"
+        warnings.warn(f"PyTorch kernels are used; {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def _register_fakes() -> None:
+    """RuntimeError: the library is of other sources, and lacks an operator."""
+    torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
+    torch.library.register_fake("vllm_qfilters::store_value_norms", lambda *arguments: None)
+    torch.library.register_fake("vllm_qfilters::fill_holes", lambda *arguments: None)
+    torch.library.register_fake(
+        "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::page_scores", lambda score_plane, pages, *arguments: score_plane.new_empty(pages.shape)
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::expected_attention",
+        lambda pages, key_offsets, page_table, num_tokens, means, factors: _fake_attention(pages, num_tokens, means),
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::observed_attention",
+        lambda pages, key_offsets, page_table, num_tokens, queries: (
+            _fake_attention(pages, num_tokens, queries),
+            _fake_attention(pages, num_tokens, queries),
+        ),
+    )
+    torch.library.register_fake(
+        "vllm_qfilters::key_distinctness",
+        lambda pages, key_offsets, page_table, num_tokens: _fake_attention(pages, num_tokens, torch.empty(0)),
+    )
+
+
+def _fake_attention(pages: torch.Tensor, num_tokens: int, queries: torch.Tensor) -> torch.Tensor:
+    return queries.new_empty(pages.shape[0], pages.shape[2], num_tokens)
+
+
+def score_and_store(
+    key: torch.Tensor, filters: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.score_and_store`."""
+    OPERATORS.score_and_store.default(key, filters, score_plane, slot_mapping)
+
+
+def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.store_value_norms`."""
+    OPERATORS.store_value_norms.default(value, planes, slot_mapping)
+
+
+def _times_key_scales(cache: PagedCache, vectors: torch.Tensor) -> torch.Tensor:
+    """``vectors``, shape ``[num_layers, ...]``, contiguous: their products with stored keys are then those with the
+    keys.
+    """
+    return (vectors * cache.key_scales.view(-1, *[1] * (vectors.dim() - 1))).contiguous()
+
+
+def expected_attention(
+    cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.expected_attention`."""
+    statistics = _times_key_scales(cache, means), _times_key_scales(cache, factors)
+    return OPERATORS.expected_attention.default(cache.pages, cache.layout.keys, pages, num_tokens, *statistics)
+
+
+def observed_attention(
+    cache: PagedCache,
+    pages: torch.Tensor,
+    num_tokens: int,
+    queries: torch.Tensor,
+    num_newer: int,
+    mean_pool: int,
+    peak_pool: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
+    mean, peak = OPERATORS.observed_attention.default(
+        cache.pages, cache.layout.keys, pages, num_tokens - num_newer, _times_key_scales(cache, queries)
+    )
+    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
+
+
+def key_distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.key_distinctness`."""
+    distinctness = OPERATORS.key_distinctness.default(cache.pages, cache.layout.keys, pages, num_tokens)
+    return mean_of_neighbours(distinctness, pool)
+
+
+def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.select_kept`."""
+    return OPERATORS.select_kept.default(scores, kept, sinks, window, shared_by_heads)
+
+
+def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.page_scores`."""
+    return OPERATORS.page_scores.default(plane, pages, mean, deviation)
+
+
+def compact(
+    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+) -> None:
+    """See :func:`vllm_qfilters.kernels.reference.compact`."""
+    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, is_kept.shape[-1], sinks, window)
+    OPERATORS.fill_holes.default(
+        cache.pages, cache.planes, cache.layout.keys, cache.layout.values, page_table, is_kept, *bounds
+    )

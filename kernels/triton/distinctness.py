@@ -1,0 +1,178 @@
+"""How unlike the others of its head each resident key is: the paged keys of many sequences, two reads of them."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+
+
+@triton.jit
+def _keys_of_program(
+    cache_ptr,
+    block_table_ptr,
+    rows_ptr,
+    num_kv_heads,
+    block_table_stride,
+    layer_stride,
+    head_stride,
+):
+    """The program's row is its first number, layer and head its second: (row, resident tokens, pages, keys of layer and
+    head).
+    """
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
+    return row, tl.load(row + RESIDENT), pages, keys
+
+
+@triton.jit
+def _anchor_at(anchors_ptr, dim, HEAD_SIZE: tl.constexpr):
+    """Where the program's anchor is."""
+    return anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_SIZE + dim
+
+
+@triton.jit
+def _load_keys(
+    keys,  # of one layer and head
+    pages,
+    token,
+    resident,
+    dim,
+    block_stride,
+    slot_stride,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """float32, a row per token, and their norms; 0, and at least a little, beyond the resident ones."""
+    page = tl.load(pages + token // BLOCK_SIZE, mask=token < resident, other=0).to(tl.int64)
+    at = keys + page * block_stride + token % BLOCK_SIZE * slot_stride
+    mask = (token < resident)[:, None] & (dim < HEAD_SIZE)[None, :]
+    loaded = tl.load(at[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    return loaded, tl.maximum(tl.sqrt(tl.sum(loaded * loaded, axis=1)), 1e-12)
+
+
+@triton.jit
+def _anchor_kernel(
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    anchors_ptr,  # [num_rows, num_layers * num_kv_heads, head_size]
+    num_kv_heads,
+    block_table_stride,
+    layer_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    _, resident, pages, keys = _keys_of_program(
+        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    )
+    dim = tl.arange(0, DIMS)
+    total = tl.zeros([DIMS], tl.float32)
+    for start in range(0, resident, TILE):
+        token = start + tl.arange(0, TILE)
+        loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
+        total += tl.sum(loaded / norms[:, None], axis=0)
+    norm = tl.maximum(tl.sqrt(tl.sum(total * total)), 1e-12)
+    tl.store(_anchor_at(anchors_ptr, dim, HEAD_SIZE), total / norm, mask=dim < HEAD_SIZE)
+
+
+@triton.jit
+def _distinctness_kernel(
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    anchors_ptr,  # [num_rows, num_layers * num_kv_heads, head_size]
+    distinctness_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    num_kv_heads,
+    block_table_stride,
+    layer_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row, resident, pages, keys = _keys_of_program(
+        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    )
+    token = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    if tl.program_id(2) * TILE >= resident:
+        return
+    dim = tl.arange(0, DIMS)
+    anchor = tl.load(_anchor_at(anchors_ptr, dim, HEAD_SIZE), mask=dim < HEAD_SIZE, other=0.0)
+    loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
+    cosine = tl.sum(loaded * anchor[None, :], axis=1) / norms
+    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    tl.store(distinctness_ptr + start + token, -cosine, mask=token < resident)
+
+
+@triton.jit
+def _mean_of_neighbours_kernel(
+    values_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    means_ptr,  # flat like values
+    POOL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(row + RESIDENT)
+    token = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    total = tl.zeros([TILE], tl.float32)
+    count = tl.zeros([TILE], tl.float32)
+    for offset in tl.static_range(POOL):
+        neighbour = token + offset - POOL // 2
+        is_there = (neighbour >= 0) & (neighbour < resident)
+        total += tl.load(values_ptr + start + neighbour, mask=is_there, other=0.0)
+        count += is_there.to(tl.float32)
+    tl.store(means_ptr + start + token, total / tl.maximum(count, 1.0), mask=token < resident)
+
+
+def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.key_distinctness`. The scales of an fp8 cache do not matter to angles.
+
+    Args:
+        cache: of this rank.
+        batch: the sequences.
+        pool: neighbours to average over, odd.
+
+    Returns:
+        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
+    """
+    rows = cache.rows
+    assert rows.dtype.is_floating_point, f"keys of dtype {rows.dtype}: view an fp8 cache as such"
+    num_heads = cache.num_layers * cache.num_kv_heads
+    anchors = torch.empty(batch.num_rows, num_heads, cache.head_size, dtype=torch.float32, device=rows.device)
+    distinctness = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
+    dims = triton.next_power_of_2(cache.head_size)
+    tile = max(16, 8192 // dims)
+    strides = cache.num_kv_heads, batch.block_table.stride(0), *rows.stride()[:4]
+    constants = {
+        "HEAD_SIZE": cache.head_size,
+        "DIMS": dims,
+        "BLOCK_SIZE": cache.block_size,
+        "TILE": tile,
+        "num_warps": 8,
+    }
+    tables = rows, batch.block_table, batch.rows, anchors
+    _anchor_kernel[(batch.num_rows, num_heads)](*tables, *strides, **constants)
+    grid = (batch.num_rows, num_heads, triton.cdiv(batch.max_resident, tile))
+    _distinctness_kernel[grid](*tables, distinctness, *strides, **constants)
+    if pool == 1:
+        return distinctness
+    means = torch.empty_like(distinctness)
+    _mean_of_neighbours_kernel[(batch.num_rows, num_heads, triton.cdiv(batch.max_resident, 1024))](
+        distinctness, batch.rows, means, POOL=pool, TILE=1024
+    )
+    return means

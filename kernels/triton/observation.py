@@ -1,0 +1,400 @@
+"""The attention that the last queries of prompts pay to the tokens of their sequences: what is left of it beside the
+keys.
+
+What :func:`vllm_qfilters.kernels.reference.observed_attention` computes of one sequence, for all prompts of a step in
+three launches: the terms of each query's softmax; mean and peak over queries and query heads; both over neighbours.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.reference import NOT_OBSERVED
+from vllm_qfilters.kernels.triton import dots
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.selection import gather_scores
+
+_NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
+SEQUENCES_AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """The last queries of one prompt.
+
+    Attributes:
+        row: of the batch.
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        num_newer: of the sequence's last tokens came after the last query.
+        is_question: tokens are to be judged by the peak of the attention, not by its mean.
+    """
+
+    row: int
+    queries: torch.Tensor
+    num_newer: int
+    is_question: bool
+
+
+@triton.jit
+def _load_observation(observations_ptr, rows_ptr):
+    """(pointer to the row of the batch, first query, number of queries, tokens that the last query has seen, is a
+    question).
+    """
+    observation = observations_ptr + tl.program_id(0) * 5
+    row = rows_ptr + tl.load(observation) * NUM_COLUMNS
+    num_seen = tl.load(row + RESIDENT) - tl.load(observation + 3)
+    return row, tl.load(observation + 1), tl.load(observation + 2), num_seen, tl.load(observation + 4) != 0
+
+
+@triton.jit
+def _logits(
+    query_at,  # of each query
+    index,  # of each query
+    key_at,  # of each token
+    token,  # of each token
+    num_queries,
+    num_group_queries,
+    num_seen,
+    scale,
+    OPERAND: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of each query and token; those to come are not seen."""
+    logits = tl.zeros([QUERIES, TILE], tl.float32)
+    is_query = index < num_group_queries
+    is_token = token < num_seen
+    for first in range(0, HEAD_SIZE, DIMS):
+        dim = first + tl.arange(0, DIMS)
+        is_dim = dim < HEAD_SIZE
+        queries = tl.load(query_at[:, None] + dim[None, :], mask=is_query[:, None] & is_dim[None, :], other=0.0)
+        keys = tl.load(key_at[None, :] + dim[:, None], mask=is_token[None, :] & is_dim[:, None], other=0.0)
+        logits = tl.dot(queries.to(OPERAND), keys.to(OPERAND), logits, input_precision="tf32x3")
+    last_seen = num_seen - num_queries + index % num_queries
+    return tl.where(token[None, :] <= last_seen[:, None], logits * scale, float("-inf"))
+
+
+@triton.jit
+def _key_at(keys, pages, token, num_seen, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr):
+    """Where the keys of tokens lie, of one layer and head."""
+    page = tl.load(pages + token // BLOCK_SIZE, mask=token < num_seen, other=0).to(tl.int64)
+    return keys + page * block_stride + token % BLOCK_SIZE * slot_stride
+
+
+@triton.jit
+def _observed_terms_kernel(
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    observations_ptr,  # [num_observations, 5]
+    queries_ptr,  # [num_layers, num_heads, all queries, head_size]
+    terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
+    scale,
+    num_kv_heads,
+    max_group_queries,
+    block_table_stride,
+    queries_layer_stride,
+    queries_head_stride,
+    queries_query_stride,
+    cache_layer_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    GROUP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,  # multiplied at once
+    BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,  # of one program
+    TILE: tl.constexpr,
+):
+    row, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, rows_ptr)
+    index = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
+    if tl.program_id(2) * QUERIES >= GROUP * num_queries:
+        return
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    head = tl.program_id(1) % num_kv_heads
+    query_at = queries_ptr + layer * queries_layer_stride + (head * GROUP + index // num_queries) * queries_head_stride
+    query_at += (first_query + index % num_queries) * queries_query_stride
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    for start in range(0, num_seen, TILE):
+        token = start + tl.arange(0, TILE)
+        key_at = _key_at(cache, pages, token, num_seen, cache_block_stride, cache_slot_stride, BLOCK_SIZE)
+        logits = _logits(
+            query_at, index, key_at, token, num_queries, GROUP * num_queries, num_seen, scale, OPERAND, HEAD_SIZE, DIMS,
+            QUERIES, TILE,
+        )  # fmt: skip
+        # The first tile holds the first token, which every query sees: from there on nothing is -inf - -inf.
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+        largest = larger
+    heads = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    terms = terms_ptr + (heads * max_group_queries + index) * 2
+    tl.store(terms, largest, mask=index < GROUP * num_queries)
+    tl.store(terms + 1, total, mask=index < GROUP * num_queries)
+
+
+@triton.jit
+def _observed_attention_kernel(
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    observations_ptr,  # [num_observations, 5]
+    queries_ptr,  # [num_layers, num_heads, all queries, head_size]
+    terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
+    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    peak_ptr,  # likewise
+    scale,
+    num_kv_heads,
+    max_group_queries,
+    block_table_stride,
+    queries_layer_stride,
+    queries_head_stride,
+    queries_query_stride,
+    cache_layer_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    GROUP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,  # multiplied at once
+    BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,  # at once
+    TILE: tl.constexpr,
+):
+    row, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, rows_ptr)
+    resident = tl.load(row + RESIDENT)
+    token = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    if tl.program_id(2) * TILE >= resident:
+        return
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    head = tl.program_id(1) % num_kv_heads
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
+    key_at = _key_at(cache, pages, token, num_seen, cache_block_stride, cache_slot_stride, BLOCK_SIZE)
+    heads = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    total_attention = tl.zeros([TILE], tl.float32)
+    peak = tl.zeros([TILE], tl.float32)
+    for first in range(0, GROUP * num_queries, QUERIES):
+        index = first + tl.arange(0, QUERIES)
+        query_at = (
+            queries_ptr + layer * queries_layer_stride + (head * GROUP + index // num_queries) * queries_head_stride
+        )
+        query_at += (first_query + index % num_queries) * queries_query_stride
+        is_query = index < GROUP * num_queries
+        terms = terms_ptr + (heads * max_group_queries + index) * 2
+        largest = tl.load(terms, mask=is_query, other=float("inf"))
+        total = tl.load(terms + 1, mask=is_query, other=1.0)
+        logits = _logits(
+            query_at, index, key_at, token, num_queries, GROUP * num_queries, num_seen, scale, OPERAND, HEAD_SIZE, DIMS,
+            QUERIES, TILE,
+        )  # fmt: skip
+        attention = tl.exp(logits - largest[:, None]) / total[:, None]
+        total_attention += tl.sum(attention, axis=0)
+        peak = tl.maximum(peak, tl.max(attention, axis=0))
+    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    tl.store(mean_ptr + start + token, total_attention / (GROUP * num_queries), mask=token < resident)
+    tl.store(peak_ptr + start + token, peak, mask=token < resident)
+
+
+@triton.jit
+def _pool_kernel(
+    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    peak_ptr,  # likewise
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    observations_ptr,  # [num_observations, 5]
+    plane_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
+    observed_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    num_kv_heads,
+    block_table_stride,
+    plane_layer_stride,
+    plane_block_stride,
+    plane_head_stride,
+    MEAN_POOL: tl.constexpr,
+    PEAK_POOL: tl.constexpr,
+    SHARED_BY_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row, _, _, num_seen, is_question = _load_observation(observations_ptr, rows_ptr)
+    resident = tl.load(row + RESIDENT)
+    token = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    mean = tl.zeros([TILE], tl.float32)
+    for offset in tl.static_range(MEAN_POOL):
+        neighbour = token + offset - MEAN_POOL // 2
+        mean += (
+            tl.load(mean_ptr + start + neighbour, mask=(neighbour >= 0) & (neighbour < num_seen), other=0.0) / MEAN_POOL
+        )
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    head = tl.program_id(1) % num_kv_heads
+    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    page = tl.load(pages + token // BLOCK_SIZE, mask=token < resident, other=0).to(tl.int64)
+    at = (
+        plane_ptr
+        + layer * plane_layer_stride
+        + page * plane_block_stride
+        + head * plane_head_stride
+        + token % BLOCK_SIZE
+    )
+    mean = tl.where(token < num_seen, mean, _NOT_OBSERVED)
+    tl.store(at, mean, mask=token < resident)
+    observed = mean
+    if is_question:
+        peak = tl.zeros([TILE], tl.float32)
+        first_head, num_heads = start, 1
+        if SHARED_BY_HEADS:
+            first_head, num_heads = start - head * resident, num_kv_heads
+        for offset in tl.static_range(PEAK_POOL):
+            neighbour = token + offset - PEAK_POOL // 2
+            is_seen = (neighbour >= 0) & (neighbour < num_seen)
+            for any_head in range(num_heads):
+                at_head = peak_ptr + first_head + any_head * resident
+                peak = tl.maximum(peak, tl.load(at_head + neighbour, mask=is_seen, other=0.0))
+        observed = tl.where(token < num_seen, peak, _NOT_OBSERVED)
+    tl.store(observed_ptr + start + token, observed, mask=token < resident)
+
+
+def observe(
+    cache: StridedCache,
+    batch: CompactionBatch,
+    observations: Sequence[Observation],
+    plane: torch.Tensor,
+    scale: float,
+    mean_pool: int,
+    peak_pool: int,
+    shared_by_heads: bool,
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    key_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold.
+
+    Args:
+        cache: of this rank.
+        batch: the sequences; the last query of each has seen at least as many tokens as there are queries.
+        observations: of different rows.
+        plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
+        scale: of the attention's logits.
+        mean_pool, peak_pool: neighbours, odd.
+        shared_by_heads: the peak is that of all heads of a layer.
+        max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
+        key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
+
+    Returns:
+        What the tokens of all rows are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per
+        row: what is in the plane, but the peak in the rows of a question.
+    """
+    assert cache.rows.dtype.is_floating_point, f"keys of dtype {cache.rows.dtype}: view an fp8 cache as such"
+    assert mean_pool % 2 == 1 and peak_pool % 2 == 1 and plane.stride(3) == 1
+    for observation in observations:
+        num_layers, num_heads, _, head_size = observation.queries.shape
+        assert (num_layers, head_size) == (cache.num_layers, cache.head_size) and num_heads % cache.num_kv_heads == 0, (
+            f"queries {tuple(observation.queries.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV heads x "
+            f"{cache.head_size}"
+        )
+    # The queries of a launch lie in one tensor: a few sequences each, so that the copy of theirs stays small.
+    observed = gather_scores(plane, batch)
+    for first in range(0, len(observations), SEQUENCES_AT_ONCE):
+        some = observations[first : first + SEQUENCES_AT_ONCE]
+        _observe(
+            cache,
+            batch,
+            some,
+            plane,
+            observed,
+            scale,
+            mean_pool,
+            peak_pool,
+            shared_by_heads,
+            max_over_ranks,
+            key_scales,
+        )
+    return observed
+
+
+def _observe(
+    cache: StridedCache,
+    batch: CompactionBatch,
+    observations: Sequence[Observation],
+    plane: torch.Tensor,
+    observed: torch.Tensor,
+    scale: float,
+    mean_pool: int,
+    peak_pool: int,
+    shared_by_heads: bool,
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    key_scales: torch.Tensor | None,
+) -> None:
+    rows = cache.rows
+    numbers, num_queries = [], 0
+    for observation in observations:
+        length = observation.queries.shape[2]
+        numbers += [observation.row, num_queries, length, observation.num_newer, int(observation.is_question)]
+        num_queries += length
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
+    queries = torch.cat([observation.queries for observation in observations], dim=2)
+    assert queries.stride(3) == 1
+    if key_scales is not None:
+        queries *= key_scales.view(-1, 1, 1, 1)
+    num_layer_heads, group = cache.num_layers * cache.num_kv_heads, queries.shape[1] // cache.num_kv_heads
+    most_queries = group * max(observation.queries.shape[2] for observation in observations)
+    max_resident = max(batch.compactions[observation.row].resident_tokens for observation in observations)
+    terms = torch.empty(len(observations), num_layer_heads, most_queries, 2, dtype=torch.float32, device=rows.device)
+    mean, peak = torch.empty(2, num_layer_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
+    sizes = (
+        scale,
+        cache.num_kv_heads,
+        most_queries,
+        batch.block_table.stride(0),
+        *queries.stride()[:3],
+        *rows.stride()[:4],
+    )
+    tile = at_once = 64
+    constants = dict(
+        GROUP=group,
+        OPERAND=dots.operand_dtype(rows.dtype),
+        HEAD_SIZE=cache.head_size,
+        DIMS=dots.dims_at_once(rows.dtype),
+        BLOCK_SIZE=cache.block_size,
+        QUERIES=at_once,
+        TILE=tile,
+    )
+    grid = len(observations), num_layer_heads
+    _observed_terms_kernel[(*grid, triton.cdiv(most_queries, at_once))](
+        rows, batch.block_table, batch.rows, table, queries, terms, *sizes, **constants
+    )
+    _observed_attention_kernel[(*grid, triton.cdiv(max_resident, tile))](
+        rows, batch.block_table, batch.rows, table, queries, terms, mean, peak, *sizes, **constants
+    )
+    if shared_by_heads and any(observation.is_question for observation in observations):
+        peak = max_over_ranks(peak)
+    wide = 1024
+    _pool_kernel[(*grid, triton.cdiv(max_resident, wide))](
+        mean,
+        peak,
+        batch.block_table,
+        batch.rows,
+        table,
+        plane,
+        observed,
+        cache.num_kv_heads,
+        batch.block_table.stride(0),
+        *plane.stride()[:3],
+        MEAN_POOL=mean_pool,
+        PEAK_POOL=peak_pool,
+        SHARED_BY_HEADS=shared_by_heads,
+        BLOCK_SIZE=cache.block_size,
+        TILE=wide,
+    )

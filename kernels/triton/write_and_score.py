@@ -1,0 +1,183 @@
+"""The write of a step's keys and values into the paged cache, fused with the scores of the keys: keys are read once."""
+
+import enum
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_qfilters.kernels.reference import NOT_OBSERVED
+
+
+class Score(enum.IntEnum):
+    """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a
+    number drawn from its bits, or the norm of its value. The other planes get ``NOT_OBSERVED``."""
+
+    NONE = 0
+    PROJECTION = 1
+    NEGATIVE_NORM = 2
+    RANDOM = 3
+    VALUE_NORM = 4
+
+
+_PROJECTION: tl.constexpr = tl.constexpr(Score.PROJECTION.value)
+_NEGATIVE_NORM: tl.constexpr = tl.constexpr(Score.NEGATIVE_NORM.value)
+_RANDOM: tl.constexpr = tl.constexpr(Score.RANDOM.value)
+_VALUE_NORM: tl.constexpr = tl.constexpr(Score.VALUE_NORM.value)
+_NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
+
+_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "seed"])  # of every step and layer its own
+def _write_and_score_kernel(
+    key_ptr,  # [num_tokens, num_kv_heads, head_size]
+    value_ptr,  # [num_tokens, num_kv_heads, head_size]
+    cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    planes_ptr,  # [num_blocks, num_planes, num_kv_heads, block_size]
+    filters_ptr,  # [num_kv_heads, head_size]
+    slots_ptr,  # [num_tokens]
+    key_scale_ptr,  # [1]
+    value_scale_ptr,  # [1]
+    num_tokens,
+    seed,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    planes_block_stride,
+    planes_plane_stride,
+    planes_head_stride,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SCORE: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    FP8_MAX: tl.constexpr,  # 0: the cache has the dtype of keys and values
+    TILE: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    slot = tl.load(slots_ptr + token, mask=token < num_tokens, other=-1)
+    is_token = slot >= 0
+    page = slot // BLOCK_SIZE
+    in_page = slot % BLOCK_SIZE
+    dim = tl.arange(0, DIMS)
+    mask = is_token[:, None] & (dim < HEAD_SIZE)[None, :]
+    token = token.to(tl.int64)
+
+    key_at = key_ptr + token[:, None] * key_token_stride + head * key_head_stride + dim[None, :]
+    value_at = value_ptr + token[:, None] * value_token_stride + head * value_head_stride + dim[None, :]
+    key = tl.load(key_at, mask=mask, other=0.0)
+    value = tl.load(value_at, mask=mask, other=0.0)
+
+    row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
+    at = row[:, None] + dim[None, :]
+    if FP8_MAX > 0:
+        quantised_key = tl.clamp(key.to(tl.float32) / tl.load(key_scale_ptr), -FP8_MAX, FP8_MAX)
+        quantised_value = tl.clamp(value.to(tl.float32) / tl.load(value_scale_ptr), -FP8_MAX, FP8_MAX)
+        tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=mask)
+        tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(at, key, mask=mask)
+        tl.store(at + HEAD_SIZE, value, mask=mask)
+
+    if SCORE > 0:
+        key = key.to(tl.float32)
+        value = value.to(tl.float32)
+        if SCORE == _NEGATIVE_NORM:
+            score = -tl.sqrt(tl.sum(key * key, axis=1))
+        elif SCORE == _VALUE_NORM:
+            score = tl.sqrt(tl.sum(value * value, axis=1))
+        elif SCORE == _PROJECTION:
+            filters = tl.load(filters_ptr + head * HEAD_SIZE + dim, mask=dim < HEAD_SIZE, other=0.0)
+            score = tl.sum(key * filters[None, :], axis=1)
+        else:
+            weight = (dim % 7 + 1).to(tl.float32)
+            bits = tl.sum(key * weight[None, :], axis=1).to(tl.int32, bitcast=True)
+            score = tl.rand(seed, bits)
+        plane_at = planes_ptr + page * planes_block_stride + head * planes_head_stride + in_page
+        tl.store(plane_at, score, mask=is_token)
+        for plane in tl.static_range(1, NUM_PLANES):
+            tl.store(plane_at + plane * planes_plane_stride, tl.full([TILE], _NOT_OBSERVED, tl.float32), mask=is_token)
+
+
+def write_and_score(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    planes: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    score: Score,
+    filters: torch.Tensor | None = None,
+    seed: int = 0,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
+) -> None:
+    """Writes keys, values and the keys' scores to the slots of their tokens. Reads no tensor on the host: fit for CUDA
+    graphs.
+
+    Args:
+        key, value: shape ``[num_tokens, num_kv_heads, head_size]``, elements of a head side by side; tokens beyond
+            ``slot_mapping`` are padding.
+        cache: one layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or
+            fp8.
+        planes: of that layer, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
+        slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
+        score: what to store; computed before quantising.
+        filters: shape ``[num_kv_heads, head_size]``, float32, for ``Score.PROJECTION``.
+        seed: for ``Score.RANDOM``.
+        key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
+    """
+    num_tokens, (num_kv_heads, head_size) = slot_mapping.shape[0], key.shape[1:]
+    num_blocks, cache_heads, block_size, content = cache.shape
+    assert (cache_heads, content) == (num_kv_heads, 2 * head_size), (
+        f"cache {tuple(cache.shape)} for keys {tuple(key.shape)}"
+    )
+    assert value.shape[1:] == key.shape[1:], f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
+    assert key.stride(2) == value.stride(2) == cache.stride(3) == planes.stride(3) == 1, (
+        "innermost dimensions must be dense"
+    )
+    num_planes = planes.shape[1]
+    assert planes.shape == (num_blocks, num_planes, num_kv_heads, block_size) and planes.dtype == torch.float32
+    is_fp8 = cache.dtype in _FP8_DTYPES
+    assert is_fp8 or cache.dtype == key.dtype == value.dtype, (
+        f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
+    )
+    assert not is_fp8 or key_scale.numel() == value_scale.numel() == 1, "an fp8 cache needs one scale each"
+    assert score != Score.PROJECTION or (filters.shape == key.shape[1:] and filters.is_contiguous()), (
+        "a filter per KV head"
+    )
+    if num_tokens == 0:
+        return
+    tile = 4 if num_tokens <= 512 else 16
+    _write_and_score_kernel[(triton.cdiv(num_tokens, tile), num_kv_heads)](
+        key,
+        value,
+        cache,
+        planes,
+        filters,
+        slot_mapping,
+        key_scale,
+        value_scale,
+        num_tokens,
+        seed,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        *planes.stride()[:3],
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        SCORE=int(score),
+        NUM_PLANES=num_planes,
+        FP8_MAX=torch.finfo(cache.dtype).max if is_fp8 else 0.0,
+        TILE=tile,
+        DIMS=triton.next_power_of_2(head_size),
+    )

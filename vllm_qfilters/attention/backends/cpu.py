@@ -1,0 +1,92 @@
+"""vLLM's CPU attention, with numbers for the scores left beside every key it writes."""
+
+import dataclasses
+from typing import Any, Self
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_qfilters.attention.watched import WatchedAttention
+from vllm_qfilters.scorers import Scorer
+
+
+@dataclasses.dataclass
+class QFiltersCPUAttentionMetadata(CPUAttentionMetadata):
+    """Attributes:
+
+    by_window: the same step for the layers of each sliding window, -1 for those without one.
+    """
+
+    by_window: dict[int, CPUAttentionMetadata] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_windows(cls, by_window: dict[int, CPUAttentionMetadata]) -> Self:
+        any_of_them = next(iter(by_window.values()))
+        values = {field.name: getattr(any_of_them, field.name) for field in dataclasses.fields(CPUAttentionMetadata)}
+        return cls(**values, by_window=by_window)
+
+
+class QFiltersCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Plans the layers of each sliding window for themselves.
+
+    vLLM 0.32 plans layers with different windows that share a cache as if they had none; its kernel then cuts what one
+    query attends to into parts that lie outside the window, and counts attention sinks (GPT-OSS) in them too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        self.windows = {layer.impl.sliding_window for layer in layers.values()}
+
+    def build(self, *args: Any, **kwargs: Any) -> QFiltersCPUAttentionMetadata:
+        by_window = {}
+        for self.window_size in self.windows:
+            by_window[self.window_size] = super().build(*args, **kwargs)
+        return QFiltersCPUAttentionMetadata.of_windows(by_window)
+
+
+class QFiltersCPUAttentionImpl(WatchedAttention, CPUAttentionBackendImpl):
+    """Attributes, set by the model runner once the cache exists:
+
+    scorer: sees keys and values as they are written; None: before compression starts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scorer: Scorer | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.scorer is not None:
+            self.scorer.write(self.index, key, value, slot_mapping)
+
+    def of_layer(self, attn_metadata: QFiltersCPUAttentionMetadata | None) -> CPUAttentionMetadata | None:
+        return None if attn_metadata is None else attn_metadata.by_window[self.sliding_window]
+
+
+class QFiltersCPUAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[QFiltersCPUAttentionImpl]:
+        return QFiltersCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QFiltersCPUAttentionMetadataBuilder]:
+        return QFiltersCPUAttentionMetadataBuilder
+
+
+BACKENDS = {AttentionBackendEnum.CPU_ATTN: f"{__name__}.{QFiltersCPUAttentionBackend.__name__}"}

@@ -1,0 +1,1 @@
+from vllm_qfilters.commands.cli import main as main

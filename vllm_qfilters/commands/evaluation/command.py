@@ -1,0 +1,230 @@
+"""The subcommand ``vllm-qfilters eval``: from arguments to a file of results, a table and plots."""
+
+import argparse
+import hashlib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_qfilters.commands.arguments import UsageError, at_least
+from vllm_qfilters.commands.evaluation import tasks, texts
+from vllm_qfilters.commands.evaluation.engine import EngineError, run_engine
+from vllm_qfilters.commands.evaluation.environment import describe_run
+from vllm_qfilters.commands.evaluation.evaluate import evaluate, plan
+from vllm_qfilters.commands.evaluation.methods import Method
+from vllm_qfilters.commands.evaluation.report import report
+from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.config import METHODS
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+DEFAULT_METHODS = ("qfilters", "qfilters:filter=static,granularity=head", "streaming", "knorm", "keydiff", "random")
+TASKS = {
+    "streaming": "loss over long texts, the cache cut to the budget after every --chunk tokens",
+    "prompt": "loss of the tokens after a prompt that was cut to a fraction",
+    "passkey": "a number hidden in a text, asked for at the end of the prompt",
+    "kv": "one of several numbers hidden in a text, asked for at the end of the prompt",
+    "generation": "repetition and endings of long generations",
+}
+CONTINUATION_TOKENS = 256
+ENGINE_DEFAULTS = {
+    "block_size": 32,  # budgets are met to the block, intervals are one
+    "max_num_batched_tokens": 512,  # logits of as many positions are held at once
+    "kv_cache_memory_bytes": 1 << 30,
+    "enforce_eager": True,  # every method has an engine of its own to start
+}
+DESCRIPTION = (
+    "Measures what compression costs in quality, on the engine itself: every method and the full\n"
+    "cache, on the same requests. Writes a file of results (JSON) cell by cell, prints tables, and\n"
+    "draws plots beside the file. The same command continues an interrupted run, and measures only\n"
+    "what is missing after methods, tasks or budgets are added. A METHOD is one of\n"
+    f"{', '.join(METHODS)}, with options as in\n"
+    "qfilters:filter=static,granularity=head. The tasks:\n\n"
+    + "\n".join(f"  {name:<11}{text}" for name, text in TASKS.items())
+)
+EXAMPLES = (
+    "Examples:\n"
+    "  vllm-qfilters eval Qwen/Qwen3-0.6B\n"
+    "  vllm-qfilters eval Qwen/Qwen3-0.6B --methods qfilters qfilters:window=0.25 streaming \\\n"
+    "      --tasks streaming --text prose novel.txt --budgets 512 -o windows.json"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    several, count = {"nargs": "+"}, {"type": at_least(1), "metavar": "N"}
+    add = parser.add_argument
+    add("--methods", **several, default=DEFAULT_METHODS, metavar="METHOD", help=f"default: {' '.join(DEFAULT_METHODS)}")
+    add("--tasks", **several, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
+    add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
+    add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
+    budgets = {**count, "default": [256, 512, 1024]}
+    add("--budgets", **several, **budgets, help="of streaming and generation, tokens; default 256 512 1024")
+    fractions = {"type": _fraction, "metavar": "F", "default": [0.5, 0.25, 0.125]}
+    add(
+        "--fractions",
+        **several,
+        **fractions,
+        help="budgets of the other tasks, fractions of the prompt; default .5 .25 .125",
+    )
+    described = "; ".join(f"{name}: {text}" for name, text in texts.DESCRIPTIONS.items())
+    add(
+        "--text",
+        **several,
+        default=list(texts.TEXTS),
+        metavar="TEXT",
+        help=f"files, or some of {described}; default: these",
+    )
+    add("--sequences", **count, default=5, help="of streaming, taken from the texts in turn; default %(default)s")
+    add("--tokens", **count, default=4096, help="of such a sequence; default %(default)s")
+    add("--loss-from", **count, default=1024, help="position in it from which loss is measured; default %(default)s")
+    add("--chunk", **count, default=128, help="tokens of it between two cuts; default %(default)s")
+    add(
+        "--lengths",
+        **several,
+        **count,
+        default=[1024],
+        help="tokens, of the prompts of prompt, passkey and kv; default 1024",
+    )
+    add("--prompts", **count, default=8, help="number of prompts of prompt; default %(default)s")
+    add(
+        "--depths",
+        **several,
+        type=_depth,
+        default=[0, 0.2, 0.4, 0.6, 0.8, 1],
+        metavar="D",
+        help="of passkey and kv, 0 to 1",
+    )
+    add("--trials", **count, default=4, help="of passkey and kv, per depth; default %(default)s")
+    add("--generations", **count, default=4, help="number of prompts of generation; default %(default)s")
+    add("--generation-tokens", **count, default=512, help="most tokens of a generation; default %(default)s")
+
+
+def run(args: argparse.Namespace, engine_args: "EngineArgs") -> None:
+    """Runs the command.
+
+    Args:
+        args: of :func:`add_options`, and ``model``.
+        engine_args: of all engines, without KV compression.
+
+    Raises:
+        UsageError: arguments that do not fit together, a missing package, or an engine that does not start.
+    """
+    if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib: pip install 'vllm-qfilters[eval]', or give --no-plots")
+    try:
+        methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
+        results = Results(args.output, args.model)
+        model_config = engine_args.create_model_config()
+        chosen = make_tasks(args, model_config, engine_args.seed)
+        results.check_settings(chosen)
+        jobs = plan(methods, chosen, results, engine_args.block_size)
+    except (ValueError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if jobs:
+        if engine_args.max_model_len is None:
+            engine_args.max_model_len = _max_model_len(model_config, chosen)
+        results.start_run(describe_run())
+        try:
+            evaluate(jobs, results, engine_args, run_engine)
+        except EngineError as error:
+            raise UsageError(f"{error}; the same command continues") from error
+    print(report(results))
+    print(f"Results are in {args.output}", file=sys.stderr)
+    if not args.no_plots:
+        from vllm_qfilters.commands.evaluation.plots import draw
+
+        for path in draw(results):
+            print(f"Plot in {path}", file=sys.stderr)
+
+
+def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[tasks.Task]:
+    """The tasks that are asked for.
+
+    Args:
+        args: of :func:`add_options`.
+        model_config: vLLM's.
+        seed: of needles and sampling.
+
+    Raises:
+        ValueError: there is not enough text for one, or the model is too small.
+    """
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    read = texts.read_texts(args.text)
+    budgets, fractions = list(dict.fromkeys(args.budgets)), list(dict.fromkeys(args.fractions))
+    chosen: list[tasks.Task] = []
+    if "streaming" in args.tasks:
+        chosen.append(
+            _loss_task("streaming", tokenizer, read, args.sequences, args.tokens, args.chunk, args.loss_from, budgets)
+        )
+    for length in dict.fromkeys(args.lengths):
+        if "prompt" in args.tasks:
+            tokens = length + CONTINUATION_TOKENS
+            chosen.append(
+                _loss_task(f"prompt-{length}", tokenizer, read, args.prompts, tokens, length, length, fractions)
+            )
+        for name in ("passkey", "kv"):
+            if name in args.tasks:
+                trials, filler = (args.depths, args.trials, seed), read[0].content
+                chosen.append(tasks.retrieval_task(name, tokenizer, filler, length, *trials, fractions))
+    if "generation" in args.tasks:
+        chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, budgets))
+    for task in chosen:
+        most = model_config.max_model_len
+        if task.max_length > most:
+            raise ValueError(f"{task.name} needs {task.max_length} tokens, the model takes {most}: ask for less")
+    return chosen
+
+
+def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:
+    """No more than is needed; calibrated filters stay for other engines, so there is room for whole calibration
+    sequences.
+    """
+    from vllm_qfilters.filters.calibrate import SEQUENCE_TOKENS
+
+    return min(model_config.max_model_len, max(SEQUENCE_TOKENS + 1, *(task.max_length for task in chosen)))
+
+
+def _loss_task(
+    name: str,
+    tokenizer: Any,
+    read: Sequence[texts.Text],
+    num_sequences: int,
+    num_tokens: int,
+    chunk: int,
+    loss_from: int,
+    budgets: Sequence[int | float],
+) -> tasks.LossTask:
+    if loss_from >= num_tokens:
+        raise ValueError(f"--loss-from {loss_from} is not within sequences of --tokens {num_tokens}")
+    settings = {
+        "sequences": num_sequences,
+        "tokens": num_tokens,
+        "chunk": chunk,
+        "loss_from": loss_from,
+        "texts": {text.name: hashlib.sha256(text.content.encode()).hexdigest()[:16] for text in read[:num_sequences]},
+    }
+    sequences = texts.cut(read, tokenizer, num_sequences, num_tokens)
+    return tasks.LossTask(name, budgets, sequences, chunk, loss_from, settings)
+
+
+def _fraction(text: str) -> float:
+    return _number(text, "fraction", lambda value: 0 < value <= 1, "0 < F <= 1")
+
+
+def _depth(text: str) -> float:
+    return _number(text, "depth", lambda value: 0 <= value <= 1, "0 <= D <= 1")
+
+
+def _number(text: str, name: str, is_good: Any, valid: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not is_good(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {name}: {valid}")
+    return value

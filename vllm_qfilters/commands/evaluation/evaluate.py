@@ -1,0 +1,157 @@
+"""Goes through methods and tasks, one engine at a time: results are written cell by cell, and not measured again."""
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from vllm_qfilters.commands.evaluation.engine import EngineEvent, EngineFinished, EngineStarted, RequestFinished
+from vllm_qfilters.commands.evaluation.methods import FULL, Method
+from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, EvalRequest, Task
+from vllm_qfilters.config import REQUEST_BUDGET_KEY, KVCompressionConfig
+from vllm_qfilters.frontend.engine_args import apply_kv_compression
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+RunEngine = Callable[["EngineArgs", Sequence[EvalRequest]], Iterator[EngineEvent]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one number of the table is measured for; ``method`` is a label."""
+
+    task: Task
+    method: str
+    budget: int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Cells for one engine.
+
+    Attributes:
+        options: of ``KVCompressionConfig``, beside the method.
+    """
+
+    method: Method
+    options: dict[str, Any]
+    cells: list[Cell]
+
+    @property
+    def num_tokens(self) -> int:
+        """To be read and, at most, generated."""
+        requests = [request for cell in self.cells for request in cell.task.requests(cell.budget)]
+        return sum(len(request.token_ids) + request.max_tokens for request in requests)
+
+
+def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any]:
+    """Options of ``KVCompressionConfig`` for ``method`` in ``task``.
+
+    The interval is the smallest there is unless the method names one, so that small budgets have room; every request
+    names its own budget.
+
+    Raises:
+        ValueError: the method sets what the task sets itself, or there is no room for one of the task's budgets.
+    """
+    both = sorted(set(method.options) & set(task.cuts))
+    if both:
+        raise ValueError(
+            f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of --tasks"
+        )
+    options = {"interval": block_size, **method.options, **task.cuts, "budget": 1.0}
+    config = KVCompressionConfig.from_dict({"method": method.name, **options})
+    try:
+        config.check_block_size(block_size)
+        for budget in task.budgets:
+            for request in task.requests(budget):
+                _check_budget(config, request, block_size)
+    except ValueError as error:
+        raise ValueError(f"{method.label}, {task.name}: {error}") from error
+    return options
+
+
+def plan(methods: Sequence[Method], tasks: Sequence[Task], results: Results, block_size: int) -> list[Job]:
+    """What is left to measure. The full cache is measured with the first method, whose requests can switch compression
+    off.
+
+    Raises:
+        ValueError: see :func:`engine_options`, which is asked about what is measured already too.
+    """
+    jobs: dict[tuple[str, str], Job] = {}
+    for method in methods:
+        for task in tasks:
+            options = engine_options(method, task, block_size)
+            cells = [Cell(task, method.label, budget) for budget in task.budgets]
+            if method is methods[0]:
+                cells.insert(0, Cell(task, FULL, 0))
+            missing = [cell for cell in cells if results.get(task.name, cell.method, cell.budget) is None]
+            if missing:
+                job = jobs.setdefault((method.label, json.dumps(options, sort_keys=True)), Job(method, options, []))
+                job.cells.extend(missing)
+    return list(jobs.values())
+
+
+def evaluate(jobs: Sequence[Job], results: Results, engine_args: "EngineArgs", run_engine: RunEngine) -> None:
+    """Runs ``jobs`` one after the other, and adds their cells to ``results`` as they are finished.
+
+    Args:
+        engine_args: of all engines, without KV compression.
+
+    Raises:
+        EngineError: of ``run_engine``; what was finished before is kept.
+    """
+    with tqdm(total=sum(job.num_tokens for job in jobs), unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
+        for number, job in enumerate(jobs, start=1):
+            names = ", ".join(dict.fromkeys(cell.task.name for cell in job.cells))
+            bar.set_description(f"{number}/{len(jobs)} {job.method.label} ({names})")
+            _run_job(job, results, engine_args, run_engine, bar)
+
+
+def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: RunEngine, bar: tqdm) -> None:
+    engine_args = copy.copy(engine_args)
+    apply_kv_compression(engine_args, job.method.name, job.options)
+    requests, owners = [], []  # an owner is the cell of a request, and its place there
+    answers: list[list[EvalAnswer | None]] = []
+    for cell_index, cell in enumerate(job.cells):
+        of_cell = cell.task.requests(cell.budget)
+        requests += of_cell
+        owners += [(cell_index, place) for place in range(len(of_cell))]
+        answers.append([None] * len(of_cell))
+    start = time.monotonic()
+    for event in run_engine(engine_args, requests):
+        match event:
+            case EngineStarted():
+                results.start_engine(job.method.label, event.configuration)
+                startup_seconds, start = time.monotonic() - start, time.monotonic()
+            case RequestFinished():
+                cell_index, place = owners[event.index]
+                answers[cell_index][place] = event.answer
+                bar.update(len(requests[event.index].token_ids) + requests[event.index].max_tokens)
+                if None not in answers[cell_index]:
+                    cell = job.cells[cell_index]
+                    results.add(cell.task, cell.method, cell.budget, cell.task.measure(answers[cell_index]))
+            case EngineFinished():
+                seconds = round(time.monotonic() - start, 1)
+                results.finish_engine(
+                    startup_seconds=round(startup_seconds, 1), seconds=seconds, evicted_tokens=event.evicted_tokens
+                )
+
+
+def _check_budget(config: KVCompressionConfig, request: EvalRequest, block_size: int) -> None:
+    budget, prompt_tokens = request.kv_budget, len(request.token_ids)
+    config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
+    least = config.min_budget(block_size)
+    if (
+        isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least
+    ):  # the engine would take the least
+        raise ValueError(
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {config.window} "
+            f"+ sinks {config.sinks} + interval {config.interval}: raise --fractions or --lengths"
+        )

@@ -1,0 +1,270 @@
+"""Prompts that hide a fact in a long context and ask for it at their end."""
+
+import dataclasses
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_qfilters.commands.evaluation.texts import leading_tokens
+
+NUM_KEYS = 8
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is applied
+_SENTENCE_END_REACH = 40  # tokens
+_ADJECTIVES = [
+    "amber",
+    "ancient",
+    "bitter",
+    "brave",
+    "bright",
+    "broken",
+    "calm",
+    "clever",
+    "cold",
+    "crimson",
+    "dark",
+    "dusty",
+    "early",
+    "eager",
+    "faint",
+    "fancy",
+    "foreign",
+    "frozen",
+    "gentle",
+    "giant",
+    "golden",
+    "green",
+    "hidden",
+    "hollow",
+    "humble",
+    "jolly",
+    "late",
+    "little",
+    "lonely",
+    "lucky",
+    "mellow",
+    "narrow",
+    "noble",
+    "old",
+    "pale",
+    "plain",
+    "proud",
+    "quick",
+    "quiet",
+    "rapid",
+    "rough",
+    "royal",
+    "rusty",
+    "sacred",
+    "sharp",
+    "shy",
+    "silent",
+    "silver",
+    "simple",
+    "sleepy",
+    "small",
+    "smooth",
+    "soft",
+    "stern",
+    "strange",
+    "sunny",
+    "sweet",
+    "tall",
+    "tender",
+    "tiny",
+    "warm",
+    "wild",
+    "wise",
+]
+_NOUNS = [
+    "anchor",
+    "apple",
+    "arrow",
+    "badge",
+    "barrel",
+    "basket",
+    "beacon",
+    "bell",
+    "boat",
+    "book",
+    "bottle",
+    "bridge",
+    "bucket",
+    "button",
+    "candle",
+    "castle",
+    "chair",
+    "clock",
+    "cloud",
+    "coin",
+    "comet",
+    "crown",
+    "desk",
+    "drum",
+    "eagle",
+    "falcon",
+    "feather",
+    "fiddle",
+    "forest",
+    "garden",
+    "harbor",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "lamp",
+    "lantern",
+    "lion",
+    "marble",
+    "meadow",
+    "mirror",
+    "needle",
+    "orchard",
+    "otter",
+    "paddle",
+    "parrot",
+    "pebble",
+    "pencil",
+    "piano",
+    "pillow",
+    "planet",
+    "pocket",
+    "rabbit",
+    "ribbon",
+    "river",
+    "saddle",
+    "shovel",
+    "spoon",
+    "table",
+    "temple",
+    "tiger",
+    "tower",
+    "tunnel",
+    "valley",
+    "violin",
+    "wagon",
+    "whistle",
+    "window",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """A prompt and the number it asks for."""
+
+    token_ids: list[int]
+    answer: str
+
+
+class PromptFrame:
+    """What surrounds the user's words: the model's chat template if it has one, else nothing.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            self.head, self._tail = leading_tokens(tokenizer), ""
+            return
+        messages = [{"role": "user", "content": _PLACE}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        head, _, self._tail = rendered.partition(_PLACE)
+        self.head = self.encode(head)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    def tail(self, question: str, answer_start: str) -> list[int]:
+        """The question, the end of the user's words, and the beginning of the answer, which the model is to
+        continue.
+        """
+        return self.encode(question + (self._tail or "\n") + answer_start)
+
+
+def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
+    """One number within a text.
+
+    Args:
+        frame: of the prompt.
+        filler: token ids of a text, ``length`` at least.
+        length: of the prompt, in tokens.
+        depth: of the number in the text, 0 at its beginning to 1 at its end; moved back to the end of a sentence.
+        rng: for the number and the part of the text.
+
+    Raises:
+        ValueError: ``length`` is too short for the question.
+    """
+    key = str(rng.randrange(10_000, 100_000))
+    head = "There is a pass key hidden in the text below. Find and remember it.\n\n"
+    facts = [(depth, f"\nThe pass key is the number {key}. Remember it. {key} is the pass key.\n")]
+    tail = frame.tail("\n\nWhat is the pass key mentioned in the text above?", "The pass key is the number")
+    return Needle(_hide(frame, filler, length, head, facts, tail, rng), key)
+
+
+def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
+    """``NUM_KEYS`` named numbers within a text, evenly; before the question nothing tells which one it will ask for.
+
+    Args, Raises: as for :func:`passkey`; ``depth`` is the place among the numbers.
+    """
+    names = rng.sample([f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS], NUM_KEYS)
+    numbers = [str(number) for number in rng.sample(range(10_000, 100_000), NUM_KEYS)]
+    head = "There are numbers of things hidden in the text below. Find and remember them.\n\n"
+    facts = [
+        (index / (NUM_KEYS - 1), f"\nThe number of the {name} is {number}.\n")
+        for index, (name, number) in enumerate(zip(names, numbers))
+    ]
+    asked = round(depth * (NUM_KEYS - 1))
+    tail = frame.tail(f"\n\nWhat is the number of the {names[asked]}?", f"The number of the {names[asked]} is")
+    return Needle(_hide(frame, filler, length, head, facts, tail, rng), numbers[asked])
+
+
+def is_answered(text: str, answer: str) -> bool:
+    """The first number in ``text`` is ``answer``, exactly."""
+    number = re.search(r"\d+", text)
+    return number is not None and number.group() == answer
+
+
+def _hide(
+    frame: PromptFrame,
+    filler: Sequence[int],
+    length: int,
+    head: str,
+    facts: Sequence[tuple[float, str]],
+    tail: Sequence[int],
+    rng: random.Random,
+) -> list[int]:
+    """A prompt of exactly ``length`` tokens: ``head``, a part of ``filler`` with ``facts`` at their depths,
+    ``tail``.
+    """
+    token_ids = frame.head + frame.encode(head)
+    encoded = [(depth, frame.encode(fact)) for depth, fact in facts]
+    taken = len(token_ids) + sum(len(fact) for _, fact in encoded) + len(tail)
+    room = length - taken
+    if room <= 0:
+        raise ValueError(
+            f"instruction, question and what is hidden take {taken} of {length} tokens: give a longer length"
+        )
+    first = rng.randrange(len(filler) - room + 1)
+    text = filler[first : first + room]
+    start = 0
+    for depth, fact in encoded:
+        place = max(start, _sentence_end(frame, text, round(depth * room)))
+        token_ids += [*text[start:place], *fact]
+        start = place
+    return [*token_ids, *text[start:], *tail]
+
+
+def _sentence_end(frame: PromptFrame, text: Sequence[int], place: int) -> int:
+    """The last end of a sentence at or shortly before ``place``, or else ``place``."""
+    if place == len(text):
+        return place
+    for end in range(place, max(0, place - _SENTENCE_END_REACH), -1):
+        if frame.decode(text[end - 1]).rstrip(" ").endswith((".", "\n")):
+            return end
+    return place

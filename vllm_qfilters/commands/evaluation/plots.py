@@ -1,0 +1,97 @@
+"""Plots of results, PNG files beside them. Needs matplotlib."""
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import colormaps, pyplot
+
+from vllm_qfilters.commands.evaluation.methods import FULL
+from vllm_qfilters.commands.evaluation.report import kind, loss_increase
+from vllm_qfilters.commands.evaluation.results import Results
+
+
+def draw(results: Results) -> list[pathlib.Path]:
+    """Draws what there are measurements for; returns the files."""
+    tasks = {name: [task for task in results.tasks() if kind(results, task) == name] for name in ("loss", "retrieval")}
+    tasks["loss"] = [task for task in tasks["loss"] if results.get(task, FULL, 0) is not None]
+    paths = []
+    for name, plot in (("loss", _draw_loss), ("retrieval", _draw_retrieval)):
+        if any(results.methods(task) for task in tasks[name]):
+            figure = plot(results, [task for task in tasks[name] if results.methods(task)])
+            paths.append(results.path.with_name(f"{results.path.stem}-{name}.png"))
+            figure.savefig(paths[-1], dpi=120)
+            pyplot.close(figure)
+    return paths
+
+
+def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
+    """Loss increase against budget: a panel per task, a line per method."""
+    figure, panels = pyplot.subplots(
+        1, len(tasks), figsize=(6.5 * len(tasks) + 3.5, 5), squeeze=False, layout="constrained"
+    )
+    colors, lines = _colors(results, tasks), {}
+    for panel, task in zip(panels[0], tasks):
+        full = results.get(task, FULL, 0)
+        for method in results.methods(task):
+            cells = [
+                cell for budget in results.budgets(task) if (cell := results.get(task, method, budget)) is not None
+            ]
+            means, errors = zip(*(loss_increase(cell, full) for cell in cells))
+            x = [cell["budget"] for cell in cells]
+            lines[method] = panel.errorbar(x, means, yerr=errors, color=colors[method], marker="o", capsize=3)
+        budgets = results.budgets(task)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(budgets, [str(budget) for budget in budgets])
+        panel.minorticks_off()
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_title(task)
+        panel.set_xlabel("budget (fraction of the prompt)" if isinstance(budgets[0], float) else "budget (tokens)")
+        panel.set_ylabel("loss increase over the full cache (nats per token)")
+        panel.grid(alpha=0.3)
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize="small")
+    figure.suptitle(_model_name(results))
+    return figure
+
+
+def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
+    """Share found by depth and budget: a row of heat maps per task, one per method."""
+    columns = list(_colors(results, tasks))
+    size = (2.6 * len(columns) + 1.5, 2.4 * len(tasks) + 0.8)
+    figure, panels = pyplot.subplots(len(tasks), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for row, task in zip(panels, tasks):
+        depths = results.settings(task)["depths"]
+        budgets = [0, *reversed(results.budgets(task))]
+        for panel, method in zip(row, columns):
+            cells = [results.get(task, FULL if budget == 0 else method, budget) for budget in budgets]
+            shares = [list(_by_depth(cell, len(depths))) for cell in cells]
+            image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            labels = ["full" if budget == 0 else f"{budget:g}" for budget in budgets]
+            panel.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize="x-small")
+            panel.set_yticks(range(len(budgets)), labels, fontsize="x-small")
+            panel.set_title(method.replace(":", ":\n", 1).replace(",", ",\n"), fontsize="x-small")
+        row[0].set_ylabel(f"{task}\nbudget (fraction of the prompt)", fontsize="small")
+    figure.supxlabel("depth", fontsize="small")
+    figure.colorbar(image, ax=panels, label="share found")
+    figure.suptitle(_model_name(results))
+    return figure
+
+
+def _by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
+    if cell is None:
+        yield from [float("nan")] * num_depths
+    else:
+        yield from (depth["found"] / depth["trials"] for depth in cell["depths"])
+
+
+def _colors(results: Results, tasks: list[str]) -> dict[str, tuple[float, ...]]:
+    """Of every method there is in one of ``tasks``."""
+    methods = dict.fromkeys(method for task in tasks for method in results.methods(task))
+    return dict(zip(methods, itertools.cycle(colormaps["tab20"].colors)))
+
+
+def _model_name(results: Results) -> str:
+    return pathlib.PurePath(results.model).name

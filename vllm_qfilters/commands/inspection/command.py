@@ -1,0 +1,167 @@
+"""The subcommand ``vllm-qfilters inspect``: runs a prompt on the engine and shows what the workers kept of it."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_qfilters.commands.arguments import UsageError, at_least
+from vllm_qfilters.commands.inspection.page import Inspection, render
+from vllm_qfilters.config import KVCompressionConfig
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+STANDARD_INPUT = pathlib.Path("-")
+ENGINE_DEFAULTS = {"kv_compression": "qfilters", "enforce_eager": True, "max_num_seqs": 1}
+DESCRIPTION = (
+    "Runs a prompt with a compressed KV cache, and writes one HTML page that shows which of its\n"
+    "tokens the cache still holds: every token shaded by how many layers and KV heads kept it,\n"
+    "each layer (and with granularity head each head) by itself on demand, with sinks and window\n"
+    "marked. It is the engine itself that runs, and the page shows what its workers kept.\n"
+    "--kv-compression is qfilters unless given; a prompt no longer than the budget is kept whole."
+)
+EXAMPLES = (
+    "Examples:\n"
+    "  vllm-qfilters inspect Qwen/Qwen3-0.6B --prompt-file article.txt -o page.html \\\n"
+    "      --kv-compression-config.budget 512\n"
+    "  git log | vllm-qfilters inspect Qwen/Qwen3-0.6B --prompt-file - --kv-compression streaming \\\n"
+    "      --kv-compression-config.budget 1024 --max-tokens 200"
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt itself, instead of --prompt-file")
+    text = "UTF-8 text of the prompt; - reads standard input"
+    parser.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("inspection.html"),
+        metavar="FILE",
+        help="page to write; default %(default)s",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least(2),
+        default=2,
+        metavar="N",
+        help="tokens to generate before the look, which then stand behind the prompt; default %(default)s: as decoding begins",
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt that ``args`` name.
+
+    Raises:
+        UsageError: none or two are named, or it cannot be read, or is empty.
+    """
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise UsageError("which prompt? Give one of --prompt TEXT and --prompt-file FILE")
+    prompt = args.prompt
+    if prompt is None:
+        try:
+            is_stdin = args.prompt_file == STANDARD_INPUT
+            prompt = (sys.stdin.buffer.read() if is_stdin else args.prompt_file.read_bytes()).decode("utf-8")
+        except OSError as error:
+            raise UsageError(f"{args.prompt_file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{args.prompt_file} is not a UTF-8 text: {error}") from error
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return prompt
+
+
+def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection:
+    """Runs a prompt and asks the workers what they kept.
+
+    Args:
+        llm: an idle engine with KV compression.
+        token_ids: of the prompt.
+        max_tokens: to generate, 2 at least: a prompt is last cut when the first of them is computed.
+
+    Raises:
+        ValueError: the engine refuses the prompt.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm.collective_rpc("record_kept_tokens")
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params)
+    # The last token has been sampled, but not computed.
+    computed = [*token_ids, *output.outputs[0].token_ids[:-1]]
+    kept, end = assemble(llm.collective_rpc("take_kept_tokens"), len(computed))
+
+    vllm_config = llm.llm_engine.vllm_config
+    has_tokenizer = not vllm_config.model_config.skip_tokenizer_init
+    config, block_size = KVCompressionConfig.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
+    limits = config.request_limits(None, len(token_ids), block_size)
+    options = {
+        name: value for name, value in config.to_dict().items() if name != "endpoint"
+    }  # changes nothing of what is kept
+    window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
+    return Inspection(
+        texts=token_texts(llm.get_tokenizer(), computed) if has_tokenizer else [""] * len(computed),
+        prompt_tokens=len(token_ids),
+        kept=kept,
+        sinks=limits.sinks,
+        window=range(end - window, end),
+        budget=limits.budget,
+        model=pathlib.PurePath(vllm_config.model_config.model).name,
+        configuration={**options, "block size": block_size, "tokens generated": max_tokens},
+    )
+
+
+def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[np.ndarray, int]:
+    """Puts what the ranks answered together.
+
+    Args:
+        ranks: what ``take_kept_tokens`` of each worker returned, after one request.
+        num_tokens: of the sequence.
+
+    Returns:
+        What is kept, shape ``[num_layers, num_kv_heads, num_tokens]``, bool, and the position of the last eviction, or
+        0.
+    """
+    num_layers = 1 + max(layer for rank in ranks for layer in rank["layers"])
+    num_heads = max(rank["first_kv_head"] + rank["num_kv_heads"] for rank in ranks)
+    kept, end = np.ones((num_layers, num_heads, num_tokens), dtype=bool), 0
+    for rank in ranks:
+        for end, packed in rank["requests"].values():
+            shape = (len(rank["layers"]), rank["num_kv_heads"], end)
+            mask = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=int(np.prod(shape))).reshape(shape)
+            first = rank["first_kv_head"]
+            kept[np.array(rank["layers"]), first : first + rank["num_kv_heads"], :end] = mask
+    return kept, end
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; nothing, where a character goes on in the next one."""
+    texts, before, start = [], 0, 0
+    for end in range(1, len(token_ids) + 1):
+        # With the token before, since some tokenizers drop the space a text begins with.
+        shown, text = tokenizer.decode(token_ids[before:start]), tokenizer.decode(token_ids[before:end])
+        if text.endswith("\ufffd") and end - start < 4:
+            texts.append("")
+            continue
+        texts.append(text[len(shown) :])
+        before, start = start, end
+    return texts
+
+
+def write(inspection: Inspection, path: pathlib.Path) -> str:
+    """Writes the page, and returns what to say of it."""
+    path.write_text(render(inspection), encoding="utf-8")
+    num_tokens = inspection.kept.shape[2]
+    said = f"{path} shows {num_tokens} tokens, of which every layer and head holds {inspection.resident_tokens}"
+    if not inspection.evicted_tokens:
+        said += (
+            f"\nNothing was evicted, as the budget is {inspection.budget} tokens: give a smaller one "
+            "(--kv-compression-config.budget N), or a longer prompt"
+        )
+    return said

@@ -1,0 +1,383 @@
+"""What the model runners of all platforms share: the cache specification, and how scores get what they need.
+
+A model runner applies compaction plans before, and resident lengths after, what vLLM does with a step. How it does that
+is the business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_world_group,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.math_utils import cdiv
+from vllm.utils.mem_utils import format_gib
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.utils import select_common_block_size
+
+from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
+from vllm_qfilters.attention.queries import QueryRecorder
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
+from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.calibrate import (
+    NUM_SEQUENCES,
+    SEQUENCE_TOKENS,
+    calibrate,
+    fitting,
+    measure_scores,
+    random_sequences,
+    rotations_in_use,
+)
+from vllm_qfilters.filters.format import Filters, ModelIdentity, save
+from vllm_qfilters.filters.load import cache_path, find_filters
+from vllm_qfilters.filters.rotary import RotaryTable, Rotation
+from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.scorers import RecentQueries
+from vllm_qfilters.worker.collectives import mean_over_ranks
+from vllm_qfilters.worker.kept_tokens import KeptTokens
+from vllm_qfilters.worker.lengths import EvictedTokens
+from vllm_qfilters.worker.page_scorer import PageScorer
+from vllm_qfilters.worker.specs import check_specs
+from vllm_qfilters.worker.timer import CompactionTimer
+
+logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
+
+
+class CompressedModelRunner:
+    """Goes before a model runner of vLLM. Subclasses say how the cache is bound and how keys are scored.
+
+    Attributes:
+        kernels: the name of the kernels in use, for the log.
+        page_scores: the one of them that scores pages.
+    """
+
+    kernels: str
+    page_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
+        self.evicted = EvictedTokens()
+        self.compaction_timer = CompactionTimer(device)
+        self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
+        self.recorder: QueryRecorder | None = (
+            None  # where scores go by the last queries of prompts, once there is room for them
+        )
+        self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
+        self.kept_tokens: KeptTokens | None = None  # while somebody wants to see them
+        self._rotations: list[Rotation] | None = None
+
+    def bind_cache(self) -> None:
+        """Finds out where the caches of ``layers`` lie."""
+        raise NotImplementedError
+
+    def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
+        """Of ``layers``."""
+        return [in_its_dtype(layer.kv_cache, self.cache_config.cache_dtype) for layer in self.layers]
+
+    def key_scales(self) -> torch.Tensor | None:
+        """What keys in an fp8 cache are to be multiplied by, float32, shape ``[num_layers]``; None for other caches."""
+        if self.cache_config.cache_dtype not in FP8_DTYPES:
+            return None
+        return torch.stack([layer._k_scale.reshape(()) for layer in self.layers]).to(self.device, torch.float32)
+
+    def start_scoring(self, filters: Filters | None) -> None:
+        """Makes what scores and compacts; layers see keys and values from now on. filters: None for methods without."""
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        check_specs(self.compression, specs, self.model_config.max_model_len)
+        layers = self.compilation_config.static_forward_context
+        if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
+            raise ValueError("KV compression does not support models whose layers share one KV cache")
+        block_size = self.cache_config.block_size
+        spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
+        max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
+        has_one_window = len({layers[name].sliding_window for name in specs}) == 1
+        compressed = {}
+        for name, spec in specs.items():
+            backend = layers[name].get_attn_backend()
+            if backend.get_name() == "FLASHINFER" and not has_one_window:
+                raise ValueError(
+                    "KV compression keeps layers with and without a sliding window in one cache, for which attention backend "
+                    "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+                )
+            compressed[name] = spec_cls.from_attention(
+                spec, block_size, max_resident_tokens, self.compression.num_planes
+            )
+            kernel_block_size = select_common_block_size(block_size, [backend], [compressed[name]])
+            if kernel_block_size != block_size:
+                raise ValueError(
+                    f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
+                    f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
+                )
+        self.compression.check_block_size(block_size)  # a backend may have changed it since the front end looked
+        return compressed
+
+    def reserve_recent_queries(self) -> None:
+        """Takes the memory for the last queries of the prompts of all requests that can run at once."""
+        if self.compression.observed_queries:
+            specs = self.get_kv_cache_spec()
+            layer = self.compilation_config.static_forward_context[next(iter(specs))]
+            num_prompts, num_queries = self.scheduler_config.max_num_seqs, self.compression.observed_queries
+            shape = (len(specs), num_prompts, num_queries, layer.num_heads, layer.head_size)
+            queries = torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
+            self.recorder = QueryRecorder(queries)
+            logger.info(
+                "KV compression: the last queries of %d prompts take %s GiB", num_prompts, format_gib(queries.nbytes)
+            )
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if is_profiling:
+            return
+        (tensor,) = kv_cache_config.kv_cache_tensors
+        self.layers = [self.compilation_config.static_forward_context[name] for name in tensor.layers]
+        if self.layers[0].impl.alibi_slopes is not None:
+            raise ValueError(
+                "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
+            )
+        self.bind_cache()
+
+    def start_compression(self) -> None:
+        """Finds or calibrates what scores need, and says in one line what is active. Call before serving, and before
+        CUDA graphs are captured."""
+        origin = ""
+        filters = None
+        if self.compression.method == "qfilters":
+            filters, origin = self._find_or_calibrate_filters()
+            filters = filters.of_layers(
+                *self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
+            )
+        self.start_scoring(filters)
+        for index, layer in enumerate(self.layers):
+            layer.impl.index, layer.impl.recorder = index, self.recorder
+        if self.compression.evicts_whole_pages and self.compression.needs_scores:
+            self.page_scorer = self._page_scorer(filters)
+        if self._is_first_rank:
+            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
+        if self.recorder is not None:
+            for request in scheduler_output.scheduled_new_reqs:
+                if not self._may_evict(request):
+                    self.recorder.ignore(request.req_id)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.page_scorer is not None:
+            self.page_scorer.score_filled_pages(scheduler_output)
+        return output
+
+    def sample_tokens(self, grammar_output: Any):
+        output = super().sample_tokens(grammar_output)
+        if self.page_scorer is not None:
+            output = self.page_scorer.attach(output)
+        return self.compaction_timer.attach(output)
+
+    def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
+        """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
+        return calibrate(self, self.layers, self.rotations(), sequences, description)
+
+    def rotations(self) -> list[Rotation]:
+        """Of each layer; layers that share a rotary embedding share its rotation. The cache must not be in use at the
+        first call.
+        """
+        if self._rotations is None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
+            head_size, num_positions = self.layers[0].head_size, self.model_config.max_model_len + HORIZON
+            none, possible, of_layers = Rotation(None, head_size), {}, []
+            for layer in self.layers:
+                rotary_emb = _rotary_emb(modules, layer.layer_name)
+                if rotary_emb not in possible:
+                    tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
+                    possible[rotary_emb] = [*(Rotation(table, head_size) for table in tables), none]
+                of_layers.append(possible[rotary_emb])
+            self._rotations = rotations_in_use(self, self.layers, of_layers)
+        return self._rotations
+
+    def static_filters(self, filters: Filters) -> torch.Tensor:
+        """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
+        return filters.of_heads(*self._kv_heads())
+
+    def filter_bank(self, filters: Filters) -> FilterBank:
+        """Of the query heads of this rank."""
+        layer, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
+        heads = slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads)
+        rank = self.compression.rank if self.compression.filter == "expected" else 0
+        return FilterBank(filters, self.rotations(), heads, rank, layer.impl.scale)
+
+    def record_kept_tokens(self) -> None:
+        """From now on; forgets what was recorded before."""
+        self.kept_tokens = KeptTokens(len(self.layers), self._kv_heads()[1], self.cache_config.block_size)
+
+    def take_kept_tokens(self) -> dict[str, Any]:
+        """What was recorded, and which part of the model it is; records no more.
+
+        Returns:
+            ``layers``: indices; ``first_kv_head`` and ``num_kv_heads``; ``requests``: see :meth:`KeptTokens.masks`.
+        """
+        first_kv_head, num_kv_heads = self._kv_heads()
+        recorded, self.kept_tokens = self.kept_tokens, None
+        return {
+            "layers": [extract_layer_index(layer.layer_name) for layer in self.layers],
+            "first_kv_head": first_kv_head,
+            "num_kv_heads": num_kv_heads,
+            "requests": recorded.masks(),
+        }
+
+    def forget(self, finished: Iterable[str], restarted: Iterable[str]) -> None:
+        """Requests that ended, and requests that start again after a preemption."""
+        for req_ids in (finished, restarted):
+            self.evicted.forget(req_ids)
+            if self.recorder is not None:
+                self.recorder.forget(req_ids)
+        if self.kept_tokens is not None:
+            self.kept_tokens.restart(restarted)
+
+    def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
+        """The last of the prompt's queries so far, no more than tokens up to them are held; handed out for the last
+        time at the first eviction after the prompt. None while there is room for distinct tokens: what looking costs
+        buys nothing there, all that stays is looked at again when the prompt ends."""
+        recent = self.recorder.get(row.req_id) if self.recorder is not None and not row.distinct_tokens else None
+        if recent is None:
+            return None
+        if recent.have_read_prompt_at(row.position):
+            self.recorder.forget([row.req_id])
+        return recent.last(row.resident_tokens - (row.position - recent.end))
+
+    def _may_evict(self, request: NewRequestData) -> bool:
+        params = request.sampling_params
+        limits = self.compression.request_limits(params.extra_args, request.prompt_len, self.cache_config.block_size)
+        return limits is not None and request.prompt_len + params.max_tokens > limits.budget
+
+    def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
+        model = ModelIdentity.from_model_config(self.model_config)
+        needs_statistics = self.compression.filter != "static"
+        # One rank looks, for all: another one may be on another machine, whose files and cache are others.
+        found = (
+            find_filters(self.compression.filters, model, needs_statistics) if get_world_group().is_first_rank else None
+        )
+        found = get_world_group().broadcast_object(found)
+        if found is not None:
+            return found
+        sequences = self._random_sequences()
+        description = f"{len(sequences)} sequences of {len(sequences[0])} random token ids"
+        filters = self.calibrate_filters(sequences, description)
+        path = cache_path(model)
+        if self._is_first_rank:
+            save(path, filters, model)
+        return filters, f"calibrated now ({description}), kept in {path}"
+
+    def _random_sequences(self) -> list[list[int]]:
+        return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, fitting(self, SEQUENCE_TOKENS))
+
+    def _kv_heads(self) -> tuple[int, int]:
+        """The first KV head of the model that this rank holds, and how many it holds."""
+        total = self.model_config.get_total_num_kv_heads()
+        first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+        return first, self.layers[0].num_kv_heads
+
+    def _page_scorer(self, filters: Filters | None) -> PageScorer:
+        scores = self.cache.scores
+        if filters is not None and filters.score_mean is not None and filters.score_std is not None:
+            mean, std = filters.score_statistics_of_heads(*self._kv_heads())
+        else:
+            # Published filters have no statistics, and other methods no filters.
+            sequences = self._random_sequences()
+            mean, std = measure_scores(self, scores, sequences)
+            if self._is_first_rank:
+                logger.info(
+                    "KV compression: page scores are normalised by what %d sequences of %d random token ids scored now",
+                    len(sequences),
+                    len(sequences[0]),
+                )
+        windows = [layer.sliding_window or math.inf for layer in self.layers]
+        slides = torch.tensor(windows, device=std.device) <= self.compression.sliding_window
+        if not slides.all():  # what layers with a sliding window do not attend to any more is for the others to judge
+            std = std.masked_fill(slides.unsqueeze(1), 0)
+        return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
+
+    @property
+    def _is_first_rank(self) -> bool:
+        return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+
+
+def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:
+    """What is active, in one line."""
+    budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
+    window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
+    if config.min_window:
+        window += f" (at least {config.min_window} tokens, for layers with a sliding window of {config.sliding_window})"
+    prefill = config.prefill
+    if config.evicts_prompts_in_chunks:
+        prefill += f" (cut every {config.prefill_interval} tokens, at most {config.chunk} beside the budget)"
+    parts = [
+        f"KV compression is on: method {config.method}",
+        f"budget {budget}",
+        f"window {window}",
+        f"sinks {config.sinks}",
+        f"interval {config.interval}",
+        f"granularity {config.granularity}",
+        f"prefill {prefill}",
+        f"scope {config.scope}",
+    ]
+    if config.method == "qfilters":
+        details = (
+            f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""
+        )
+        parts.insert(1, f"filter {config.filter}{details}")
+        parts.append(f"filters {origin}")
+    if isinstance(config.budget, int):
+        decoding = cdiv(config.budget, block_size)
+        pages = f"at most {decoding} pages of {block_size} tokens per decoding sequence"
+        if config.scope == "decode":
+            pages += " beside its prompt"
+        if config.evicts_prompts_in_chunks:
+            pages += f", {cdiv(config.budget + config.chunk, block_size)} while its prompt is read"
+        parts.append(pages)
+    parts.append(f"kernels {kernels}")
+    return ", ".join(parts)
+
+
+def _rotary_emb(modules: dict[str, torch.nn.Module], layer_name: str) -> torch.nn.Module | None:
+    """The rotary embedding nearest to an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``, or, in
+    models that Transformers implements, that of the whole model."""
+    name, dot, _ = layer_name.rpartition(".")
+    while f"{name}{dot}rotary_emb" not in modules and dot:
+        name, dot, _ = name.rpartition(".")
+    return modules.get(f"{name}{dot}rotary_emb")
+
+
+def _rotary_tables(
+    rotary_emb: torch.nn.Module | None, layer_name: str, num_positions: int
+) -> Sequence[RotaryEmbeddingBase | RotaryTable]:
+    """What ``rotary_emb`` may do to the queries of a layer.
+
+    Raises:
+        ValueError: its rotation cannot be taken off queries again.
+    """
+    if rotary_emb is None:
+        return []
+    if isinstance(rotary_emb, RotaryEmbeddingBase):
+        return [rotary_emb]
+    try:
+        tables = RotaryTable.both_styles(rotary_emb, num_positions)
+    except AttributeError:
+        tables = []
+    if not tables:
+        raise ValueError(
+            f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}: give existing ones as "
+            "--kv-compression-config.filters"
+        )
+    return tables
