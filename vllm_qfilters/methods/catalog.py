@@ -1,0 +1,112 @@
+"""The catalogue of methods: one entry per method, its file beside this one. Knows nobody, imports only the standard library.
+
+What a method is able to do stands here as facts, so that the configuration, the scheduler and the workers ask for those and
+never for a name. To add a method, write its file (see :mod:`vllm_qfilters.methods.base`) and one entry here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method, or one of the ways ``qfilters`` scores.
+
+    Attributes:
+        summary: one line for ``--help``, with the paper.
+        implementation: ``module:class`` below ``vllm_qfilters.methods``, a subclass of :class:`.base.Method`.
+        options: fields of the configuration that only some methods read, those that this one reads.
+        stats: how many float32 token stats stand beside each token and KV head; may depend on ``observed``.
+        needs_filters: filters are found or calibrated before serving.
+        needs_query_statistics: the filters must hold the statistics of queries before RoPE, which published ones lack.
+        scores_are_final: a token's score is known when it is written and stays, so that whole pages can be scored.
+        recent_only: nothing is scored; the most recent tokens stay beside the sinks.
+        keeps_distinct: what a prompt holds beyond its budget while it is read are the keys most unlike the others.
+        observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
+        follows_decoding: the queries of generated tokens are kept likewise, for every cut.
+    """
+
+    summary: str
+    implementation: str
+    options: frozenset[str] = frozenset()
+    stats: Callable[[int], int] = lambda observed: 1
+    needs_filters: bool = False
+    needs_query_statistics: bool = False
+    scores_are_final: bool = False
+    recent_only: bool = False
+    keeps_distinct: bool = False
+    observed_queries: Callable[[int], int] = lambda observed: 0
+    follows_decoding: bool = False
+
+
+_QFILTERS = "what the model's queries, known from calibration, will attend to (Q-Filters, arXiv 2503.02812)"
+
+QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
+    "expected": Entry(
+        _QFILTERS,
+        "qfilters.expected:ExpectedAttention",
+        options=frozenset({"filter", "filters", "rank", "observed"}),
+        stats=lambda observed: 2 if observed else 1,
+        needs_filters=True,
+        needs_query_statistics=True,
+        keeps_distinct=True,
+        observed_queries=lambda observed: observed,
+    ),
+    "rotary": Entry(
+        _QFILTERS,
+        "qfilters.rotary:RotaryFilter",
+        options=frozenset({"filter", "filters"}),
+        needs_filters=True,
+        needs_query_statistics=True,
+        keeps_distinct=True,
+    ),
+    "static": Entry(
+        _QFILTERS,
+        "qfilters.static:StaticFilter",
+        options=frozenset({"filter", "filters"}),
+        needs_filters=True,
+        scores_are_final=True,
+        keeps_distinct=True,
+    ),
+}
+
+METHODS: Mapping[str, Entry] = {
+    "qfilters": QFILTERS["expected"],
+    "streaming": Entry(
+        "the first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
+        "streaming:Streaming",
+        scores_are_final=True,
+        recent_only=True,
+    ),
+    "knorm": Entry("keys of small norm first (arXiv 2406.11430)", "knorm:KeyNorm", scores_are_final=True),
+    "keydiff": Entry("keys unlike the mean of the sequence's keys first (arXiv 2504.15364)", "keydiff:KeyDiff"),
+    "random": Entry("tokens drawn at random, anew at every cut (arXiv 2609.03430)", "random:Random"),
+    "random_once": Entry(
+        "tokens drawn at random, each once, when it is written: the floor every method must beat",
+        "random_once:RandomOnce",
+        scores_are_final=True,
+    ),
+    "snapkv": Entry(
+        "what the last 32 queries attend to (SnapKV, arXiv 2404.14469)",
+        "snapkv:SnapKV",
+        observed_queries=lambda observed: 32,
+        follows_decoding=True,
+    ),
+    "tova": Entry(
+        "what the last query attends to (TOVA, arXiv 2401.06104)",
+        "tova:Tova",
+        observed_queries=lambda observed: 1,
+        follows_decoding=True,
+    ),
+    "lagkv": Entry("tokens that vary most, measured by the ones that follow (LagKV, arXiv 2504.04704)", "lagkv:LagKV"),
+    "cur": Entry("large keys times large values, through fresh random projections (CUR, arXiv 2606.03928)", "cur:Cur"),
+}
+
+OPTIONS_OF_SOME = frozenset().union(*(entry.options for entry in (*METHODS.values(), *QFILTERS.values())))
+
+
+def entry(method: str, filter: str | None = None) -> Entry:
+    """The entry of a method; of ``qfilters`` that of its ``filter``, the default if None."""
+    if method == "qfilters" and filter is not None:
+        return QFILTERS[filter]
+    return METHODS[method]
