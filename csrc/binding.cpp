@@ -5,7 +5,8 @@
 TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("score_and_store(Tensor key, Tensor filters, Tensor(a!) score_plane, Tensor slot_mapping) -> ()");
   library.def("store_value_norms(Tensor value, Tensor(a!) planes, Tensor slot_mapping) -> ()");
-  library.def("select_kept(Tensor scores, int kept, int sinks, int window, bool shared_by_heads) -> Tensor");
+  library.def("mean_standardised(Tensor scores, int sinks, int window) -> Tensor");
+  library.def("select_kept(Tensor scores, int kept, int sinks, int window) -> Tensor");
   library.def("page_scores(Tensor score_plane, Tensor pages, Tensor mean, Tensor deviation) -> Tensor");
   library.def(
       "expected_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor means, Tensor factors) "
@@ -22,6 +23,7 @@ TORCH_LIBRARY(vllm_qfilters, library) {
 TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {
   library.impl("score_and_store", &vllm_qfilters::score_and_store);
   library.impl("store_value_norms", &vllm_qfilters::store_value_norms);
+  library.impl("mean_standardised", &vllm_qfilters::mean_standardised);
   library.impl("select_kept", &vllm_qfilters::select_kept);
   library.impl("page_scores", &vllm_qfilters::page_scores);
   library.impl("expected_attention", &vllm_qfilters::expected_attention);

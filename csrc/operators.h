@@ -18,12 +18,16 @@ void store_value_norms(
     at::Tensor& planes,               // [num_blocks, num_planes, num_kv_heads, block_size] float32
     const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
 
-at::Tensor select_kept(               // [num_layers, num_kv_heads, resident_tokens] bool
+at::Tensor mean_standardised(         // [num_layers, 1, resident_tokens] float32
     const at::Tensor& scores,         // [num_layers, num_kv_heads, resident_tokens] float32
+    int64_t sinks,
+    int64_t window);
+
+at::Tensor select_kept(               // [num_layers, num_heads, resident_tokens] bool
+    const at::Tensor& scores,         // [num_layers, num_heads, resident_tokens] float32
     int64_t kept,
     int64_t sinks,
-    int64_t window,
-    bool shared_by_heads);
+    int64_t window);
 
 at::Tensor page_scores(               // [num_pages] float32
     const at::Tensor& score_plane,    // [num_layers, num_blocks, num_kv_heads, block_size] float32

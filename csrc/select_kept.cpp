@@ -38,27 +38,55 @@ void mark_highest(const float* scores, int64_t num_candidates, int64_t count, bo
   }
 }
 
-// Adds one head's share to the mean over heads of standardised scores.
-void add_standardised(const float* scores, int64_t num_candidates, int64_t num_kv_heads, std::vector<float>& mean_scores) {
+// Adds one head's share to the mean over heads of scores, standardised by those between sinks and window.
+void add_standardised(
+    const float* scores, int64_t resident, int64_t sinks, int64_t window, int64_t num_kv_heads, float* mean_scores) {
+  const int64_t end = resident - window, num_candidates = end - sinks;
   double sum = 0, sum_of_squares = 0;
-  for (int64_t index = 0; index < num_candidates; ++index) {
-    sum += scores[index];
+  for (int64_t token = sinks; token < end; ++token) {
+    sum += scores[token];
   }
   const double mean = sum / num_candidates;
-  for (int64_t index = 0; index < num_candidates; ++index) {
-    sum_of_squares += (scores[index] - mean) * (scores[index] - mean);
+  for (int64_t token = sinks; token < end; ++token) {
+    sum_of_squares += (scores[token] - mean) * (scores[token] - mean);
   }
   const double deviation = std::max(std::sqrt(sum_of_squares / num_candidates), kSmallestDeviation);
-  for (int64_t index = 0; index < num_candidates; ++index) {
-    mean_scores[index] += static_cast<float>((scores[index] - mean) / deviation / num_kv_heads);
+  for (int64_t token = 0; token < resident; ++token) {
+    mean_scores[token] += static_cast<float>((scores[token] - mean) / deviation / num_kv_heads);
   }
+}
+
+void check_scores(const at::Tensor& scores, int64_t sinks, int64_t window) {
+  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat, "scores must be float32 with 3 dimensions");
+  TORCH_CHECK(
+      sinks >= 0 && window >= 0 && sinks + window <= scores.size(2),
+      sinks, " sinks and a window of ", window, " do not fit into ", scores.size(2), " tokens");
 }
 
 }  // namespace
 
-at::Tensor select_kept(const at::Tensor& scores, int64_t kept, int64_t sinks, int64_t window, bool shared_by_heads) {
-  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat, "scores must be float32 with 3 dimensions");
+at::Tensor mean_standardised(const at::Tensor& scores, int64_t sinks, int64_t window) {
+  check_scores(scores, sinks, window);
   const int64_t num_layers = scores.size(0), num_kv_heads = scores.size(1), resident = scores.size(2);
+  const at::Tensor rows = scores.stride(2) == 1 ? scores : scores.contiguous();
+  at::Tensor shared = at::zeros({num_layers, 1, resident}, scores.options());
+  const float* first_score = rows.const_data_ptr<float>();
+  float* first_shared = shared.mutable_data_ptr<float>();
+  const int64_t grain = kScoresPerThread / std::max<int64_t>(1, resident * num_kv_heads) + 1;
+  at::parallel_for(0, num_layers, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t layer = begin; layer < end; ++layer) {
+      for (int64_t head = 0; head < num_kv_heads; ++head) {
+        const float* own = first_score + layer * rows.stride(0) + head * rows.stride(1);
+        add_standardised(own, resident, sinks, window, num_kv_heads, first_shared + layer * resident);
+      }
+    }
+  });
+  return shared;
+}
+
+at::Tensor select_kept(const at::Tensor& scores, int64_t kept, int64_t sinks, int64_t window) {
+  TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat, "scores must be float32 with 3 dimensions");
+  const int64_t num_layers = scores.size(0), num_heads = scores.size(1), resident = scores.size(2);
   const int64_t num_candidates = resident - sinks - window, count = kept - sinks - window;
   TORCH_CHECK(
       sinks >= 0 && window >= 0 && num_candidates >= 0 && count <= num_candidates,
@@ -67,31 +95,14 @@ at::Tensor select_kept(const at::Tensor& scores, int64_t kept, int64_t sinks, in
   at::Tensor is_kept = at::ones(scores.sizes(), scores.options().dtype(at::kBool));
   const float* first_score = rows.const_data_ptr<float>() + sinks;
   bool* first_flag = is_kept.mutable_data_ptr<bool>() + sinks;
-  const auto candidates_of = [&](int64_t layer, int64_t head) {
-    return first_score + layer * rows.stride(0) + head * rows.stride(1);
-  };
-  const auto flags_of = [&](int64_t layer, int64_t head) { return first_flag + (layer * num_kv_heads + head) * resident; };
-
-  const int64_t grain = kScoresPerThread / std::max<int64_t>(1, num_candidates * num_kv_heads) + 1;
-  at::parallel_for(0, num_layers, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = kScoresPerThread / std::max<int64_t>(1, num_candidates) + 1;
+  at::parallel_for(0, num_layers * num_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> ranks;
-    std::vector<float> mean_scores;
-    for (int64_t layer = begin; layer < end; ++layer) {
-      mean_scores.assign(num_candidates, 0.0f);
-      for (int64_t head = 0; head < num_kv_heads; ++head) {
-        std::fill_n(flags_of(layer, head), num_candidates, false);
-        if (shared_by_heads) {
-          add_standardised(candidates_of(layer, head), num_candidates, num_kv_heads, mean_scores);
-        } else {
-          mark_highest(candidates_of(layer, head), num_candidates, count, flags_of(layer, head), ranks);
-        }
-      }
-      if (shared_by_heads) {
-        mark_highest(mean_scores.data(), num_candidates, count, flags_of(layer, 0), ranks);
-        for (int64_t head = 1; head < num_kv_heads; ++head) {
-          std::copy_n(flags_of(layer, 0), num_candidates, flags_of(layer, head));
-        }
-      }
+    for (int64_t index = begin; index < end; ++index) {
+      const float* own = first_score + index / num_heads * rows.stride(0) + index % num_heads * rows.stride(1);
+      bool* flags = first_flag + index * resident;
+      std::fill_n(flags, num_candidates, false);
+      mark_highest(own, num_candidates, count, flags, ranks);
     }
   });
   return is_kept;

@@ -39,6 +39,10 @@ def _register_fakes() -> None:
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
     )
     torch.library.register_fake(
+        "vllm_qfilters::mean_standardised",
+        lambda scores, *arguments: scores.new_empty(scores.shape[0], 1, scores.shape[2]),
+    )
+    torch.library.register_fake(
         "vllm_qfilters::page_scores", lambda score_plane, pages, *arguments: score_plane.new_empty(pages.shape)
     )
     torch.library.register_fake(
@@ -111,9 +115,17 @@ def key_distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, po
     return mean_of_neighbours(distinctness, pool)
 
 
+def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.mean_standardised`."""
+    return OPERATORS.mean_standardised.default(scores, sinks, window)
+
+
 def select_kept(scores: torch.Tensor, kept: int, sinks: int, window: int, shared_by_heads: bool) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.select_kept`."""
-    return OPERATORS.select_kept.default(scores, kept, sinks, window, shared_by_heads)
+    if shared_by_heads:
+        shared = OPERATORS.select_kept.default(mean_standardised(scores, sinks, window), kept, sinks, window)
+        return shared.expand(scores.shape).contiguous()
+    return OPERATORS.select_kept.default(scores, kept, sinks, window)
 
 
 def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
 
 
 class _Planes:
-    """Reads and writes the planes of a cache by sequence.
+    """The planes of a cache.
 
     Attributes:
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
@@ -88,17 +88,27 @@ class _Planes:
         self.planes = planes
         self.scores = planes[:, :, 0]
 
-    def resident_plane(self, plane: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """One plane of a sequence's tokens, shape ``[num_layers, num_kv_heads, num_tokens]``."""
-        found = self.planes[:, pages, plane]  # [num_layers, num_pages, num_kv_heads, block_size]
-        return found.permute(0, 2, 1, 3).flatten(2)[..., :num_tokens]
 
-    def set_resident_plane(self, plane: int, pages: torch.Tensor, numbers: torch.Tensor) -> None:
-        """Writes what :meth:`resident_plane` returns for as many tokens as ``numbers`` has."""
-        num_tokens, block_size = numbers.shape[-1], self.planes.shape[-1]
-        page = pages.repeat_interleave(block_size)[:num_tokens]
-        slot = torch.arange(block_size, device=self.planes.device).repeat(pages.shape[0])[:num_tokens]
-        self.planes[:, page, plane, :, slot] = numbers.permute(2, 0, 1)
+def read_plane(plane: torch.Tensor, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The token stats of one sequence.
+
+    Args:
+        plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``.
+        pages: of the sequence, shape ``[num_pages]``, int64.
+        num_tokens: the sequence holds.
+
+    Returns:
+        shape ``[num_layers, num_kv_heads, num_tokens]``.
+    """
+    return plane[:, pages].transpose(1, 2).flatten(2)[..., :num_tokens]
+
+
+def write_plane(plane: torch.Tensor, pages: torch.Tensor, stats: torch.Tensor) -> None:
+    """Writes what :func:`read_plane` returns, for as many tokens as ``stats`` has."""
+    num_tokens, block_size = stats.shape[-1], plane.shape[-1]
+    page = pages.repeat_interleave(block_size)[:num_tokens]
+    slot = torch.arange(block_size, device=plane.device).repeat(pages.shape[0])[:num_tokens]
+    plane[:, page, :, slot] = stats.permute(2, 0, 1)
 
 
 class PagedCache(_Planes):
@@ -165,10 +175,17 @@ class PagedCache(_Planes):
 
     def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
-        offsets = self.layout.keys.flatten().expand(self.num_kv_heads, pages.shape[0], -1)
+        return self._resident(layer, pages, num_tokens, self.layout.keys) * self.key_scales[layer]
+
+    def resident_values(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Values as they are stored, without the scale of an fp8 cache; otherwise like :meth:`resident_keys`."""
+        return self._resident(layer, pages, num_tokens, self.layout.values)
+
+    def _resident(self, layer: int, pages: torch.Tensor, num_tokens: int, offsets: torch.Tensor) -> torch.Tensor:
+        head_size = offsets.shape[1]
+        offsets = offsets.flatten().expand(self.num_kv_heads, pages.shape[0], -1)
         elements = self.pages[layer, pages].to(torch.float32).transpose(0, 1)  # first: PyTorch gathers no fp8
-        keys = elements.gather(2, offsets).view(self.num_kv_heads, -1, self.layout.keys.shape[1])
-        return keys[:, :num_tokens] * self.key_scales[layer]
+        return elements.gather(2, offsets).view(self.num_kv_heads, -1, head_size)[:, :num_tokens]
 
 
 class StridedCache(_Planes):
@@ -183,9 +200,10 @@ class StridedCache(_Planes):
             head_size]``; all of one allocation at a constant distance, each page dense and followed by room for its
             planes.
         num_planes: float32 numbers per token and KV head.
+        key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
 
     Attributes:
-        rows: shape ``[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]``, the dtype of the cache.
+        key_values: shape ``[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]``, the dtype of the cache.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
         scores: the first plane.
         words: the pages with their planes, bit by bit: shape ``[num_layers, num_blocks, page bytes / 4]``, int32.
@@ -194,9 +212,12 @@ class StridedCache(_Planes):
         ValueError: the views are not laid out like that.
     """
 
-    def __init__(self, kv_caches: Sequence[torch.Tensor], num_planes: int = 1) -> None:
+    def __init__(
+        self, kv_caches: Sequence[torch.Tensor], num_planes: int = 1, key_scales: torch.Tensor | None = None
+    ) -> None:
         first = kv_caches[0]
         self.num_layers = len(kv_caches)
+        self.key_scales = key_scales
         self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
         self.head_size = content // 2
         head_major = (self.block_size * content, content, 1)
@@ -207,7 +228,7 @@ class StridedCache(_Planes):
                 f"{tuple(first.shape)}"
             )
         layer_stride = _layer_stride(kv_caches)
-        self.rows = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
+        self.key_values = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
         super().__init__(_planes(first, self.num_layers, layer_stride, num_planes))
         element_size = first.element_size()
         num_bytes = self.num_kv_heads * self.block_size * (content * element_size + 4 * num_planes)
@@ -220,13 +241,13 @@ class StridedCache(_Planes):
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
         """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
-        return self.rows[layer, page, head, slot].split(self.head_size, dim=-1)
+        return self.key_values[layer, page, head, slot].split(self.head_size, dim=-1)
 
     def write(
         self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values
     ) -> None:
         """Writes what :meth:`read` returned to ``n`` other places."""
-        self.rows[layer, page, head, slot] = torch.cat((keys, values), dim=-1)
+        self.key_values[layer, page, head, slot] = torch.cat((keys, values), dim=-1)
 
     def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
@@ -234,8 +255,16 @@ class StridedCache(_Planes):
 
     def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""
-        keys = self.rows[layer, pages, ..., : self.head_size]  # [num_pages, num_kv_heads, block_size, head_size]
-        return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens].to(torch.float32)
+        keys = self._resident(layer, pages, num_tokens, slice(None, self.head_size))
+        return keys if self.key_scales is None else keys * self.key_scales[layer]
+
+    def resident_values(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Values as they are stored, without the scale of an fp8 cache; otherwise like :meth:`resident_keys`."""
+        return self._resident(layer, pages, num_tokens, slice(self.head_size, None))
+
+    def _resident(self, layer: int, pages: torch.Tensor, num_tokens: int, part: slice) -> torch.Tensor:
+        found = self.key_values[layer, pages][..., part]  # [num_pages, num_kv_heads, block_size, head_size]
+        return found.transpose(0, 1).flatten(1, 2)[:, :num_tokens].to(torch.float32)
 
 
 def _has_strides(cache: torch.Tensor, inner: tuple[int, ...]) -> bool:

@@ -8,9 +8,8 @@ queries like.
 import torch
 from torch.nn.functional import avg_pool1d, max_pool1d, normalize, pad
 
+from vllm_qfilters.kernels.batch import NOT_OBSERVED
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
-
-NOT_OBSERVED = -1.0  # stands for the attention to a token that no query was seen to look at, or not yet
 
 
 def score_and_store(
@@ -171,41 +170,52 @@ def mean_of_neighbours(values: torch.Tensor, pool: int) -> torch.Tensor:
     return avg_pool1d(values, pool, stride=1, padding=pool // 2, count_include_pad=False)
 
 
-def write_and_score(
+def write_keys_and_values(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: torch.Tensor,
-    score_plane: torch.Tensor,
     slot_mapping: torch.Tensor,
-    filters: torch.Tensor,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
-    """Writes keys, values and the projections of the keys on the filters of their heads to the slots of their tokens.
+    """Writes keys and values to the slots of their tokens: see :meth:`vllm_qfilters.kernels.ops.Ops.write`.
 
-    Args:
-        key, value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
-        cache: one layer of a :class:`StridedCache`, shape ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
-        score_plane, slot_mapping: as for :func:`write_scores`.
-        filters: shape ``[num_kv_heads, head_size]``, float32.
-        key_scale, value_scale: for an fp8 cache: what is stored is ``key / key_scale``, no more than the dtype can
-            hold.
+    Into an fp8 cache goes ``key / key_scale``, no more than the dtype can hold.
     """
-    score_and_store(key, filters, score_plane, slot_mapping)
     is_token = slot_mapping >= 0
     slot, num_tokens, head_size = slot_mapping[is_token], slot_mapping.shape[0], key.shape[-1]
     page, in_page = slot // cache.shape[2], slot % cache.shape[2]
-    for tensor, scale, part in ((key, key_scale, cache[..., :head_size]), (value, value_scale, cache[..., head_size:])):
-        rows = tensor[:num_tokens][is_token]
+    for tensor, scale, part in (
+        (key, key_scale, cache[..., :head_size]),
+        (value, value_scale, cache[..., head_size:]),
+    ):
+        stored = tensor[:num_tokens][is_token]
         if part.dtype.itemsize == 1:
             limit = torch.finfo(part.dtype).max
-            rows = (rows.to(torch.float32) / scale).clamp(-limit, limit).to(part.dtype).view(torch.uint8)
+            stored = (stored.to(torch.float32) / scale).clamp(-limit, limit).to(part.dtype).view(torch.uint8)
             part = part.view(torch.uint8)
-        part[page, :, in_page] = rows
+        part[page, :, in_page] = stored
+
+
+def random_of_keys(key: torch.Tensor, seed: int) -> torch.Tensor:
+    """Numbers in [0, 1) that look random, and are the same for the same key and seed.
+
+    Args:
+        key: shape ``[num_tokens, num_kv_heads, head_size]``.
+
+    Returns:
+        float32, shape ``[num_tokens, num_kv_heads]``.
+    """
+    weight = torch.arange(key.shape[-1], device=key.device) % 7 + 1
+    bits = (key.to(torch.float32) * weight).sum(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    bits = (bits + 0x9E3779B9 * (seed + 1)) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the mixing steps of a 32-bit hash
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return ((bits ^ (bits >> 16)) >> 8).to(torch.float32) / (1 << 24)
 
 
 def score_resident(keys: torch.Tensor, filters: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
-    """``<k, f> + sum_r <k, g_r>^2`` of every resident key ``k`` of one sequence, for each query head.
+    """``<k, f> + sum_r <k, g_r>^2 / 2`` of every resident key ``k`` of one sequence, for each query head.
 
     Args:
         keys: shape ``[num_layers, num_kv_heads, resident_tokens, head_size]``.
@@ -218,7 +228,7 @@ def score_resident(keys: torch.Tensor, filters: torch.Tensor, factors: torch.Ten
     keys = keys.to(torch.float32).repeat_interleave(filters.shape[1] // keys.shape[1], dim=1)
     scores = torch.einsum("lhtd,lhd->lht", keys, filters)
     if factors is not None:
-        scores = scores + torch.einsum("lhtd,lhrd->lhtr", keys, factors).square().sum(-1)
+        scores = scores + torch.einsum("lhtd,lhrd->lhtr", keys, factors).square().sum(-1) / 2
     return scores
 
 

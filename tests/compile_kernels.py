@@ -21,13 +21,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
+from vllm_qfilters.kernels.ops import Observation, TokenStat, Turns
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
-from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
-from vllm_qfilters.kernels.triton.score_resident import Turns, mean_softmax, score_resident
+from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
 from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
+from vllm_qfilters.kernels.triton.slots import compute_slots_and_lengths
+from vllm_qfilters.kernels.triton.write_and_score import write_and_score
 
 GEOMETRIES = [
     Geometry(2, 8, 8, 16, 128, torch.bfloat16, "LBNHC"),
@@ -63,10 +65,13 @@ def launch_all(has_fp8: bool) -> None:
         for num_tokens in (1, 64, 8192):
             key = torch.zeros(num_tokens, heads, size, dtype=geometry.dtype)
             slots = torch.zeros(num_tokens, dtype=torch.int64)
-            for score in Score:
+            for score in TokenStat:
                 write_and_score(key, key, sequences.views[0], cache.planes[0], slots, score, torch.zeros(heads, size))
             if has_fp8 and geometry.dtype == torch.bfloat16:
-                for dtype, score in ((torch.float8_e4m3fn, Score.PROJECTION), (torch.float8_e5m2, Score.VALUE_NORM)):
+                for dtype, score in (
+                    (torch.float8_e4m3fn, TokenStat.PROJECTION),
+                    (torch.float8_e5m2, TokenStat.VALUE_NORM),
+                ):
                     view, scale = sequences.views[0].view(torch.uint8).view(dtype)[..., : 2 * size], torch.ones(1)
                     write_and_score(
                         key, key, view, cache.planes[0], slots, score, torch.zeros(heads, size),
@@ -79,8 +84,8 @@ def launch_all(has_fp8: bool) -> None:
         compact(cache, batch, select_kept(scores, batch, cache.num_layers, heads), heads)
         filters = torch.zeros(1, cache.num_layers, heads * 4, size)
         score_resident(cache, batch, filters)
-        cos = torch.zeros(batch.num_rows, 1, size).expand(-1, cache.num_layers, -1)
-        turns = Turns(cos, cos, torch.zeros(size, dtype=torch.int64))
+        cos = torch.zeros(batch.num_sequences, 1, size).expand(-1, cache.num_layers, -1)
+        turns = Turns(cos, cos, torch.zeros(1, size, dtype=torch.int64))
         factors = torch.zeros(1, *filters.shape[1:3], 8, size)
         logits = score_resident(cache, batch, filters, factors, torch.ones(cache.num_layers), turns)
         score_resident(cache, batch, filters[:, :, :heads].contiguous(), turns=turns)
@@ -97,6 +102,13 @@ def launch_all(has_fp8: bool) -> None:
         )
         key_distinctness(cache, batch, 7)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
+        requests = torch.zeros(5, dtype=torch.int64)
+        compute_slots_and_lengths(
+            requests, torch.zeros(6, dtype=torch.int32), torch.zeros(9, dtype=torch.int64),
+            torch.zeros(5, dtype=torch.int32), torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.uint64),
+            torch.zeros(1, dtype=torch.int64), torch.full((1,), bs, dtype=torch.int32), torch.ones(1, dtype=torch.bool),
+            torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int32),
+        )  # fmt: skip
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 
 

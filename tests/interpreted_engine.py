@@ -99,10 +99,27 @@ def watch(target, method: str) -> list:
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
-    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent
-    buffers.
+    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent buffers.
+
+    The batch of vLLM's runner keeps counting positions.
     """
     prepare_attn, block_size = runner.prepare_attn, runner.cache_config.block_size
+    ((group,),) = runner.attn_groups
+    (builder,) = group.metadata_builders
+    build, expected_lengths = builder.build, []
+    resident_lengths = runner.lengths._lengths[0]
+
+    def checked_build(common_prefix_len, common_attn_metadata, *args, **kwargs):
+        resident = runner.lengths.resident(common_attn_metadata, 0)
+        metadata = build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+        if expected_lengths:
+            lengths = expected_lengths.pop()
+            assert metadata.seq_lens.data_ptr() == resident_lengths.data_ptr()
+            assert metadata.seq_lens[: len(lengths)].tolist() == lengths and metadata.max_seq_len == max(lengths)
+            assert resident.seq_lens_cpu_upper_bound[: len(lengths)].tolist() == lengths  # FlashInfer plans with these
+        return metadata
+
+    builder.build = checked_build
 
     def checked(input_batch):
         with ForbiddenReads():
@@ -115,7 +132,7 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
             (slot_mappings, tables.slot_mappings),
         ):
             assert found.data_ptr() == persistent.data_ptr()
-        positions, slots, lengths = [], [], []
+        positions, slots, lengths, ends = [], [], [], []
         for row, (req_id, num_tokens) in enumerate(
             zip(input_batch.req_ids, input_batch.num_scheduled_tokens, strict=True)
         ):
@@ -128,10 +145,14 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
             residents = range(end - num_tokens - evicted, end - evicted)
             slots += [pages[resident // block_size] * block_size + resident % block_size for resident in residents]
             lengths.append(end - evicted)
+            ends.append(end)
         assert input_batch.positions[: len(positions)].tolist() == positions
         assert slot_mappings[0, : len(slots)].tolist() == slots
-        assert input_batch.seq_lens[: len(lengths)].tolist() == lengths
-        assert input_batch.seq_lens_cpu_upper_bound[: len(lengths)].tolist() == lengths  # FlashInfer plans with these
+        assert bool((slot_mappings[0, len(slots) :] == -1).all())
+        assert input_batch.seq_lens[: len(ends)].tolist() == ends
+        assert input_batch.seq_lens_cpu_upper_bound[: len(ends)].tolist() == ends
+        assert resident_lengths[: len(lengths)].tolist() == lengths and not resident_lengths[len(lengths) :].any()
+        expected_lengths[:] = [lengths]
         return (block_table,), slot_mappings
 
     runner.prepare_attn = checked

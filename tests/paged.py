@@ -10,10 +10,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
+from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.plan import RequestCompaction
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")  # L layers, B blocks, N tokens, H heads, C content
 
 
@@ -178,22 +180,31 @@ class Sequences:
             new = [copies.get(page, page) for i, page in enumerate(old) if i not in out]
             block_table[2 * index, :length] = torch.tensor(old)
             self.compactions.append(
-                Compaction(
-                    2 * index,
+                RequestCompaction(
+                    f"request {index}",
                     1000 + index,
                     eviction.resident,
                     eviction.evicted,
                     eviction.sinks,
                     eviction.window,
-                    new,
-                    copied,
+                    tuple(new),
+                    tuple(copied),
                 )
             )
             self.old_pages.append(torch.tensor(old, device=device))
             self.new_pages.append(torch.tensor(new, device=device))
-        self.batch = CompactionBatch.make(self.compactions, block_table.to(device))
+        self.table_rows = [2 * index for index in range(len(evictions))]
+        self.batch = CompactionBatch.make(self.compactions, self.table_rows, block_table.to(device))
 
     def scores_of(self, index: int) -> torch.Tensor:
         """Shape ``[num_layers, num_kv_heads, resident_tokens]``."""
         scores = self.cache.scores[:, self.old_pages[index]].permute(0, 2, 1, 3).flatten(2)
         return scores[..., : self.evictions[index].resident]
+
+
+def one_sequence(
+    pages: list[int], num_tokens: int, position: int = 1000, device: torch.device = CPU
+) -> CompactionBatch:
+    """A batch of one sequence that is looked at and loses nothing."""
+    looked_at = RequestCompaction("request", position, num_tokens, 0, 0, 0, tuple(pages))
+    return CompactionBatch.make([looked_at], [0], torch.tensor([pages], dtype=torch.int32, device=device))

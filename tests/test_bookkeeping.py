@@ -49,7 +49,7 @@ class Worker:
         for req_id in ended:
             self.pages.pop(req_id, None)
             self.computed.pop(req_id, None)
-        for row in output.compaction.rows:
+        for row in output.compaction.compactions:
             assert row.position == self.computed[row.req_id]
             assert row.resident_tokens == row.position - self.evicted._evicted.get(row.req_id, 0)
             before, after = self.pages[row.req_id], list(row.block_ids)

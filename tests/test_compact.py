@@ -7,13 +7,16 @@ import random
 import pytest
 import torch
 
+from tests.paged import one_sequence
 from tests.test_layout import Geometry, make_cache
-from vllm_qfilters.kernels import PagedCache, compact, select_kept, write_scores
+from vllm_qfilters.kernels import CPU_OPS, PagedCache
+from vllm_qfilters.kernels.reference import write_scores
+from vllm_qfilters.methods.base import Method, Model
 from vllm_qfilters.plan import RequestCompaction
-from vllm_qfilters.scorers import ResidentTokens, Scorer
 from vllm_qfilters.worker.compactor import Compactor
 
 SEEDS = range(3)
+compact, select_kept = CPU_OPS.functions.compact, CPU_OPS.functions.select_kept
 
 
 def make_scores(shape: tuple[int, ...], seed: int, is_tied: bool) -> torch.Tensor:
@@ -265,10 +268,10 @@ def test_all_other_pages_stay_as_they_were(sequence):
 @pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
 def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(granularity):
     """Other ranks, where there are any, think the opposite, and are more."""
-    shared_by_heads, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else None
+    shared_by_heads, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else torch.clone
     _, cache = make_cache(Geometry(num_layers=2, num_blocks=12, num_kv_heads=3, block_size=16))
     old_pages, new_block_ids, resident, kept, sinks, window = [7, 2, 9, 4, 11, 0], (7, 5, 11, 0), 90, 58, 4, 21
-    scorer = Scorer(cache)
+    method = Method(Model(cache, CPU_OPS))
     before = triples(cache, old_pages, resident)
     scores = torch.tensor(
         [
@@ -279,10 +282,15 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(granularity):
             for layer in range(2)
         ]
     )
-    assert torch.equal(scorer.resident_scores(ResidentTokens(torch.tensor(old_pages), resident, resident)), scores)
-    is_kept = select_kept(scores if mean_over_ranks is None else -scores, kept, sinks, window, shared_by_heads)
+    batch = one_sequence(old_pages, resident)
+    assert torch.equal(method.scores(batch, [None]).view(2, 3, -1), scores)
+    is_kept = select_kept(scores if mean_over_ranks is torch.clone else -scores, kept, sinks, window, shared_by_heads)
     row = RequestCompaction("a", resident, resident, resident - kept, sinks, window, new_block_ids)
-    Compactor(scorer, shared_by_heads, mean_over_ranks).compact(old_pages, row)
+    copied = tuple(
+        (i, new) for i, (old, new) in enumerate(zip((7, 2, 11, 0), new_block_ids, strict=True)) if old != new
+    )
+    row = dataclasses.replace(row, copied_pages=copied)
+    Compactor(method, 3, shared_by_heads, mean_over_ranks).apply([row], [0], batch.block_table, [None])
     for (layer, head), rows in triples(cache, list(new_block_ids), kept).items():
         survivors = [row for token, row in enumerate(before[layer, head]) if is_kept[layer, head, token]]
         assert sorted(rows) == sorted(survivors)

@@ -14,13 +14,15 @@ from tests.test_compact import SEQUENCES, Eviction, make_scores
 from tests.test_layout import DTYPES, Geometry, make_cache, transposed_keys_layout
 from vllm_qfilters import kernels
 from vllm_qfilters.kernels import cpp, reference
-from vllm_qfilters.scorers import StaticFilterScorer
+from vllm_qfilters.methods.base import Model
+from vllm_qfilters.methods.qfilters.static import StaticFilter
 
 PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
 
 OPERATORS = (
     "score_and_store",
     "store_value_norms",
+    "mean_standardised",
     "select_kept",
     "expected_attention",
     "observed_attention",
@@ -118,13 +120,14 @@ def test_tokens_beyond_the_slots_are_not_read():
 @needs_library
 def test_the_static_filter_is_scored_with_the_operator(monkeypatch):
     calls = []
-    monkeypatch.setattr("vllm_qfilters.scorers.score_and_store", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(cpp, "score_and_store", lambda *arguments: calls.append(arguments))
     _, cache = make_cache(Geometry())
     key, slots = torch.randn(3, 2, 8), torch.arange(3)
-    scorer = StaticFilterScorer(cache, torch.stack([make_filters(2, 8).to(torch.float64)] * 3))
-    scorer.write(1, key, key, slots)
+    filters = torch.stack([make_filters(2, 8).to(torch.float64)] * 3)
+    method = StaticFilter(Model(cache, kernels.CPU_OPS, static_filters=lambda: filters))
+    kernels.CPU_OPS.write(method.stat, key, key, None, cache.planes[1], slots, method.filters[1])
     ((_, filters, score_plane, _),) = calls
-    assert filters.dtype == torch.float32 and kernels.score_and_store is cpp.score_and_store
+    assert filters.dtype == torch.float32 and kernels.CPU_OPS.functions is cpp
     assert score_plane.data_ptr() == cache.scores[1].data_ptr()
 
 
@@ -186,6 +189,16 @@ def test_among_ties_as_many_of_each_score_are_kept_as_by_the_reference(seed, sha
         for head in range(3):
             found_scores, expected_scores = (scores[layer, head][mask[layer, head]] for mask in (found, expected))
             assert torch.equal(found_scores.sort().values, expected_scores.sort().values)
+
+
+@needs_library
+@pytest.mark.parametrize("sinks, window", [(4, 20), (0, 0), (50, 49), (99, 0)])
+def test_mean_standardised_matches_reference(sinks, window):
+    scores = make_scores((2, 3, 100), 0, is_tied=False)
+    expected = reference.mean_standardised(scores, sinks, window)
+    torch.testing.assert_close(cpp.mean_standardised(scores, sinks, window), expected, atol=1e-3, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="do not fit into 100 tokens"):
+        cpp.mean_standardised(scores, 60, 41)
 
 
 @needs_library
@@ -514,7 +527,8 @@ def test_schemas_say_what_operators_do(operator):
         "page_scores": page_arguments(),
         "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
         "store_value_norms": [key.clone(), torch.zeros(score_plane.shape[0], 2, *score_plane.shape[1:]), slots],
-        "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20, True],
+        "mean_standardised": [make_scores((2, 3, 100), 0, is_tied=False), 4, 20],
+        "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20],
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8)],
         "key_distinctness": attention_arguments()[:4],

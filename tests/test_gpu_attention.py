@@ -42,7 +42,7 @@ def test_scores_have_a_place_behind_every_page(layout, block_size, dtype):
     num_planes = block_size // 16
     buffer, views = allocate(KVCacheLayout[layout], block_size, dtype, num_planes)
     cache = StridedCache(views, num_planes)
-    cache.rows.view(torch.int8).fill_(1)
+    cache.key_values.view(torch.int8).fill_(1)
     assert int((buffer == 0).sum()) == 4 * cache.planes.numel()
     cache.planes.view(torch.int32).fill_(0x02020202)
     assert all(bool((view.view(torch.int8) == 1).all()) for view in views)
@@ -79,16 +79,17 @@ def test_vllm_writes_until_there_is_something_to_score():
 )
 def test_the_fused_write_sees_the_cache_in_its_dtype(name, dtype):
     impl, calls = Scoring(), []
-    impl.kv_cache_dtype, impl.planes = name, torch.zeros(1)
-    impl.write_and_score = lambda *arguments, **scales: calls.append((arguments, scales))
+    impl.kv_cache_dtype = name
+    impl.write_stats = lambda **arguments: calls.append(arguments)
     layer = torch.nn.Module()
     layer._k_scale, layer._v_scale = torch.ones(1), torch.full((1,), 2.0)
     key, value, cache, slots = torch.zeros(1), torch.ones(1), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(1)
     impl.do_kv_cache_update(layer, key, value, cache, slots)
-    ((arguments, scales),) = calls
-    assert arguments[0] is key and arguments[1] is value and arguments[3] is impl.planes and arguments[4] is slots
-    assert arguments[2].dtype == dtype and arguments[2].data_ptr() == cache.data_ptr()
-    assert scales == {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
+    (arguments,) = calls
+    written = arguments.pop("cache")
+    assert written.dtype == dtype and written.data_ptr() == cache.data_ptr()
+    scales = {"key_scale": layer._k_scale, "value_scale": layer._v_scale}
+    assert arguments == {"key": key, "value": value, "slot_mapping": slots, **scales}
 
 
 class Runner:
@@ -151,6 +152,7 @@ CHECK_BACKENDS = (
     MOCK_FLASHINFER
     + """
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm_qfilters.attention.resident import ResidentMetadata
 from vllm_qfilters.attention.scoring import BACKENDS, ScoringAttention
 from vllm_qfilters.attention.watched import WatchedAttention
 
@@ -158,6 +160,9 @@ for backend, path in BACKENDS.items():
     original, ours = resolve_obj_by_qualname(backend.value), resolve_obj_by_qualname(path)
     assert issubclass(ours, original) and ours.get_name() == backend.name == original.get_name()
     assert not ours.forward_includes_kv_cache_update
+    builder = ours.get_builder_cls()
+    assert builder.__mro__[1:3] == (ResidentMetadata, original.get_builder_cls())
+    assert "build" in vars(builder.__mro__[2])
     mro = ours.get_impl_cls().__mro__
     assert mro[1:4] == (ScoringAttention, WatchedAttention, original.get_impl_cls()), mro
     assert "do_kv_cache_update" in vars(mro[3]) and "forward" in vars(mro[3])

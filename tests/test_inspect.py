@@ -16,6 +16,7 @@ from tests.paged import Geometry, make_cache
 from tests.test_oracle import CASES, options_and_rule
 from vllm_qfilters.commands.inspection.command import assemble, inspect, token_texts
 from vllm_qfilters.commands.inspection.page import Inspection, render
+from vllm_qfilters.kernels.layout import read_plane
 from vllm_qfilters.kernels.reference import compact
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.worker.kept_tokens import KeptTokens
@@ -52,10 +53,10 @@ def test_positions_are_followed_through_the_cache(seed):
         first_out = (resident - evicted - window) // BS
         new_pages = pages[:first_out] + pages[first_out + evicted // BS :]
         compact(cache, torch.tensor(pages), torch.tensor(new_pages), is_kept, sinks, window)
-        recorded.compact(RequestCompaction("r", position, resident, evicted, sinks, window, tuple(new_pages)), is_kept)
+        recorded.follow(RequestCompaction("r", position, resident, evicted, sinks, window, tuple(new_pages)), is_kept)
         pages, resident = new_pages, resident - evicted
         found = unpack(recorded.masks()["r"], 2, 3)
-        held = cache.resident_plane(0, torch.tensor(pages), resident).long()
+        held = read_plane(cache.scores, torch.tensor(pages), resident).long()
         assert np.array_equal(found, torch.zeros(2, 3, position, dtype=torch.bool).scatter_(-1, held, True).numpy())
     recorded.restart(["r"])
     assert recorded.masks() == {}

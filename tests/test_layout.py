@@ -10,7 +10,7 @@ from vllm import _custom_ops as ops
 from tests.marks import needs_avx512, needs_fp8_caches
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.kernels import PagedCache, probe_page_layout
-from vllm_qfilters.kernels.layout import PageLayout
+from vllm_qfilters.kernels.layout import PageLayout, read_plane, write_plane
 from vllm_qfilters.worker.runner_v1 import cache_writer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -378,7 +378,7 @@ def test_tokens_of_a_sequence_are_read_in_order_from_its_pages(geometry):
             at = [torch.full((num_tokens,), index) for index in (layer, head)]
             assert torch.equal(keys[head], cache.read(at[0], page, at[1], slot)[0].to(torch.float32))
             for plane in range(geometry.num_planes):
-                numbers = cache.resident_plane(plane, pages, num_tokens)[layer, head]
+                numbers = read_plane(cache.planes[:, :, plane], pages, num_tokens)[layer, head]
                 assert torch.equal(numbers, cache.planes[layer, page, plane, head, slot])
 
 
@@ -386,8 +386,8 @@ def test_a_plane_is_written_for_the_tokens_of_a_sequence_alone(geometry):
     buffer, cache = make_cache(geometry)
     before, pages, num_tokens = cache.planes.clone(), torch.tensor([4, 0, 2]), 2 * geometry.block_size + 3
     numbers = torch.randn(geometry.num_layers, geometry.num_kv_heads, num_tokens)
-    cache.set_resident_plane(1, pages, numbers)
-    assert torch.equal(cache.resident_plane(1, pages, num_tokens), numbers)
+    write_plane(cache.planes[:, :, 1], pages, numbers)
+    assert torch.equal(read_plane(cache.planes[:, :, 1], pages, num_tokens), numbers)
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
     is_changed = (cache.planes != before)[:, :, 1].any(2)  # [num_layers, num_blocks, block_size]
     assert not is_changed[:, [1, 3, 5]].any() and not is_changed[:, 2, 3:].any()

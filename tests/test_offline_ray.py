@@ -142,6 +142,6 @@ def test_configuration_plans_and_scores_survive_the_way_to_other_machines(tiny_m
     row = RequestCompaction("a", 40, 40, 2, 0, 1, block_ids=(5, 6), copied_pages=((1, 6),))
     output = QFiltersSchedulerOutput.from_output(SchedulerOutput.make_empty(), CompactionPlan((row,)))
     output.pages_to_score = (3,)
-    assert sent(output) == output and sent(output).compaction.rows == (row,)
+    assert sent(output) == output and sent(output).compaction.compactions == (row,)
     answer = QFiltersModelRunnerOutput.from_output(ModelRunnerOutput(["a"], {"a": 0}, [[7]]), page_scores=(0.5,))
     assert sent(answer).page_scores == (0.5,) and sent(answer).sampled_token_ids == [[7]]

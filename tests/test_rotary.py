@@ -12,6 +12,7 @@ from vllm_qfilters.filters.calibrate import MOST_SPREAD
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.kernels import by_sequence
 
 HEAD_SIZE, NUM_HEADS, NUM_TOKENS, MAX_POSITION = 64, 3, 200, 4096
 
@@ -154,7 +155,8 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
     rotation = Rotation(make_rope("neox"), HEAD_SIZE)
     filters = statistics_of(queries)
     bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], slice(1, 3), HEAD_SIZE, scale=0.125)
-    means, factors = bank.at(100)
+    turns = bank.turns(torch.tensor([100]))
+    means, factors = by_sequence.turned(bank.means, turns, 0), by_sequence.turned(bank.factors, turns, 0)
     mean, covariance = rotation.average(filters.query_mean_before_rope[0], filters.query_second_before_rope[0], HORIZON)
     torch.testing.assert_close(means[0], 0.125 * rotation.rotate(mean, 100)[1:3], atol=1e-5, rtol=1e-5)
     turned = rotation.rotate(rotation.rotate(covariance, 100).mT, 100)[1:3] / 64

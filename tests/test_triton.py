@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from tests.paged import (
+    CPU,
     DEVICE,
     LAYOUTS,
     Eviction,
@@ -27,36 +28,30 @@ from tests.paged import (
     random_evictions,
     random_tensor,
 )
-from vllm_qfilters.batch_scorers import (
-    BatchExpectedAttentionScorer,
-    BatchKeyDiffScorer,
-    BatchRotaryFilterScorer,
-    BatchScorer,
-)
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.kernels import reference
-from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
-from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels import REFERENCE_OPS, reference
+from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
+from vllm_qfilters.kernels.layout import StridedCache, read_plane, write_plane
+from vllm_qfilters.kernels.ops import Observation, TokenStat
+from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
-from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import score_resident
 from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
-from vllm_qfilters.scorers import (
-    ExpectedAttentionScorer,
-    KeyDiffScorer,
-    RecentQueries,
-    ResidentTokens,
-    RotaryFilterScorer,
-)
-from vllm_qfilters.worker.batch_compactor import BatchCompactor, workspace_bytes
+from vllm_qfilters.kernels.triton.write_and_score import write_and_score
+from vllm_qfilters.methods.base import Method, Model, RecentQueries
+from vllm_qfilters.methods.keydiff import KeyDiff
+from vllm_qfilters.methods.qfilters.expected import ExpectedAttention
+from vllm_qfilters.methods.qfilters.rotary import RotaryFilter
+from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.worker.compactor import Compactor, workspace_bytes
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
-CPU = torch.device("cpu")
+TRITON_OPS = TritonOps()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -138,9 +133,10 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
         buffer, (view,), cache = make_cache(geometry)
         if write == "triton":
             scale = {"key_scale": scales[:1], "value_scale": scales[1:]} if fp8 else {}
-            write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters, **scale)
+            write_and_score(key, value, view, cache.planes[0], slots, TokenStat.PROJECTION, filters, **scale)
         else:
-            reference.write_and_score(key, value, view, cache.scores[0], slots, filters, 0.5, 2.0)
+            step = key, value, view, cache.planes[0], slots
+            REFERENCE_OPS.write(TokenStat.PROJECTION, *step, filters, key_scale=scales[:1], value_scale=scales[1:])
             for plane in range(1, geometry.num_planes):
                 reference.write_scores(torch.full(key.shape[:2], -1.0, device=DEVICE), cache.planes[0][:, plane], slots)
         buffers.append(cache.scores.clone())
@@ -150,7 +146,9 @@ def test_write_and_score_matches_reference(tokens, heads, size, block, layout, d
     assert torch.equal(buffers[1], buffers[3])
 
 
-@pytest.mark.parametrize("score", [score for score in Score if score != Score.PROJECTION], ids=lambda score: score.name)
+@pytest.mark.parametrize(
+    "score", [score for score in TokenStat if score != TokenStat.PROJECTION], ids=lambda score: score.name
+)
 def test_other_scores(score):
     geometry = Geometry(1, 8, 3, 16, 80)
     key, value, slots = make_step(60, geometry, torch.float32, is_strided=True)
@@ -161,16 +159,16 @@ def test_other_scores(score):
     is_written = torch.zeros(8 * 16, dtype=torch.bool, device=DEVICE)
     is_written[slots[slots >= 0]] = True
     is_written = is_written.view(1, 8, 1, 16).expand_as(after)
-    if score == Score.NONE:
+    if score == TokenStat.NONE:
         assert torch.equal(after, before)
         return
     assert torch.equal(after[~is_written], before[~is_written])
-    assert bool((cache.planes[:, :, 1][is_written] == reference.NOT_OBSERVED).all()) and bool(
+    assert bool((cache.planes[:, :, 1][is_written] == NOT_OBSERVED).all()) and bool(
         (cache.planes[:, :, 1][~is_written] != 0).all()
     )
-    if score in (Score.NEGATIVE_NORM, Score.VALUE_NORM):
+    if score in (TokenStat.NEGATIVE_KEY_NORM, TokenStat.VALUE_NORM):
         expected = cache.scores.clone()
-        norm = -key.norm(dim=-1) if score == Score.NEGATIVE_NORM else value.norm(dim=-1)
+        norm = -key.norm(dim=-1) if score == TokenStat.NEGATIVE_KEY_NORM else value.norm(dim=-1)
         reference.write_scores(norm, expected[0], slots)
         torch.testing.assert_close(after, expected)
     else:
@@ -189,7 +187,7 @@ def test_a_step_of_padding_writes_nothing():
     buffer, (view,), cache = make_cache(geometry)
     before = buffer.clone()
     for slots in (torch.full((6,), -1, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)):
-        write_and_score(key, value, view, cache.planes[0], slots, Score.NEGATIVE_NORM)
+        write_and_score(key, value, view, cache.planes[0], slots, TokenStat.NEGATIVE_KEY_NORM)
     assert torch.equal(buffer, before)
 
 
@@ -199,17 +197,18 @@ def test_a_cuda_graph_replays_the_write_with_the_tokens_of_the_step():
     key, value, slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
     filters = random_tensor(2, 64, seed=2)
     buffer, (view,), cache = make_cache(geometry)
-    write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)  # compiles
+    write_and_score(key, value, view, cache.planes[0], slots, TokenStat.PROJECTION, filters)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        write_and_score(key, value, view, cache.planes[0], slots, Score.PROJECTION, filters)
+        write_and_score(key, value, view, cache.planes[0], slots, TokenStat.PROJECTION, filters)
     key.copy_(random_tensor(*key.shape, seed=5, dtype=torch.bfloat16))
     slots.copy_(slots.flip(0))
     graph.replay()
     expected, (view,), other = make_cache(geometry)
     first_key, first_value, first_slots = make_step(32, geometry, torch.bfloat16, is_strided=True)
-    reference.write_and_score(first_key, first_value, view, other.scores[0], first_slots, filters)
-    reference.write_and_score(key, value, view, other.scores[0], slots, filters)
+    first = first_key, first_value, view, other.planes[0], first_slots
+    REFERENCE_OPS.write(TokenStat.PROJECTION, *first, filters)
+    REFERENCE_OPS.write(TokenStat.PROJECTION, key, value, view, other.planes[0], slots, filters)
     torch.testing.assert_close(cache.scores, other.scores, atol=1e-3, rtol=1e-5)
     cache.scores.zero_(), other.scores.zero_()
     assert torch.equal(buffer, expected)
@@ -321,12 +320,12 @@ def test_compact_matches_reference(case, is_shared):
 @pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
 def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granularity, scores_at_once, monkeypatch):
     """Other ranks, where there are any, think the opposite, and are more."""
-    monkeypatch.setattr("vllm_qfilters.worker.batch_compactor.SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr("vllm_qfilters.worker.compactor.SCORES_AT_ONCE", scores_at_once)
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
     is_shared, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else torch.clone
-    compactor = BatchCompactor(BatchScorer(fast.cache, Score.PROJECTION), is_shared, mean_over_ranks)
+    compactor = Compactor(Method(Model(fast.cache, TRITON_OPS)), fast.cache.num_kv_heads, is_shared, mean_over_ranks)
     with forbidden_waiting():
-        compactor.compact(fast.compactions, fast.batch.block_table, [None] * len(fast.compactions))
+        compactor.apply(fast.compactions, fast.table_rows, fast.batch.block_table, [None] * len(fast.compactions))
     for index, eviction in enumerate(slow.evictions):
         scores = slow.scores_of(index) if mean_over_ranks is torch.clone else -slow.scores_of(index)
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, is_shared)
@@ -361,7 +360,9 @@ def test_pages_and_heads_of_any_size(block, size, dtype, layout):
     compact(cache, batch, is_kept, 2)
     for index, kept in enumerate(batch.split(is_kept, 2, 2)):
         eviction, pages = evictions[index], slow.old_pages[index]
-        keys = slow.cache.rows[:, pages][..., :size].float().transpose(1, 2).flatten(2, 3)[:, :, : eviction.resident]
+        keys = (
+            slow.cache.key_values[:, pages][..., :size].float().transpose(1, 2).flatten(2, 3)[:, :, : eviction.resident]
+        )
         torch.testing.assert_close(projections[index], reference.score_resident(keys, filters[0]), atol=1e-2, rtol=1e-3)
         expected = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, False)
         assert torch.equal(kept.bool(), expected)
@@ -371,8 +372,8 @@ def test_pages_and_heads_of_any_size(block, size, dtype, layout):
 
 def test_selection_from_128k_tokens_is_exact_among_ties():
     rows = [Eviction(131072, 128000, 4, 1024), Eviction(300, 16, 0, 0), Eviction(131071, 64, 40, 3)]
-    compactions = [Compaction(0, 0, row.resident, row.evicted, row.sinks, row.window, []) for row in rows]
-    batch = CompactionBatch.make(compactions, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE))
+    compactions = [RequestCompaction("", 0, row.resident, row.evicted, row.sinks, row.window, ()) for row in rows]
+    batch = CompactionBatch.make(compactions, [0] * 3, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE))
     scores = random_tensor(batch.num_tokens, seed=1).mul(8).round()  # some fifty different ones
     found = batch.split(select_kept(scores, batch, 1, 1), 1, 1)
     for row, is_kept, of_row in zip(rows, found, batch.split(scores, 1, 1), strict=True):
@@ -412,13 +413,14 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
     compactions = [
         dataclasses.replace(
             compaction,
-            new_pages=[page + num_pages for page in compaction.new_pages],
-            copied_pages=[(place, page + num_pages) for place, page in compaction.copied_pages],
+            block_ids=tuple(page + num_pages for page in compaction.block_ids),
+            copied_pages=tuple((place, page + num_pages) for place, page in compaction.copied_pages),
         )
         for compaction in near.compactions
     ]
     block_table = near.batch.block_table
-    far_batch = CompactionBatch.make(compactions, torch.where(block_table < 0, 0, block_table + num_pages))
+    far_table = torch.where(block_table < 0, 0, block_table + num_pages)
+    far_batch = CompactionBatch.make(compactions, near.table_rows, far_table)
     key, value, slots = make_step(9, Geometry(1, small, 4, 16, 64), torch.bfloat16, is_strided=True)
     filters, queries = random_tensor(1, 2, 8, 64, seed=1), random_tensor(2, 8, 5, 64, seed=2, dtype=torch.bfloat16)
     mean, deviation = random_tensor(2, 4, seed=4), random_tensor(2, 4, seed=5).abs()
@@ -427,7 +429,7 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
         for layer in range(2):
             far_slots = torch.where(slots < 0, -1, slots + 16 * first)
             write_and_score(
-                key, value, views[layer], cache.planes[layer], far_slots, Score.PROJECTION, filters[0, 0, :4]
+                key, value, views[layer], cache.planes[layer], far_slots, TokenStat.PROJECTION, filters[0, 0, :4]
             )
         copy_pages(cache, batch)
         scores, plane = gather_scores(cache.scores, batch), cache.planes[:, :, 1]
@@ -442,19 +444,12 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
         assert torch.equal(found, expected)
 
 
-def score_by_reference(monkeypatch):
-    """C++ operators read caches of CPUs alone."""
-    for operator in ("expected_attention", "observed_attention", "key_distinctness"):
-        monkeypatch.setattr(f"vllm_qfilters.scorers.{operator}", getattr(reference, operator))
-
-
-def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_observed(monkeypatch):
-    score_by_reference(monkeypatch)
+def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_observed():
     geometry = Geometry(num_kv_heads=2, head_size=12)
     evictions = [Eviction(96, 32, 4, 32), Eviction(90, 32, 4, 26)]
     fast, slow = Sequences(evictions, geometry, seed=3), Sequences(evictions, geometry, seed=3, device=CPU)
-    slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
-    fast.cache.rows.copy_(slow.cache.rows)
+    slow.cache.key_values.copy_(random_tensor(*slow.cache.key_values.shape, seed=3))
+    fast.cache.key_values.copy_(slow.cache.key_values)
     for sequences in (fast, slow):
         out = sequences.old_pages[0][2:4]
         assert not {*out.tolist()} & {*sequences.new_pages[0].tolist(), *sequences.new_pages[1].tolist()}
@@ -465,24 +460,22 @@ def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_obser
         RecentQueries(random_tensor(2, 6, 5, 12, seed=index).cpu(), compaction.position, compaction.position)
         for index, compaction in enumerate(compactions)
     ]
-    options = dict(scale=1.0, shared_by_heads=False)
-    batch_scorer = BatchExpectedAttentionScorer(fast.cache, make_bank(fast.cache, 3, 0, 1), None, **options)
-    scorer = ExpectedAttentionScorer(slow.cache, make_bank(slow.cache, 3, 0, 1), **options)
+    method = ExpectedAttention(model_of(fast.cache, TRITON_OPS, 3, 0, scale=1.0))
+    slow_method = ExpectedAttention(model_of(slow.cache, REFERENCE_OPS, 3, 0, scale=1.0))
     on_device = [dataclasses.replace(queries, queries=queries.queries.to(DEVICE)) for queries in recent]
-    BatchCompactor(batch_scorer, shared_by_heads=False).compact(compactions, fast.batch.block_table, on_device)
+    Compactor(method, 6, shared_by_heads=False).apply(compactions, fast.table_rows, fast.batch.block_table, on_device)
     for index, eviction in enumerate(evictions):
         pages, new_pages = slow.old_pages[index], slow.new_pages[index]
-        scores = scorer.resident_scores(
-            ResidentTokens(pages, eviction.resident, compactions[index].position, recent[index])
-        )
+        alone = CompactionBatch.make([compactions[index]], [slow.table_rows[index]], slow.batch.block_table)
+        (scores,) = alone.split(slow_method.scores(alone, [recent[index]]), 2, 2)
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
         reference.compact(slow.cache, pages, new_pages, kept, eviction.sinks, eviction.window)
         for plane in range(2):
-            found = fast.cache.resident_plane(plane, new_pages.to(DEVICE), eviction.kept).cpu()
+            found = read_plane(fast.cache.planes[:, :, plane], new_pages.to(DEVICE), eviction.kept).cpu()
             torch.testing.assert_close(
-                found, slow.cache.resident_plane(plane, new_pages, eviction.kept), atol=1e-5, rtol=1e-4
+                found, read_plane(slow.cache.planes[:, :, plane], new_pages, eviction.kept), atol=1e-5, rtol=1e-4
             )
-        assert torch.equal(fast.cache.rows[:, new_pages.to(DEVICE)].cpu(), slow.cache.rows[:, new_pages])
+        assert torch.equal(fast.cache.key_values[:, new_pages.to(DEVICE)].cpu(), slow.cache.key_values[:, new_pages])
 
 
 POSITIONS = 2048
@@ -499,7 +492,7 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
         )
         table = 1.2 * torch.cat((angles.cos(), angles.sin()), dim=-1)
         rotary_emb = SimpleNamespace(
-            rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.rows.device)
+            rotary_dim=rotary_dim, is_neox_style=True, cos_sin_cache=table.to(cache.planes.device)
         )
         rotations.append(Rotation(rotary_emb, head_size))
     shape = (cache.num_layers, num_heads, head_size)
@@ -508,6 +501,10 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
     filters = Filters(torch.zeros(1), query_mean_before_rope=mean, query_second_before_rope=second)
     rotation_of_layer = [rotations[layer % num_rotations] for layer in range(cache.num_layers)]
     return FilterBank(filters, rotation_of_layer, slice(0, num_heads), rank, scale=0.1)
+
+
+def model_of(cache: StridedCache, ops, group: int, rank: int, num_rotations: int = 1, **options) -> Model:
+    return Model(cache, ops, filter_bank=lambda: make_bank(cache, group, rank, num_rotations), **options)
 
 
 SCORERS = [
@@ -521,13 +518,12 @@ SCORERS = [
 @pytest.mark.parametrize(
     "case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"]
 )
-def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
-    score_by_reference(monkeypatch)
+def test_methods_score_with_triton_as_with_the_reference(case, name):
     geometry = Geometry(
         num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4]
     )
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
-    slow.cache.rows.copy_(random_tensor(*slow.cache.rows.shape, seed=3))
+    slow.cache.key_values.copy_(random_tensor(*slow.cache.key_values.shape, seed=3))
     key_scales = None
     if "fp8" in name:
         if not HAS_FP8:
@@ -535,60 +531,62 @@ def test_scorers_of_batches_match_those_of_sequences(case, name, monkeypatch):
         fast = Sequences(case[0], dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=case[1])
         fast.cache.planes.copy_(slow.cache.planes)
         key_scales = torch.tensor([0.5, 4.0], device=DEVICE)
-        stored = slow.cache.rows.to(torch.float8_e4m3fn)
-        fast.cache.rows.copy_(stored)
-        slow.cache.rows.copy_(stored.float() * key_scales.cpu().view(-1, 1, 1, 1, 1))
+        stored = slow.cache.key_values.to(torch.float8_e4m3fn)
+        fast.cache.key_values.copy_(stored)
+        slow.cache.key_values.copy_(stored.float() * key_scales.cpu().view(-1, 1, 1, 1, 1))
     else:
-        fast.cache.rows.copy_(slow.cache.rows)
-    rank = 0 if "rank 0" in name else 3
-    group, num_rotations = 3, 2 if "two" in name else 1
+        fast.cache.key_values.copy_(slow.cache.key_values)
+    rank, group = 0 if "rank 0" in name else 3, 3
     recent = [None] * len(slow.evictions)
-    if name == "keydiff":
-        batch_scorer, scorer = BatchKeyDiffScorer(fast.cache), KeyDiffScorer(slow.cache)
-    else:
-        banks = [make_bank(sequences.cache, group, rank, num_rotations) for sequences in (fast, slow)]
-        if "rotary" in name:
-            batch_scorer = BatchRotaryFilterScorer(fast.cache, banks[0], None)
-            scorer = RotaryFilterScorer(slow.cache, banks[1])
-        else:
-            # Other ranks saw more of what this one saw.
-            options = dict(scale=0.1, shared_by_heads="shared" in name, max_over_ranks=lambda peak: 3 * peak)
-            batch_scorer = BatchExpectedAttentionScorer(fast.cache, banks[0], key_scales, **options)
-            scorer = ExpectedAttentionScorer(slow.cache, banks[1], **options)
+    made = KeyDiff if name == "keydiff" else RotaryFilter if "rotary" in name else ExpectedAttention
+    # Other ranks saw more of what this one saw.
+    options = dict(
+        scale=0.1,
+        shared_by_heads="shared" in name,
+        max_over_ranks=lambda peak: 3 * peak,
+        num_rotations=2 if "two" in name else 1,
+    )
+    fast.cache.key_scales = key_scales
+    method = made(model_of(fast.cache, TRITON_OPS, group, rank, **options))
+    slow_method = made(model_of(slow.cache, REFERENCE_OPS, group, rank, **options))
     if "observed" in name and len(recent) > ("but one" in name):
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
         end = slow.compactions[0].position - 3
         recent[0] = RecentQueries(queries, end, num_prompt_tokens=end if "after" in name else 1 << 20)
     on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
-    batch, is_observed = fast.batch, [True] * len(recent)
+    batch, slow_batch = fast.batch, slow.batch
     if "but one" in name:  # beside its tokens stands what other sequences observed
-        is_observed[-1] = False
-        *others, last = fast.compactions
-        batch = CompactionBatch.make([*others, dataclasses.replace(last, distinct_tokens=1)], batch.block_table)
+        batch, slow_batch = (
+            CompactionBatch.make(
+                [*sequences.compactions[:-1], dataclasses.replace(sequences.compactions[-1], distinct_tokens=1)],
+                sequences.table_rows,
+                sequences.batch.block_table,
+            )
+            for sequences in (fast, slow)
+        )
     with forbidden_waiting():
-        flat = batch_scorer.resident_scores(batch, on_device)
-    for index, found in enumerate(batch.split(flat, 2, 2)):
-        resident, position = slow.evictions[index].resident, slow.compactions[index].position
-        tokens = ResidentTokens(slow.old_pages[index], resident, position, recent[index], is_observed[index])
-        torch.testing.assert_close(found.cpu(), scorer.resident_scores(tokens), atol=1e-5, rtol=1e-4)
+        flat = method.scores(batch, on_device)
+    expected = slow_batch.split(slow_method.scores(slow_batch, recent), 2, 2)
+    for found, of_sequence in zip(batch.split(flat, 2, 2), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), of_sequence, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("group, is_shared", [(1, False), (4, True)], ids=["head", "layer"])
 def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, monkeypatch):
     """A few sequences at once, one by itself that is longer than they are together; all prompts have been read."""
-    monkeypatch.setattr("vllm_qfilters.worker.batch_compactor.SCORES_AT_ONCE", 2 * 2 * group * 200)
+    monkeypatch.setattr("vllm_qfilters.worker.compactor.SCORES_AT_ONCE", 2 * 2 * group * 200)
     evictions = [*3 * [Eviction(66, 16, 4, 20)], Eviction(300, 208, 4, 40), Eviction(48, 16, 4, 16)]
     sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=1)
     cache, residents = sequences.cache, [eviction.resident for eviction in evictions]
-    scorer = BatchExpectedAttentionScorer(
-        cache, make_bank(cache, group, 3, 1), None, scale=0.1, shared_by_heads=is_shared
-    )
+    method = ExpectedAttention(model_of(cache, TRITON_OPS, group, 3, scale=0.1, shared_by_heads=is_shared))
     queries = random_tensor(2, 2 * group, 2, 12, seed=4)
     recent = [RecentQueries(queries, compaction.position, compaction.position) for compaction in sequences.compactions]
     compactions = [dataclasses.replace(compaction, distinct_tokens=10) for compaction in sequences.compactions]
     with PeakMemory() as taken:
-        BatchCompactor(scorer, is_shared).compact(compactions, sequences.batch.block_table, recent)
+        Compactor(method, 2 * group, is_shared).apply(
+            compactions, sequences.table_rows, sequences.batch.block_table, recent
+        )
     set_aside = workspace_bytes(
         num_layers=2,
         num_heads=2 * group,
@@ -611,8 +609,8 @@ def test_key_distinctness_matches_reference(head_size, pool, layout, dtype):
     geometry = Geometry(num_kv_heads=3, head_size=head_size, dtype={**DTYPES, **FP8}[dtype], layout=layout)
     sequences = Sequences([Eviction(300, 16, 4, 20), Eviction(1, 0, 0, 0), Eviction(65, 32, 0, 5)], geometry, seed=1)
     cache = sequences.cache
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3).to(cache.rows.dtype))
-    cache.rows[1, sequences.old_pages[0][0]] = 0  # keys of no direction
+    cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3).to(cache.key_values.dtype))
+    cache.key_values[1, sequences.old_pages[0][0]] = 0  # keys of no direction
     with forbidden_waiting():
         flat = key_distinctness(cache, sequences.batch, pool)
     for index, found in enumerate(sequences.batch.split(flat, cache.num_layers, 3)):
@@ -628,7 +626,7 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
     evictions = [Eviction(300, 48, 4, 60), Eviction(130, 32, 4, 30), Eviction(97, 16, 0, 0)]
     sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=2)
     cache = sequences.cache
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3))
     distinct = [100, 0, 81]  # of the last one all that stay
     compactions = [
         dataclasses.replace(compaction, copied_pages=(), distinct_tokens=count)
@@ -643,16 +641,16 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
         )
         best = reference.select_kept(scores, eviction.kept - distinct[index], *bounds, False)
         expected.append(reference.select_kept(distinctness.masked_fill(best, 1e9), eviction.kept, *bounds, False))
-    compactor = BatchCompactor(BatchScorer(cache, Score.PROJECTION), is_shared, lambda values: 3 * values)
+    compactor = Compactor(Method(Model(cache, TRITON_OPS)), 2, is_shared, lambda values: 3 * values)
     with forbidden_waiting():
-        found = compactor.compact(compactions, sequences.batch.block_table, [None] * 3)
+        found = compactor.apply(compactions, sequences.table_rows, sequences.batch.block_table, [None] * 3)
     assert all(torch.equal(kept.bool(), wanted) for kept, wanted in zip(found, expected, strict=True))
 
 
 def test_warming_up_touches_the_null_page_alone():
     buffer, _, cache = make_cache(Geometry())
     before = cache.words.clone()
-    BatchCompactor(BatchScorer(cache, Score.PROJECTION), shared_by_heads=True).warm_up()
+    Compactor(Method(Model(cache, TRITON_OPS)), cache.num_kv_heads, shared_by_heads=True).warm_up()
     assert torch.equal(cache.words[:, 1:], before[:, 1:])
 
 
@@ -664,13 +662,13 @@ def test_score_resident_matches_reference(case, group, rank):
     sequences = Sequences(case[0], geometry, seed=case[1])
     cache, batch = sequences.cache, sequences.batch
     shape = (cache.num_layers, cache.num_kv_heads * group)
-    num_rows = batch.num_rows if case[1] % 3 else 1
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    num_rows = batch.num_sequences if case[1] % 3 else 1
+    cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3))
     filters = random_tensor(num_rows, *shape, cache.head_size, seed=1)
     factors = random_tensor(num_rows, *shape, rank, cache.head_size, seed=2) if rank else None
     flat = score_resident(cache, batch, filters, factors)
     for index, found in enumerate(batch.split(flat, *shape)):
-        keys = cache.rows[:, sequences.old_pages[index], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
+        keys = cache.key_values[:, sequences.old_pages[index], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
         row = index % num_rows
         expected = reference.score_resident(
             keys[:, :, : sequences.evictions[index].resident], filters[row], factors[row] if rank else None
@@ -683,10 +681,10 @@ def test_score_resident_matches_reference(case, group, rank):
 def test_score_resident_takes_any_group_and_rank(group, rank):
     sequences = Sequences([Eviction(300, 16, 0, 0)], Geometry(num_layers=1, num_kv_heads=1, head_size=40), seed=0)
     cache = sequences.cache
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3))
+    cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3))
     filters, factors = random_tensor(1, 1, group, 40, seed=1), random_tensor(1, 1, group, rank, 40, seed=2)
     (found,) = sequences.batch.split(score_resident(cache, sequences.batch, filters, factors), 1, group)
-    keys = cache.rows[:, sequences.old_pages[0], ..., :40].transpose(1, 2).flatten(2, 3)[:, :, :300]
+    keys = cache.key_values[:, sequences.old_pages[0], ..., :40].transpose(1, 2).flatten(2, 3)[:, :, :300]
     torch.testing.assert_close(found, reference.score_resident(keys, filters[0], factors[0]), atol=1e-3, rtol=1e-4)
 
 
@@ -698,7 +696,7 @@ def test_score_resident_reads_fp8_keys_with_the_scale_of_their_layer():
     (found,) = sequences.batch.split(
         score_resident(cache, sequences.batch, filters, key_scales=scales), cache.num_layers, cache.num_kv_heads
     )
-    keys = cache.rows.float()[:, sequences.old_pages[0], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
+    keys = cache.key_values.float()[:, sequences.old_pages[0], ..., : cache.head_size].transpose(1, 2).flatten(2, 3)
     expected = reference.score_resident(keys[:, :, :40] * scales[:, None, None, None], filters[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -721,10 +719,10 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     dtype, key_scales = (
         (torch.bfloat16, torch.tensor([0.5, 4.0], device=DEVICE)) if name in FP8 else (geometry.dtype, None)
     )
-    monkeypatch.setattr("vllm_qfilters.kernels.triton.observation.SEQUENCES_AT_ONCE", 1 if name == "fp16" else 8)
+    monkeypatch.setattr("vllm_qfilters.kernels.triton.observation.OBSERVATIONS_AT_ONCE", 1 if name == "fp16" else 8)
     sequences = Sequences([Eviction(70, 16, 4, 20), Eviction(137, 32, 4, 33), Eviction(96, 16, 0, 0)], geometry, seed=1)
     cache, batch = sequences.cache, sequences.batch
-    cache.rows.copy_(random_tensor(*cache.rows.shape, seed=3).to(geometry.dtype))
+    cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3).to(geometry.dtype))
     before = cache.planes.clone()
     shape = (cache.num_layers, cache.num_kv_heads * group)
     observations, judged_by = [], {}
@@ -734,7 +732,7 @@ def test_observed_attention_matches_reference(name, monkeypatch):
         pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
         scaled = 0.2 * queries.float() * (1 if key_scales is None else key_scales[:, None, None, None])
         mean, peak = reference.observed_attention(cache, pages, resident, scaled, num_newer, 7, 13)
-        cache.set_resident_plane(1, pages, mean)
+        write_plane(cache.planes[:, :, 1], pages, mean)
         judged_by[index] = peak if observations[-1].is_question else mean
     expected = cache.planes.clone()
     cache.planes.copy_(before)
@@ -745,7 +743,7 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
     for index, row in enumerate(batch.split(found, cache.num_layers, cache.num_kv_heads)):
         pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
-        of_row = judged_by[index] if index in judged_by else cache.resident_plane(1, pages, resident)
+        of_row = judged_by[index] if index in judged_by else read_plane(cache.planes[:, :, 1], pages, resident)
         torch.testing.assert_close(row, of_row, atol=1e-6, rtol=1e-4)
 
 
@@ -778,11 +776,13 @@ def test_scores_lie_behind_the_pages_and_nothing_overlaps(layout):
     )
     buffer.zero_()
     for layer, view in enumerate(views):
-        assert cache.rows[layer].data_ptr() == view.data_ptr() and cache.rows[layer].stride() == view.stride()
+        assert (
+            cache.key_values[layer].data_ptr() == view.data_ptr() and cache.key_values[layer].stride() == view.stride()
+        )
         view.view(torch.int16).fill_(0x0101)
     assert not bool(cache.planes.any())
     cache.planes.view(torch.int32).fill_(0x02020202)
-    assert bool((cache.rows.view(torch.int16) == 0x0101).all())
+    assert bool((cache.key_values.view(torch.int16) == 0x0101).all())
     assert bool((buffer != 0).all())
     assert cache.words.numel() * 4 == buffer.numel() and cache.planes.shape[2] == 2
     cache.words.fill_(0x03030303)

@@ -38,7 +38,7 @@ class Compacted:
     def __init__(self, geometry: Geometry, seed: int, is_shared: bool) -> None:
         self.sequences = Sequences(evictions(geometry.block_size), geometry, seed)
         cache, batch = self.sequences.cache, self.sequences.batch
-        cache.rows.copy_(random_tensor(*cache.rows.shape, seed=seed))
+        cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=seed))
         scores, selections = gather_scores(cache.scores, batch), cache.num_kv_heads
         if is_shared:
             scores, selections = mean_standardised(scores, batch, cache.num_layers, selections), 1
@@ -46,7 +46,7 @@ class Compacted:
         self.kept = []  # per sequence [num_layers, num_kv_heads, kept_tokens, 2 * head_size]
         for index, flags in enumerate(batch.split(is_kept, cache.num_layers, selections)):
             eviction, pages = self.sequences.evictions[index], self.sequences.old_pages[index]
-            tokens = cache.rows[:, pages].transpose(1, 2).flatten(2, 3)[:, :, : eviction.resident]
+            tokens = cache.key_values[:, pages].transpose(1, 2).flatten(2, 3)[:, :, : eviction.resident]
             kept = tokens[flags.bool().expand(-1, cache.num_kv_heads, -1)]
             self.kept.append(kept.view(*tokens.shape[:2], eviction.kept, -1))
         copy_pages(cache, batch)
@@ -81,10 +81,10 @@ def test_attention_over_a_compacted_cache_is_attention_over_the_kept_tokens(comp
     sequences, cache = compacted.sequences, compacted.sequences.cache
     lengths = [eviction.kept for eviction in sequences.evictions]
     pages = [row.tolist() for row in sequences.new_pages]
-    bias = paged_bias(pages, lengths, num_queries, cache.block_size, cache.rows.device)
+    bias = paged_bias(pages, lengths, num_queries, cache.block_size, cache.key_values.device)
     for layer in range(cache.num_layers):
         shape = (1, num_queries * len(lengths), cache.num_kv_heads, GROUP, cache.head_size)
-        query = random_tensor(*shape, seed=layer, dtype=cache.rows.dtype)
-        found = attention(query, *keys_and_values(cache.rows[layer], GROUP), bias)[0].split(num_queries)
+        query = random_tensor(*shape, seed=layer, dtype=cache.key_values.dtype)
+        found = attention(query, *keys_and_values(cache.key_values[layer], GROUP), bias)[0].split(num_queries)
         for part, own_query, kept in zip(found, query[0].split(num_queries), compacted.kept, strict=True):
             torch.testing.assert_close(part.float(), attend_to_kept(own_query, kept[layer]), atol=2e-3, rtol=1e-2)

@@ -38,9 +38,16 @@ class RequestCompaction:
     shared_pages_out: tuple[int, ...] = ()
     distinct_tokens: int = 0
 
+    @property
+    def max_moves(self) -> int:
+        """Most tokens of one layer and head that change places: survivors in pages taken out, into holes before the
+        window.
+        """
+        return min(self.evicted_tokens, self.resident_tokens - self.evicted_tokens - self.window)
+
 
 @dataclasses.dataclass(frozen=True)
 class CompactionPlan:
     """All evictions of one step, applied by the workers before they touch the cache for it."""
 
-    rows: tuple[RequestCompaction, ...] = ()
+    compactions: tuple[RequestCompaction, ...] = ()

@@ -1,15 +1,17 @@
-"""Columns of ``CompactionBatch.rows``, as kernels index them; ``.value`` of each is the number."""
+"""Columns of ``CompactionBatch.columns``, as kernels index them."""
 
 import triton.language as tl
 
-OLD_ROW = tl.constexpr(0)
-POSITION = tl.constexpr(1)
-RESIDENT = tl.constexpr(2)
-EVICTED = tl.constexpr(3)
-SINKS = tl.constexpr(4)
-WINDOW = tl.constexpr(5)
-NEW_START = tl.constexpr(6)
-TOKEN_START = tl.constexpr(7)
-MOVE_START = tl.constexpr(8)
-DISTINCT = tl.constexpr(9)
-NUM_COLUMNS = tl.constexpr(10)
+from vllm_qfilters.kernels import batch
+
+TABLE_ROW = tl.constexpr(batch.TABLE_ROW)
+POSITION = tl.constexpr(batch.POSITION)
+RESIDENT = tl.constexpr(batch.RESIDENT)
+EVICTED = tl.constexpr(batch.EVICTED)
+SINKS = tl.constexpr(batch.SINKS)
+WINDOW = tl.constexpr(batch.WINDOW)
+NEW_START = tl.constexpr(batch.NEW_START)
+TOKEN_START = tl.constexpr(batch.TOKEN_START)
+MOVE_START = tl.constexpr(batch.MOVE_START)
+DISTINCT = tl.constexpr(batch.DISTINCT)
+NUM_COLUMNS = tl.constexpr(batch.NUM_COLUMNS)

@@ -16,7 +16,7 @@ from vllm_qfilters.kernels.triton.columns import (
     MOVE_START,
     NEW_START,
     NUM_COLUMNS,
-    OLD_ROW,
+    TABLE_ROW,
     RESIDENT,
     SINKS,
     TOKEN_START,
@@ -64,42 +64,42 @@ def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
 
 
 @triton.jit
-def _taken_out(row, BLOCK_SIZE: tl.constexpr):
+def _taken_out(sequence, BLOCK_SIZE: tl.constexpr):
     """The first token of the pages taken out, the first behind them, and the first behind those that make room for
     sinks.
     """
-    evicted = tl.load(row + EVICTED)
-    first_out = (tl.load(row + RESIDENT) - evicted - tl.load(row + WINDOW)) // BLOCK_SIZE * BLOCK_SIZE
-    return first_out, first_out + evicted, tl.maximum(tl.load(row + SINKS), first_out) + evicted
+    evicted = tl.load(sequence + EVICTED)
+    first_out = (tl.load(sequence + RESIDENT) - evicted - tl.load(sequence + WINDOW)) // BLOCK_SIZE * BLOCK_SIZE
+    return first_out, first_out + evicted, tl.maximum(tl.load(sequence + SINKS), first_out) + evicted
 
 
 @triton.jit
-def _max_moves(row):
-    evicted = tl.load(row + EVICTED)
-    return tl.minimum(evicted, tl.load(row + RESIDENT) - evicted - tl.load(row + WINDOW))
+def _max_moves(sequence):
+    evicted = tl.load(sequence + EVICTED)
+    return tl.minimum(evicted, tl.load(sequence + RESIDENT) - evicted - tl.load(sequence + WINDOW))
 
 
 @triton.jit
 def _pair_moves_kernel(
-    is_kept_ptr,  # flat [num_layers, num_selections, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    sources_ptr,  # flat [num_layers, num_selections, max_moves] per row
-    holes_ptr,  # flat [num_layers, num_selections, max_moves] per row
-    counts_ptr,  # [num_rows, num_layers * num_selections]
+    is_kept_ptr,  # flat [num_layers, num_selections, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    sources_ptr,  # flat [num_layers, num_selections, max_moves] per sequence
+    holes_ptr,  # flat [num_layers, num_selections, max_moves] per sequence
+    counts_ptr,  # [num_sequences, num_layers * num_selections]
     num_layer_selections,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
-    first_out, after_out, after_displaced = _taken_out(row, BLOCK_SIZE)
-    is_kept_ptr += tl.load(row + TOKEN_START) * num_layer_selections + tl.program_id(1) * resident
-    moves_start = tl.load(row + MOVE_START) * num_layer_selections + tl.program_id(1) * _max_moves(row)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
+    first_out, after_out, after_displaced = _taken_out(sequence, BLOCK_SIZE)
+    is_kept_ptr += tl.load(sequence + TOKEN_START) * num_layer_selections + tl.program_id(1) * resident
+    moves_start = tl.load(sequence + MOVE_START) * num_layer_selections + tl.program_id(1) * _max_moves(sequence)
     num_sources = 0
     num_holes = 0
-    for start in range(0, resident - tl.load(row + WINDOW), TILE):
+    for start in range(0, resident - tl.load(sequence + WINDOW), TILE):
         token = start + tl.arange(0, TILE)
-        is_token = token < resident - tl.load(row + WINDOW)
+        is_token = token < resident - tl.load(sequence + WINDOW)
         is_kept = tl.load(is_kept_ptr + token, mask=is_token, other=0) != 0
         is_out = (token >= first_out) & (token < after_out)
         is_displaced = (token >= after_out) & (token < after_displaced)
@@ -119,11 +119,11 @@ def _move_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     planes_ptr,  # [num_layers, num_blocks, num_planes, num_kv_heads, block_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    new_pages_ptr,  # the pages of the rows afterwards
-    sources_ptr,  # flat [num_layers, num_selections, max_moves] per row
-    holes_ptr,  # flat [num_layers, num_selections, max_moves] per row
-    counts_ptr,  # [num_rows, num_layers * num_selections]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    new_pages_ptr,  # the pages of the sequences afterwards
+    sources_ptr,  # flat [num_layers, num_selections, max_moves] per sequence
+    holes_ptr,  # flat [num_layers, num_selections, max_moves] per sequence
+    counts_ptr,  # [num_sequences, num_layers * num_selections]
     num_layers,
     num_kv_heads,
     num_selections,
@@ -152,8 +152,8 @@ def _move_kernel(
     if first_tile >= num_tiles:
         return
 
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    first_out, after_out, after_displaced = _taken_out(row, BLOCK_SIZE)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    first_out, after_out, after_displaced = _taken_out(sequence, BLOCK_SIZE)
     if after_displaced == after_out:
         num_tiles = first_tile + 1
     elif first_tile > 0:
@@ -161,10 +161,10 @@ def _move_kernel(
     # Where sinks displace tokens, a later move reads what an earlier one writes to: one program does all, from the last
     # on.
 
-    old_pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
-    new_pages = new_pages_ptr + tl.load(row + NEW_START)
-    pages_out = tl.load(row + EVICTED) // BLOCK_SIZE
-    moves = tl.load(row + MOVE_START) * num_layers * num_selections + layer_selection * _max_moves(row)
+    old_pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
+    new_pages = new_pages_ptr + tl.load(sequence + NEW_START)
+    pages_out = tl.load(sequence + EVICTED) // BLOCK_SIZE
+    moves = tl.load(sequence + MOVE_START) * num_layers * num_selections + layer_selection * _max_moves(sequence)
     cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
     planes = planes_ptr + layer * planes_layer_stride + head * planes_head_stride
     plane = tl.arange(0, PLANES)
@@ -185,15 +185,15 @@ def _move_kernel(
         hole_page = tl.load(new_pages + hole_index, mask=is_move, other=0)
 
         mask = is_move[:, None] & (element < CONTENT)[None, :]
-        source_row = cache + source_page * cache_block_stride + source % BLOCK_SIZE * cache_slot_stride
-        hole_row = cache + hole_page * cache_block_stride + hole % BLOCK_SIZE * cache_slot_stride
-        content = tl.load(source_row[:, None] + element[None, :], mask=mask)
+        source_at = cache + source_page * cache_block_stride + source % BLOCK_SIZE * cache_slot_stride
+        hole_at = cache + hole_page * cache_block_stride + hole % BLOCK_SIZE * cache_slot_stride
+        content = tl.load(source_at[:, None] + element[None, :], mask=mask)
         plane_mask = is_move[:, None] & (plane < NUM_PLANES)[None, :]
         source_numbers = planes + source_page * planes_block_stride + source % BLOCK_SIZE
         hole_numbers = planes + hole_page * planes_block_stride + hole % BLOCK_SIZE
         numbers = tl.load(source_numbers[:, None] + plane[None, :] * planes_plane_stride, mask=plane_mask)
         tl.debug_barrier()  # all of a tile is read before any of it is written
-        tl.store(hole_row[:, None] + element[None, :], content, mask=mask)
+        tl.store(hole_at[:, None] + element[None, :], content, mask=mask)
         tl.store(hole_numbers[:, None] + plane[None, :] * planes_plane_stride, numbers, mask=plane_mask)
         tl.debug_barrier()
 
@@ -208,20 +208,20 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
     Args:
         cache: of this rank; keys, values and planes move together.
         batch: the sequences.
-        is_kept: int8, flat: ``[num_layers, num_selections, resident_tokens]`` per row, 1 for tokens that stay.
+        is_kept: int8, flat: ``[num_layers, num_selections, resident_tokens]`` per sequence, 1 for tokens that stay.
         num_selections: 1 where the heads of a layer keep the same tokens, else the number of KV heads.
     """
     assert num_selections in (1, cache.num_kv_heads), f"{num_selections} selections for {cache.num_kv_heads} KV heads"
     if batch.max_moves == 0:
         return
-    rows = cache.rows
+    key_values = cache.key_values
     num_layer_selections = cache.num_layers * num_selections
-    sources = torch.empty(num_layer_selections * batch.num_moves, dtype=torch.int32, device=rows.device)
+    sources = torch.empty(num_layer_selections * batch.num_moves, dtype=torch.int32, device=key_values.device)
     holes = torch.empty_like(sources)
-    counts = torch.empty(batch.num_rows, num_layer_selections, dtype=torch.int32, device=rows.device)
-    _pair_moves_kernel[(batch.num_rows, num_layer_selections)](
+    counts = torch.empty(batch.num_sequences, num_layer_selections, dtype=torch.int32, device=key_values.device)
+    _pair_moves_kernel[(batch.num_sequences, num_layer_selections)](
         is_kept,
-        batch.rows,
+        batch.columns,
         sources,
         holes,
         counts,
@@ -230,12 +230,12 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
         TILE=1024,
     )
     tile = 16
-    bits = rows.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[rows.element_size()])
-    _move_kernel[(batch.num_rows, cache.num_layers * cache.num_kv_heads, triton.cdiv(batch.max_moves, tile))](
+    bits = key_values.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[key_values.element_size()])
+    _move_kernel[(batch.num_sequences, cache.num_layers * cache.num_kv_heads, triton.cdiv(batch.max_moves, tile))](
         bits,
         cache.planes,
         batch.block_table,
-        batch.rows,
+        batch.columns,
         batch.new_pages,
         sources,
         holes,
@@ -246,10 +246,10 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
         batch.block_table.stride(0),
         *bits.stride()[:4],
         *cache.planes.stride()[:4],
-        CONTENT=rows.shape[4],
+        CONTENT=key_values.shape[4],
         NUM_PLANES=cache.planes.shape[2],
         PLANES=triton.next_power_of_2(cache.planes.shape[2]),
         BLOCK_SIZE=cache.block_size,
         TILE=tile,
-        ELEMENTS=triton.next_power_of_2(rows.shape[4]),
+        ELEMENTS=triton.next_power_of_2(key_values.shape[4]),
     )

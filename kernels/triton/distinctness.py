@@ -6,27 +6,27 @@ import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
 
 
 @triton.jit
 def _keys_of_program(
     cache_ptr,
     block_table_ptr,
-    rows_ptr,
+    columns_ptr,
     num_kv_heads,
     block_table_stride,
     layer_stride,
     head_stride,
 ):
-    """The program's row is its first number, layer and head its second: (row, resident tokens, pages, keys of layer and
+    """The program's sequence is its first number, layer and head its second: (sequence, resident tokens, pages, keys of layer and
     head).
     """
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
-    return row, tl.load(row + RESIDENT), pages, keys
+    return sequence, tl.load(sequence + RESIDENT), pages, keys
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def _load_keys(
 def _anchor_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    anchors_ptr,  # [num_rows, num_layers * num_kv_heads, head_size]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
     num_kv_heads,
     block_table_stride,
     layer_stride,
@@ -73,7 +73,7 @@ def _anchor_kernel(
     TILE: tl.constexpr,
 ):
     _, resident, pages, keys = _keys_of_program(
-        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
     )
     dim = tl.arange(0, DIMS)
     total = tl.zeros([DIMS], tl.float32)
@@ -89,9 +89,9 @@ def _anchor_kernel(
 def _distinctness_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    anchors_ptr,  # [num_rows, num_layers * num_kv_heads, head_size]
-    distinctness_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
+    distinctness_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     num_kv_heads,
     block_table_stride,
     layer_stride,
@@ -103,8 +103,8 @@ def _distinctness_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, resident, pages, keys = _keys_of_program(
-        cache_ptr, block_table_ptr, rows_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    sequence, resident, pages, keys = _keys_of_program(
+        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
     )
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     if tl.program_id(2) * TILE >= resident:
@@ -113,22 +113,22 @@ def _distinctness_kernel(
     anchor = tl.load(_anchor_at(anchors_ptr, dim, HEAD_SIZE), mask=dim < HEAD_SIZE, other=0.0)
     loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
     cosine = tl.sum(loaded * anchor[None, :], axis=1) / norms
-    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     tl.store(distinctness_ptr + start + token, -cosine, mask=token < resident)
 
 
 @triton.jit
 def _mean_of_neighbours_kernel(
-    values_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    values_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
     means_ptr,  # flat like values
     POOL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     total = tl.zeros([TILE], tl.float32)
     count = tl.zeros([TILE], tl.float32)
     for offset in tl.static_range(POOL):
@@ -148,16 +148,18 @@ def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> 
         pool: neighbours to average over, odd.
 
     Returns:
-        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
+        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
     """
-    rows = cache.rows
-    assert rows.dtype.is_floating_point, f"keys of dtype {rows.dtype}: view an fp8 cache as such"
+    key_values = cache.key_values
+    assert key_values.dtype.is_floating_point, f"keys of dtype {key_values.dtype}: view an fp8 cache as such"
     num_heads = cache.num_layers * cache.num_kv_heads
-    anchors = torch.empty(batch.num_rows, num_heads, cache.head_size, dtype=torch.float32, device=rows.device)
-    distinctness = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
+    anchors = torch.empty(
+        batch.num_sequences, num_heads, cache.head_size, dtype=torch.float32, device=key_values.device
+    )
+    distinctness = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     dims = triton.next_power_of_2(cache.head_size)
     tile = max(16, 8192 // dims)
-    strides = cache.num_kv_heads, batch.block_table.stride(0), *rows.stride()[:4]
+    strides = cache.num_kv_heads, batch.block_table.stride(0), *key_values.stride()[:4]
     constants = {
         "HEAD_SIZE": cache.head_size,
         "DIMS": dims,
@@ -165,14 +167,14 @@ def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> 
         "TILE": tile,
         "num_warps": 8,
     }
-    tables = rows, batch.block_table, batch.rows, anchors
-    _anchor_kernel[(batch.num_rows, num_heads)](*tables, *strides, **constants)
-    grid = (batch.num_rows, num_heads, triton.cdiv(batch.max_resident, tile))
+    tables = key_values, batch.block_table, batch.columns, anchors
+    _anchor_kernel[(batch.num_sequences, num_heads)](*tables, *strides, **constants)
+    grid = (batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))
     _distinctness_kernel[grid](*tables, distinctness, *strides, **constants)
     if pool == 1:
         return distinctness
     means = torch.empty_like(distinctness)
-    _mean_of_neighbours_kernel[(batch.num_rows, num_heads, triton.cdiv(batch.max_resident, 1024))](
-        distinctness, batch.rows, means, POOL=pool, TILE=1024
+    _mean_of_neighbours_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, 1024))](
+        distinctness, batch.columns, means, POOL=pool, TILE=1024
     )
     return means

@@ -5,50 +5,31 @@ What :func:`vllm_qfilters.kernels.reference.observed_attention` computes of one 
 three launches: the terms of each query's softmax; mean and peak over queries and query heads; both over neighbours.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.reference import NOT_OBSERVED
+from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Observation
 from vllm_qfilters.kernels.triton import dots
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
 from vllm_qfilters.kernels.triton.selection import gather_scores
 
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
-SEQUENCES_AT_ONCE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Observation:
-    """The last queries of one prompt.
-
-    Attributes:
-        row: of the batch.
-        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
-        num_newer: of the sequence's last tokens came after the last query.
-        is_question: tokens are to be judged by the peak of the attention, not by its mean.
-    """
-
-    row: int
-    queries: torch.Tensor
-    num_newer: int
-    is_question: bool
 
 
 @triton.jit
-def _load_observation(observations_ptr, rows_ptr):
-    """(pointer to the row of the batch, first query, number of queries, tokens that the last query has seen, is a
+def _load_observation(observations_ptr, columns_ptr):
+    """(pointer to the sequence of the batch, first query, number of queries, tokens that the last query has seen, is a
     question).
     """
     observation = observations_ptr + tl.program_id(0) * 5
-    row = rows_ptr + tl.load(observation) * NUM_COLUMNS
-    num_seen = tl.load(row + RESIDENT) - tl.load(observation + 3)
-    return row, tl.load(observation + 1), tl.load(observation + 2), num_seen, tl.load(observation + 4) != 0
+    sequence = columns_ptr + tl.load(observation) * NUM_COLUMNS
+    num_seen = tl.load(sequence + RESIDENT) - tl.load(observation + 3)
+    return sequence, tl.load(observation + 1), tl.load(observation + 2), num_seen, tl.load(observation + 4) != 0
 
 
 @triton.jit
@@ -92,7 +73,7 @@ def _key_at(keys, pages, token, num_seen, block_stride, slot_stride, BLOCK_SIZE:
 def _observed_terms_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
     observations_ptr,  # [num_observations, 5]
     queries_ptr,  # [num_layers, num_heads, all queries, head_size]
     terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
@@ -115,7 +96,7 @@ def _observed_terms_kernel(
     QUERIES: tl.constexpr,  # of one program
     TILE: tl.constexpr,
 ):
-    row, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, rows_ptr)
+    sequence, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, columns_ptr)
     index = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     if tl.program_id(2) * QUERIES >= GROUP * num_queries:
         return
@@ -123,7 +104,7 @@ def _observed_terms_kernel(
     head = tl.program_id(1) % num_kv_heads
     query_at = queries_ptr + layer * queries_layer_stride + (head * GROUP + index // num_queries) * queries_head_stride
     query_at += (first_query + index % num_queries) * queries_query_stride
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -148,11 +129,11 @@ def _observed_terms_kernel(
 def _observed_attention_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
     observations_ptr,  # [num_observations, 5]
     queries_ptr,  # [num_layers, num_heads, all queries, head_size]
     terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
-    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     peak_ptr,  # likewise
     scale,
     num_kv_heads,
@@ -173,14 +154,14 @@ def _observed_attention_kernel(
     QUERIES: tl.constexpr,  # at once
     TILE: tl.constexpr,
 ):
-    row, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, rows_ptr)
-    resident = tl.load(row + RESIDENT)
+    sequence, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, columns_ptr)
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     if tl.program_id(2) * TILE >= resident:
         return
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     head = tl.program_id(1) % num_kv_heads
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     cache = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
     key_at = _key_at(cache, pages, token, num_seen, cache_block_stride, cache_slot_stride, BLOCK_SIZE)
     heads = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -203,20 +184,20 @@ def _observed_attention_kernel(
         attention = tl.exp(logits - largest[:, None]) / total[:, None]
         total_attention += tl.sum(attention, axis=0)
         peak = tl.maximum(peak, tl.max(attention, axis=0))
-    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     tl.store(mean_ptr + start + token, total_attention / (GROUP * num_queries), mask=token < resident)
     tl.store(peak_ptr + start + token, peak, mask=token < resident)
 
 
 @triton.jit
 def _pool_kernel(
-    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     peak_ptr,  # likewise
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
     observations_ptr,  # [num_observations, 5]
     plane_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
-    observed_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    observed_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     num_kv_heads,
     block_table_stride,
     plane_layer_stride,
@@ -228,10 +209,10 @@ def _pool_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, _, _, num_seen, is_question = _load_observation(observations_ptr, rows_ptr)
-    resident = tl.load(row + RESIDENT)
+    sequence, _, _, num_seen, is_question = _load_observation(observations_ptr, columns_ptr)
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    start = tl.load(row + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     mean = tl.zeros([TILE], tl.float32)
     for offset in tl.static_range(MEAN_POOL):
         neighbour = token + offset - MEAN_POOL // 2
@@ -240,7 +221,7 @@ def _pool_kernel(
         )
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     head = tl.program_id(1) % num_kv_heads
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=token < resident, other=0).to(tl.int64)
     at = (
         plane_ptr
@@ -284,7 +265,7 @@ def observe(
     Args:
         cache: of this rank.
         batch: the sequences; the last query of each has seen at least as many tokens as there are queries.
-        observations: of different rows.
+        observations: of different sequences.
         plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
         scale: of the attention's logits.
         mean_pool, peak_pool: neighbours, odd.
@@ -293,10 +274,12 @@ def observe(
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
 
     Returns:
-        What the tokens of all rows are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per
-        row: what is in the plane, but the peak in the rows of a question.
+        What the tokens of all sequences are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per
+        sequence: what is in the plane, but the peak for a question.
     """
-    assert cache.rows.dtype.is_floating_point, f"keys of dtype {cache.rows.dtype}: view an fp8 cache as such"
+    assert cache.key_values.dtype.is_floating_point, (
+        f"keys of dtype {cache.key_values.dtype}: view an fp8 cache as such"
+    )
     assert mean_pool % 2 == 1 and peak_pool % 2 == 1 and plane.stride(3) == 1
     for observation in observations:
         num_layers, num_heads, _, head_size = observation.queries.shape
@@ -306,8 +289,8 @@ def observe(
         )
     # The queries of a launch lie in one tensor: a few sequences each, so that the copy of theirs stays small.
     observed = gather_scores(plane, batch)
-    for first in range(0, len(observations), SEQUENCES_AT_ONCE):
-        some = observations[first : first + SEQUENCES_AT_ONCE]
+    for first in range(0, len(observations), OBSERVATIONS_AT_ONCE):
+        some = observations[first : first + OBSERVATIONS_AT_ONCE]
         _observe(
             cache,
             batch,
@@ -337,46 +320,50 @@ def _observe(
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     key_scales: torch.Tensor | None,
 ) -> None:
-    rows = cache.rows
+    key_values = cache.key_values
     numbers, num_queries = [], 0
     for observation in observations:
         length = observation.queries.shape[2]
-        numbers += [observation.row, num_queries, length, observation.num_newer, int(observation.is_question)]
+        numbers += [observation.sequence, num_queries, length, observation.num_newer, int(observation.is_question)]
         num_queries += length
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=key_values.is_cuda).to(
+        key_values.device, non_blocking=True
+    )
     queries = torch.cat([observation.queries for observation in observations], dim=2)
     assert queries.stride(3) == 1
     if key_scales is not None:
         queries *= key_scales.view(-1, 1, 1, 1)
     num_layer_heads, group = cache.num_layers * cache.num_kv_heads, queries.shape[1] // cache.num_kv_heads
     most_queries = group * max(observation.queries.shape[2] for observation in observations)
-    max_resident = max(batch.compactions[observation.row].resident_tokens for observation in observations)
-    terms = torch.empty(len(observations), num_layer_heads, most_queries, 2, dtype=torch.float32, device=rows.device)
-    mean, peak = torch.empty(2, num_layer_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
+    max_resident = max(batch.compactions[observation.sequence].resident_tokens for observation in observations)
+    terms = torch.empty(
+        len(observations), num_layer_heads, most_queries, 2, dtype=torch.float32, device=key_values.device
+    )
+    mean, peak = torch.empty(2, num_layer_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     sizes = (
         scale,
         cache.num_kv_heads,
         most_queries,
         batch.block_table.stride(0),
         *queries.stride()[:3],
-        *rows.stride()[:4],
+        *key_values.stride()[:4],
     )
     tile = at_once = 64
     constants = dict(
         GROUP=group,
-        OPERAND=dots.operand_dtype(rows.dtype),
+        OPERAND=dots.operand_dtype(key_values.dtype),
         HEAD_SIZE=cache.head_size,
-        DIMS=dots.dims_at_once(rows.dtype),
+        DIMS=dots.dims_at_once(key_values.dtype),
         BLOCK_SIZE=cache.block_size,
         QUERIES=at_once,
         TILE=tile,
     )
     grid = len(observations), num_layer_heads
     _observed_terms_kernel[(*grid, triton.cdiv(most_queries, at_once))](
-        rows, batch.block_table, batch.rows, table, queries, terms, *sizes, **constants
+        key_values, batch.block_table, batch.columns, table, queries, terms, *sizes, **constants
     )
     _observed_attention_kernel[(*grid, triton.cdiv(max_resident, tile))](
-        rows, batch.block_table, batch.rows, table, queries, terms, mean, peak, *sizes, **constants
+        key_values, batch.block_table, batch.columns, table, queries, terms, mean, peak, *sizes, **constants
     )
     if shared_by_heads and any(observation.is_question for observation in observations):
         peak = max_over_ranks(peak)
@@ -385,7 +372,7 @@ def _observe(
         mean,
         peak,
         batch.block_table,
-        batch.rows,
+        batch.columns,
         table,
         plane,
         observed,

@@ -2,31 +2,16 @@
 heads.
 """
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.ops import Turns
 from vllm_qfilters.kernels.triton import dots
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, OLD_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
 from vllm_qfilters.kernels.triton.dots import split
-
-
-@dataclasses.dataclass(frozen=True)
-class Turns:
-    """A linear map ``R`` per row and layer, ``(R f)_i = cos_i f_i + sin_i f_partner(i)``: rotary embeddings.
-
-    Attributes:
-        cos, sin: float32, shape ``[num_rows, num_layers, head_size]``, of the same strides.
-        partner: shape ``[head_size]``, int64.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    partner: torch.Tensor
 
 
 @triton.jit
@@ -47,21 +32,22 @@ def _load_vectors(
 def _score_resident_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    filters_ptr,  # [num_rows or 1, num_layers, num_heads, head_size]
-    factors_ptr,  # [num_rows or 1, num_layers, num_heads, rank, head_size]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    filters_ptr,  # [num_sequences or 1, num_layers, num_heads, head_size]
+    factors_ptr,  # [num_sequences or 1, num_layers, num_heads, rank, head_size]
     key_scales_ptr,  # [num_layers]
-    cos_ptr,  # [num_rows, num_layers, head_size]
-    sin_ptr,  # [num_rows, num_layers, head_size]
-    partner_ptr,  # [head_size]
-    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
+    cos_ptr,  # [num_sequences, num_layers, head_size]
+    sin_ptr,  # [num_sequences, num_layers, head_size]
+    partner_ptr,  # [num_layers or 1, head_size]
+    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     num_layers,
     num_kv_heads,
     block_table_stride,
-    filters_row_stride,
-    factors_row_stride,
-    turn_row_stride,
+    filters_sequence_stride,
+    factors_sequence_stride,
+    turn_sequence_stride,
     turn_layer_stride,
+    partner_layer_stride,
     cache_layer_stride,
     cache_block_stride,
     cache_head_stride,
@@ -79,8 +65,8 @@ def _score_resident_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     if tl.program_id(2) * TILE >= resident:
@@ -89,7 +75,7 @@ def _score_resident_kernel(
     layer = (tl.program_id(1) // (num_kv_heads * parts)).to(tl.int64)
     head = tl.program_id(1) // parts % num_kv_heads
     members = tl.program_id(1) % parts * MEMBERS + tl.arange(0, MEMBERS)
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
     key_at = cache_ptr + layer * cache_layer_stride + head * cache_head_stride
     key_at += page * cache_block_stride + token % BLOCK_SIZE * cache_slot_stride
@@ -97,11 +83,11 @@ def _score_resident_kernel(
     # The vectors of several query heads are the rows of one matrix, the keys the columns of another.
     num_heads = num_kv_heads * GROUP
     layer_head = layer * num_heads + head * GROUP
-    filters = filters_ptr + tl.program_id(0) * filters_row_stride + layer_head * HEAD_SIZE
+    filters = filters_ptr + tl.program_id(0) * filters_sequence_stride + layer_head * HEAD_SIZE
     factors = factors_ptr
     if RANK > 0:
-        factors += tl.program_id(0) * factors_row_stride + layer_head * RANK * HEAD_SIZE
-    turn = tl.program_id(0) * turn_row_stride + layer * turn_layer_stride
+        factors += tl.program_id(0) * factors_sequence_stride + layer_head * RANK * HEAD_SIZE
+    turn = tl.program_id(0) * turn_sequence_stride + layer * turn_layer_stride
     vector = tl.arange(0, MEMBERS * SLOTS)
     member = tl.program_id(1) % parts * MEMBERS + vector // SLOTS
     score = tl.zeros([MEMBERS, TILE], tl.float32)
@@ -116,7 +102,7 @@ def _score_resident_kernel(
             )
             vectors = _load_vectors(filters, factors, dim, slot, member, GROUP, RANK, HEAD_SIZE)
             if IS_TURNED:
-                partner = tl.load(partner_ptr + dim, mask=is_dim, other=HEAD_SIZE)
+                partner = tl.load(partner_ptr + layer * partner_layer_stride + dim, mask=is_dim, other=HEAD_SIZE)
                 others = _load_vectors(filters, factors, partner, slot, member, GROUP, RANK, HEAD_SIZE)
                 cos = tl.load(cos_ptr + turn + dim, mask=is_dim, other=0.0)
                 sin = tl.load(sin_ptr + turn + dim, mask=is_dim, other=0.0)
@@ -129,10 +115,10 @@ def _score_resident_kernel(
                 projections = tl.dot(vectors, keys, projections, input_precision="tf32x3")
         if IS_SCALED:
             projections *= tl.load(key_scales_ptr + layer)
-        terms = tl.where((slot == 0)[:, None], projections, projections * projections)
+        terms = tl.where((slot == 0)[:, None], projections, projections * projections / 2)
         score += tl.sum(tl.reshape(terms, [MEMBERS, SLOTS, TILE]), axis=1)
 
-    scores = scores_ptr + tl.load(row + TOKEN_START) * num_layers * num_heads + layer_head * resident
+    scores = scores_ptr + tl.load(sequence + TOKEN_START) * num_layers * num_heads + layer_head * resident
     mask = (members < GROUP)[:, None] & is_token[None, :]
     tl.store(scores + members[:, None] * resident + token[None, :], score, mask=mask)
 
@@ -145,46 +131,47 @@ def score_resident(
     key_scales: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> torch.Tensor:
-    """``<k, R f> + sum_r <k, R g_r>^2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each query
+    """``<k, R f> + sum_r <k, R g_r>^2 / 2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each query
     head.
 
     Args:
         cache: of this rank.
         batch: the sequences.
-        filters: float32, shape ``[num_rows or 1, num_layers, num_heads, head_size]``: for each row its own, or one for
+        filters: float32, shape ``[num_sequences or 1, num_layers, num_heads, head_size]``: for each sequence its own, or one for
             all; ``num_heads`` a multiple of the KV heads, those of one KV head side by side.
-        factors: float32, shape ``[num_rows or 1, num_layers, num_heads, rank, head_size]``; None: none.
+        factors: float32, shape ``[num_sequences or 1, num_layers, num_heads, rank, head_size]``; None: none.
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
-        turns: ``R``, of each row; None: the identity.
+        turns: ``R``, of each sequence; None: the identity.
 
     Returns:
-        float32, flat: ``[num_layers, num_heads, resident_tokens]`` per row.
+        float32, flat: ``[num_layers, num_heads, resident_tokens]`` per sequence.
     """
-    num_filter_rows, num_layers, num_heads, head_size = filters.shape
+    num_filter_sets, num_layers, num_heads, head_size = filters.shape
     assert (num_layers, head_size) == (cache.num_layers, cache.head_size) and num_heads % cache.num_kv_heads == 0, (
         f"filters {tuple(filters.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV heads x {cache.head_size}"
     )
-    assert filters.is_contiguous() and num_filter_rows in (1, batch.num_rows)
+    assert filters.is_contiguous() and num_filter_sets in (1, batch.num_sequences)
     rank = 0
     if factors is not None:
         rank = factors.shape[3]
         assert factors.shape == (factors.shape[0], num_layers, num_heads, rank, head_size) and factors.is_contiguous()
-        assert factors.shape[0] in (1, batch.num_rows)
-    rows = cache.rows
-    assert rows.dtype.is_floating_point, f"keys of dtype {rows.dtype}: view an fp8 cache as such"
+        assert factors.shape[0] in (1, batch.num_sequences)
+    key_values = cache.key_values
+    assert key_values.dtype.is_floating_point, f"keys of dtype {key_values.dtype}: view an fp8 cache as such"
     if turns is not None:
-        assert turns.cos.shape == turns.sin.shape == (batch.num_rows, num_layers, head_size)
+        assert turns.cos.shape == turns.sin.shape == (batch.num_sequences, num_layers, head_size)
         assert turns.cos.stride() == turns.sin.stride() and turns.cos.stride(2) == 1
-    scores = torch.empty(num_layers * num_heads * batch.num_tokens, dtype=torch.float32, device=rows.device)
+        assert turns.partner.shape in ((1, head_size), (num_layers, head_size)) and turns.partner.is_contiguous()
+    scores = torch.empty(num_layers * num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     # At ranks up to 15 all query heads of eight share one read of the keys.
     group, slots = num_heads // cache.num_kv_heads, min(triton.next_power_of_2(1 + rank), 128)
     members = max(min(triton.next_power_of_2(group), 128 // slots), dots.SMALLEST // slots)
     tile = min(256, (1 << 13) // (members * slots))
     num_parts = num_layers * cache.num_kv_heads * triton.cdiv(group, members)
-    _score_resident_kernel[(batch.num_rows, num_parts, triton.cdiv(batch.max_resident, tile))](
-        rows,
+    _score_resident_kernel[(batch.num_sequences, num_parts, triton.cdiv(batch.max_resident, tile))](
+        key_values,
         batch.block_table,
-        batch.rows,
+        batch.columns,
         filters,
         factors,
         key_scales,
@@ -195,21 +182,22 @@ def score_resident(
         num_layers,
         cache.num_kv_heads,
         batch.block_table.stride(0),
-        filters.stride(0) if num_filter_rows > 1 else 0,
+        filters.stride(0) if num_filter_sets > 1 else 0,
         factors.stride(0) if rank and factors.shape[0] > 1 else 0,
         0 if turns is None else turns.cos.stride(0),
         0 if turns is None else turns.cos.stride(1),
-        *rows.stride()[:4],
+        head_size if turns is not None and turns.partner.shape[0] > 1 else 0,
+        *key_values.stride()[:4],
         GROUP=group,
         MEMBERS=members,
         RANK=rank,
         SLOTS=slots,
         IS_SCALED=key_scales is not None,
         IS_TURNED=turns is not None,
-        IS_SPLIT=dots.is_narrow(rows.dtype),
-        OPERAND=dots.operand_dtype(rows.dtype),
+        IS_SPLIT=dots.is_narrow(key_values.dtype),
+        OPERAND=dots.operand_dtype(key_values.dtype),
         HEAD_SIZE=head_size,
-        DIMS=dots.dims_at_once(rows.dtype),
+        DIMS=dots.dims_at_once(key_values.dtype),
         BLOCK_SIZE=cache.block_size,
         TILE=tile,
         num_warps=8,
@@ -220,15 +208,15 @@ def score_resident(
 
 @triton.jit
 def _softmax_terms_kernel(
-    logits_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    terms_ptr,  # [num_rows, num_layers * num_heads, 2]
+    logits_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    terms_ptr,  # [num_sequences, num_layers * num_heads, 2]
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
-    logits = logits_ptr + tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
+    logits = logits_ptr + tl.load(sequence + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     largest = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, resident, TILE):
         token = start + tl.arange(0, TILE)
@@ -245,19 +233,19 @@ def _softmax_terms_kernel(
 
 @triton.jit
 def _mean_softmax_kernel(
-    logits_ptr,  # flat [num_layers, num_kv_heads * GROUP, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    terms_ptr,  # [num_rows, num_layers * num_kv_heads * GROUP, 2]
-    attention_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    logits_ptr,  # flat [num_layers, num_kv_heads * GROUP, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    terms_ptr,  # [num_sequences, num_layers * num_kv_heads * GROUP, 2]
+    attention_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     num_layer_kv_heads,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
-    start = tl.load(row + TOKEN_START) * num_layer_kv_heads + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * num_layer_kv_heads + tl.program_id(1) * resident
     terms = terms_ptr + (tl.program_id(0).to(tl.int64) * num_layer_kv_heads + tl.program_id(1)) * GROUP * 2
     total = tl.zeros([TILE], tl.float32)
     for member in range(GROUP):
@@ -272,18 +260,20 @@ def mean_softmax(
     """The softmax over tokens of each query head's logits, averaged over the query heads of a KV head.
 
     Args:
-        logits: float32, flat: ``[num_layers, num_kv_heads * group, resident_tokens]`` per row.
+        logits: float32, flat: ``[num_layers, num_kv_heads * group, resident_tokens]`` per sequence.
         batch: the sequences.
         num_layers, num_kv_heads, group: of ``logits``.
 
     Returns:
-        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
+        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
     """
     num_heads, tile = num_layers * num_kv_heads, 1024
-    terms = torch.empty(batch.num_rows, num_heads * group, 2, dtype=torch.float32, device=logits.device)
-    _softmax_terms_kernel[(batch.num_rows, num_heads * group)](logits, batch.rows, terms, num_heads * group, TILE=tile)
+    terms = torch.empty(batch.num_sequences, num_heads * group, 2, dtype=torch.float32, device=logits.device)
+    _softmax_terms_kernel[(batch.num_sequences, num_heads * group)](
+        logits, batch.columns, terms, num_heads * group, TILE=tile
+    )
     attention = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=logits.device)
-    _mean_softmax_kernel[(batch.num_rows, num_heads, triton.cdiv(batch.max_resident, tile))](
-        logits, batch.rows, terms, attention, num_heads, GROUP=group, TILE=tile
+    _mean_softmax_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))](
+        logits, batch.columns, terms, attention, num_heads, GROUP=group, TILE=tile
     )
     return attention

@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.triton.columns import EVICTED, NUM_COLUMNS, OLD_ROW, RESIDENT, SINKS, TOKEN_START, WINDOW
+from vllm_qfilters.kernels.triton.columns import EVICTED, NUM_COLUMNS, TABLE_ROW, RESIDENT, SINKS, TOKEN_START, WINDOW
 
 
 @triton.jit
 def _gather_scores_kernel(
     plane_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    scores_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per row
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    scores_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     num_layers,
     num_kv_heads,
     plane_layer_stride,
@@ -27,13 +27,13 @@ def _gather_scores_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     head = tl.program_id(1) % num_kv_heads
-    pages = block_table_ptr + tl.load(row + OLD_ROW) * block_table_stride
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     page = tl.load(pages + token // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
     at = (
         plane_ptr
@@ -42,7 +42,7 @@ def _gather_scores_kernel(
         + head * plane_head_stride
         + token % BLOCK_SIZE
     )
-    start = tl.load(row + TOKEN_START) * num_layers * num_kv_heads + tl.program_id(1) * resident
+    start = tl.load(sequence + TOKEN_START) * num_layers * num_kv_heads + tl.program_id(1) * resident
     tl.store(scores_ptr + start + token, tl.load(at, mask=is_token, other=0.0), mask=is_token)
 
 
@@ -54,16 +54,16 @@ def gather_scores(plane: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
         batch: the sequences.
 
     Returns:
-        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per row.
+        float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
     """
     num_layers, _, num_kv_heads, block_size = plane.shape
     assert plane.stride(3) == batch.block_table.stride(1) == 1
     scores = torch.empty(num_layers * num_kv_heads * batch.num_tokens, dtype=torch.float32, device=plane.device)
     tile = 1024
-    _gather_scores_kernel[(batch.num_rows, num_layers * num_kv_heads, triton.cdiv(batch.max_resident, tile))](
+    _gather_scores_kernel[(batch.num_sequences, num_layers * num_kv_heads, triton.cdiv(batch.max_resident, tile))](
         plane,
         batch.block_table,
-        batch.rows,
+        batch.columns,
         scores,
         num_layers,
         num_kv_heads,
@@ -77,17 +77,17 @@ def gather_scores(plane: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
 
 @triton.jit
 def _head_moments_kernel(
-    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    moments_ptr,  # [num_rows, num_layers * num_heads, 2]
+    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    moments_ptr,  # [num_sequences, num_layers * num_heads, 2]
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
-    first = tl.load(row + SINKS)
-    last = resident - tl.load(row + WINDOW)
-    scores = scores_ptr + tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
+    first = tl.load(sequence + SINKS)
+    last = resident - tl.load(sequence + WINDOW)
+    scores = scores_ptr + tl.load(sequence + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
     # Two passes: the variance of scores far from zero would drown in the square of their mean.
     total = tl.zeros([TILE], tl.float32)
     for start in range(first, last, TILE):
@@ -107,18 +107,18 @@ def _head_moments_kernel(
 
 @triton.jit
 def _mean_standardised_kernel(
-    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    moments_ptr,  # [num_rows, num_layers * num_heads, 2]
-    shared_ptr,  # flat [num_layers, 1, resident_tokens] per row
+    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    moments_ptr,  # [num_sequences, num_layers * num_heads, 2]
+    shared_ptr,  # flat [num_layers, 1, resident_tokens] per sequence
     num_layers,
     num_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
     layer = tl.program_id(1).to(tl.int64)
-    resident = tl.load(row + RESIDENT)
-    token_start = tl.load(row + TOKEN_START)
+    resident = tl.load(sequence + RESIDENT)
+    token_start = tl.load(sequence + TOKEN_START)
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     is_token = token < resident
     scores = scores_ptr + (token_start * num_layers + layer * resident) * num_heads
@@ -135,21 +135,21 @@ def mean_standardised(scores: torch.Tensor, batch: CompactionBatch, num_layers: 
     """The mean over heads of each token's z-score among the tokens between sinks and window.
 
     Args:
-        scores: float32, flat: ``[num_layers, num_heads, resident_tokens]`` per row.
+        scores: float32, flat: ``[num_layers, num_heads, resident_tokens]`` per sequence.
         batch: the sequences.
         num_layers, num_heads: of ``scores``.
 
     Returns:
-        float32, flat: ``[num_layers, 1, resident_tokens]`` per row.
+        float32, flat: ``[num_layers, 1, resident_tokens]`` per sequence.
     """
-    moments = torch.empty(batch.num_rows, num_layers * num_heads, 2, dtype=torch.float32, device=scores.device)
-    _head_moments_kernel[(batch.num_rows, num_layers * num_heads)](
-        scores, batch.rows, moments, num_layers * num_heads, TILE=1024
+    moments = torch.empty(batch.num_sequences, num_layers * num_heads, 2, dtype=torch.float32, device=scores.device)
+    _head_moments_kernel[(batch.num_sequences, num_layers * num_heads)](
+        scores, batch.columns, moments, num_layers * num_heads, TILE=1024
     )
     shared = torch.empty(num_layers * batch.num_tokens, dtype=torch.float32, device=scores.device)
     tile = 1024
-    _mean_standardised_kernel[(batch.num_rows, num_layers, triton.cdiv(batch.max_resident, tile))](
-        scores, batch.rows, moments, shared, num_layers, num_heads, TILE=tile
+    _mean_standardised_kernel[(batch.num_sequences, num_layers, triton.cdiv(batch.max_resident, tile))](
+        scores, batch.columns, moments, shared, num_layers, num_heads, TILE=tile
     )
     return shared
 
@@ -163,24 +163,24 @@ def _ordered_bits(score):
 
 @triton.jit
 def _select_kept_kernel(
-    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
-    rows_ptr,  # [num_rows, NUM_COLUMNS]
-    is_kept_ptr,  # flat [num_layers, num_heads, resident_tokens] per row
+    scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    is_kept_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     num_layer_heads,
     TILE: tl.constexpr,
 ):
-    row = rows_ptr + tl.program_id(0) * NUM_COLUMNS
-    resident = tl.load(row + RESIDENT)
-    first = tl.load(row + SINKS)
-    last = resident - tl.load(row + WINDOW)
-    start_of_row = tl.load(row + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
-    scores = scores_ptr + start_of_row
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
+    first = tl.load(sequence + SINKS)
+    last = resident - tl.load(sequence + WINDOW)
+    first_score = tl.load(sequence + TOKEN_START) * num_layer_heads + tl.program_id(1) * resident
+    scores = scores_ptr + first_score
 
     # The digits of the lowest score that stays, 8 bits at a time from the highest: each time those of the tokens that
     # agree with it so far are counted.
     digits = tl.arange(0, 256)
     threshold = tl.zeros([], tl.uint32)
-    remaining = (last - first - tl.load(row + EVICTED)).to(tl.int32)
+    remaining = (last - first - tl.load(sequence + EVICTED)).to(tl.int32)
     for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([256], tl.int32)
         for start in range(first, last, TILE):
@@ -206,7 +206,7 @@ def _select_kept_kernel(
         rank = ties_before + tl.cumsum(is_tie)
         is_best = (bits > threshold) | ((is_tie > 0) & (rank <= remaining))
         ties_before += tl.sum(is_tie)
-        tl.store(is_kept_ptr + start_of_row + token, (is_best | ~is_candidate).to(tl.int8), mask=token < resident)
+        tl.store(is_kept_ptr + first_score + token, (is_best | ~is_candidate).to(tl.int8), mask=token < resident)
 
 
 def select_kept(scores: torch.Tensor, batch: CompactionBatch, num_layers: int, num_heads: int) -> torch.Tensor:
@@ -215,7 +215,7 @@ def select_kept(scores: torch.Tensor, batch: CompactionBatch, num_layers: int, n
     Exactly as many as stay, also among ties: the first of them.
 
     Args:
-        scores: float32, flat: ``[num_layers, num_heads, resident_tokens]`` per row.
+        scores: float32, flat: ``[num_layers, num_heads, resident_tokens]`` per sequence.
         batch: the sequences.
         num_layers, num_heads: of ``scores``; one head where the heads of a layer keep the same tokens.
 
@@ -223,7 +223,7 @@ def select_kept(scores: torch.Tensor, batch: CompactionBatch, num_layers: int, n
         int8, flat like ``scores``: 1 for tokens that stay.
     """
     is_kept = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
-    _select_kept_kernel[(batch.num_rows, num_layers * num_heads)](
-        scores, batch.rows, is_kept, num_layers * num_heads, TILE=2048, num_warps=8
+    _select_kept_kernel[(batch.num_sequences, num_layers * num_heads)](
+        scores, batch.columns, is_kept, num_layers * num_heads, TILE=2048, num_warps=8
     )
     return is_kept

@@ -1,29 +1,17 @@
 """The write of a step's keys and values into the paged cache, fused with the scores of the keys: keys are read once."""
 
-import enum
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels.reference import NOT_OBSERVED
+from vllm_qfilters.kernels.batch import NOT_OBSERVED
+from vllm_qfilters.kernels.ops import TokenStat
 
 
-class Score(enum.IntEnum):
-    """What is stored beside a key in the first plane: nothing, its projection on the head's filter, minus its norm, a
-    number drawn from its bits, or the norm of its value. The other planes get ``NOT_OBSERVED``."""
-
-    NONE = 0
-    PROJECTION = 1
-    NEGATIVE_NORM = 2
-    RANDOM = 3
-    VALUE_NORM = 4
-
-
-_PROJECTION: tl.constexpr = tl.constexpr(Score.PROJECTION.value)
-_NEGATIVE_NORM: tl.constexpr = tl.constexpr(Score.NEGATIVE_NORM.value)
-_RANDOM: tl.constexpr = tl.constexpr(Score.RANDOM.value)
-_VALUE_NORM: tl.constexpr = tl.constexpr(Score.VALUE_NORM.value)
+_PROJECTION: tl.constexpr = tl.constexpr(TokenStat.PROJECTION.value)
+_NEGATIVE_KEY_NORM: tl.constexpr = tl.constexpr(TokenStat.NEGATIVE_KEY_NORM.value)
+_RANDOM: tl.constexpr = tl.constexpr(TokenStat.RANDOM.value)
+_VALUE_NORM: tl.constexpr = tl.constexpr(TokenStat.VALUE_NORM.value)
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -88,7 +76,7 @@ def _write_and_score_kernel(
     if SCORE > 0:
         key = key.to(tl.float32)
         value = value.to(tl.float32)
-        if SCORE == _NEGATIVE_NORM:
+        if SCORE == _NEGATIVE_KEY_NORM:
             score = -tl.sqrt(tl.sum(key * key, axis=1))
         elif SCORE == _VALUE_NORM:
             score = tl.sqrt(tl.sum(value * value, axis=1))
@@ -111,7 +99,7 @@ def write_and_score(
     cache: torch.Tensor,
     planes: torch.Tensor,
     slot_mapping: torch.Tensor,
-    score: Score,
+    stat: TokenStat,
     filters: torch.Tensor | None = None,
     seed: int = 0,
     key_scale: torch.Tensor | None = None,
@@ -127,9 +115,9 @@ def write_and_score(
             fp8.
         planes: of that layer, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
         slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
-        score: what to store; computed before quantising.
-        filters: shape ``[num_kv_heads, head_size]``, float32, for ``Score.PROJECTION``.
-        seed: for ``Score.RANDOM``.
+        stat: what to store in the first plane; computed before quantising.
+        filters: shape ``[num_kv_heads, head_size]``, float32, for ``TokenStat.PROJECTION``.
+        seed: for ``TokenStat.RANDOM``.
         key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
     """
     num_tokens, (num_kv_heads, head_size) = slot_mapping.shape[0], key.shape[1:]
@@ -148,7 +136,7 @@ def write_and_score(
         f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
     )
     assert not is_fp8 or key_scale.numel() == value_scale.numel() == 1, "an fp8 cache needs one scale each"
-    assert score != Score.PROJECTION or (filters.shape == key.shape[1:] and filters.is_contiguous()), (
+    assert stat != TokenStat.PROJECTION or (filters.shape == key.shape[1:] and filters.is_contiguous()), (
         "a filter per KV head"
     )
     if num_tokens == 0:
@@ -175,7 +163,7 @@ def write_and_score(
         *planes.stride()[:3],
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
-        SCORE=int(score),
+        SCORE=int(stat),
         NUM_PLANES=num_planes,
         FP8_MAX=torch.finfo(cache.dtype).max if is_fp8 else 0.0,
         TILE=tile,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from vllm_qfilters.scorers import RecentQueries
+from vllm_qfilters.methods.base import RecentQueries
 
 
 @dataclasses.dataclass
@@ -38,9 +38,10 @@ class QueryRecorder:
         prompt_bytes: these take.
     """
 
-    def __init__(self, queries: torch.Tensor) -> None:
+    def __init__(self, queries: torch.Tensor, follows_decoding: bool = False) -> None:
         _, num_prompts, self.num_queries, _, _ = queries.shape
         self.prompt_bytes = queries[:, :1].numel() * queries.element_size()
+        self._follows_decoding = follows_decoding
         self._queries = queries
         self._free_rows = list(range(num_prompts))
         self._prompts: dict[str, _Prompt] = {}
@@ -66,14 +67,16 @@ class QueryRecorder:
             req_ids: in the order of their tokens.
             num_scheduled_tokens: of each in this step.
             computed: before this step.
-            prompt: to be prefilled; later queries are not kept.
+            prompt: of the request; later queries are kept only by a recorder that follows decoding.
         """
         self.skip_step()
         start = 0
         for req_id, num_tokens, position, num_prompt in zip(
             req_ids, num_scheduled_tokens, computed, prompt, strict=True
         ):
-            end = min(position + num_tokens, num_prompt)
+            end = position + num_tokens
+            if not self._follows_decoding:
+                end = min(end, num_prompt)
             if end > position and self._has_row(req_id):
                 num_new = min(end - position, self.num_queries)
                 after_last = start + end - position

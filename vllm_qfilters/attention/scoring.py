@@ -1,4 +1,4 @@
-"""vLLM's attention on GPUs with a score stored beside every key it writes: keys are read once for both.
+"""vLLM's attention on GPUs with token stats stored beside every key it writes: keys are read once for both.
 
 One mixin for the backends whose cache holds key and value of a token side by side. Each backend's subclass is
 registered in its place in the worker process; modules of backends that are not installed are never imported.
@@ -19,33 +19,28 @@ BACKENDS = {
 }
 
 
-class KeyWriter(Protocol):
+class StatsWriter(Protocol):
     def __call__(
         self,
+        *,
         key: torch.Tensor,
         value: torch.Tensor,
-        cache: torch.Tensor,
-        planes: torch.Tensor,
+        cache: torch.Tensor | None,
         slot_mapping: torch.Tensor,
-        *,
-        key_scale: torch.Tensor | None,
-        value_scale: torch.Tensor | None,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
     ) -> None:
-        """:func:`vllm_qfilters.kernels.triton.write_and_score.write_and_score` with what it scores bound to it."""
+        """:meth:`vllm_qfilters.kernels.ops.Ops.write`, with the stat, the planes and the filters of a layer bound to it."""
 
 
 class ScoringAttention(WatchedAttention):
-    """Goes before an ``AttentionImpl``.
+    """Goes before an ``AttentionImpl`` whose write of keys and values is fused with that of token stats.
 
     Attributes, set by the model runner once the cache exists and before CUDA graphs are captured:
-        write_and_score: writes keys and values and leaves numbers beside them; None: vLLM writes, and there are none.
-        planes: where those go, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``.
+        write_stats: writes keys, values and token stats; None: vLLM writes, and there are no stats.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.write_and_score: KeyWriter | None = None
-        self.planes: torch.Tensor | None = None
+    write_stats: StatsWriter | None = None
 
     def do_kv_cache_update(
         self,
@@ -55,15 +50,14 @@ class ScoringAttention(WatchedAttention):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if self.write_and_score is None:
+        if self.write_stats is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        self.write_and_score(
-            key,
-            value,
-            in_its_dtype(kv_cache, self.kv_cache_dtype),
-            self.planes,
-            slot_mapping,
+        self.write_stats(
+            key=key,
+            value=value,
+            cache=in_its_dtype(kv_cache, self.kv_cache_dtype),
+            slot_mapping=slot_mapping,
             key_scale=layer._k_scale,
             value_scale=layer._v_scale,
         )

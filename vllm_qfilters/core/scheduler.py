@@ -96,7 +96,7 @@ class QFiltersScheduler(AsyncScheduler):
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             self.unverified_drafts[req_id] += len(drafts)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
-        rows = tuple(row for row in plan.rows if row.req_id in self.pages.evicted)
+        rows = tuple(row for row in plan.compactions if row.req_id in self.pages.evicted)
         for row in rows:
             history = self._histories.setdefault(row.req_id, _History())
             history.evictions += 1

@@ -1,11 +1,13 @@
 """Filters that follow the position: the statistics of the queries before RoPE, turned to the positions to come."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
+from vllm_qfilters.kernels.ops import Turns
 
 HORIZON = 128  # coming positions a filter is averaged over; 128 and 512 lose the same (measured)
 
@@ -25,7 +27,7 @@ class FilterBank:
         scale: of the attention's logits, usually ``head_size ** -0.5``.
 
     Attributes:
-        rotations: of each layer.
+        rotations: the different ones.
         means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32.
         factors: ``scale * sqrt(eigenvalue) * eigenvector`` of C, the largest last, shape
             ``[num_layers, num_heads, rank, head_size]``.
@@ -40,13 +42,15 @@ class FilterBank:
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "
                 "`vllm-qfilters calibrate`, use filters 'auto', or choose filter 'static'"
             )
-        self.rotations = tuple(rotations)
-        self._layers_by_rotation: dict[Rotation, list[int]] = {}
+        layers_by_rotation: dict[Rotation, list[int]] = {}
         for layer, rotation in enumerate(rotations):
-            self._layers_by_rotation.setdefault(rotation, []).append(layer)
+            layers_by_rotation.setdefault(rotation, []).append(layer)
+        self.rotations = tuple(layers_by_rotation)
+        indices = {rotation: index for index, rotation in enumerate(self.rotations)}
+        self._rotation_of_layer = torch.tensor([indices[rotation] for rotation in rotations])
         self.means = filters.query_mean_before_rope[:, heads].clone()
         second = filters.query_second_before_rope[:, heads].clone()
-        for rotation, layers in self._layers_by_rotation.items():
+        for rotation, layers in layers_by_rotation.items():
             self.means[layers], second[layers] = rotation.average(self.means[layers], second[layers], HORIZON)
         head_size = self.means.shape[-1]
         values, vectors = torch.linalg.eigh(second)  # ascending
@@ -54,13 +58,29 @@ class FilterBank:
         self.factors = scale * factors[..., head_size - min(rank, head_size) :, :].contiguous()
         self.means *= scale
 
-    def at(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and factors for the queries from ``position`` on."""
-        if len(self._layers_by_rotation) == 1:
-            (rotation,) = self._layers_by_rotation
-            return rotation.rotate(self.means, position), rotation.rotate(self.factors, position)
-        means, factors = self.means.clone(), self.factors.clone()
-        for rotation, layers in self._layers_by_rotation.items():
-            means[layers] = rotation.rotate(means[layers], position)
-            factors[layers] = rotation.rotate(factors[layers], position)
-        return means, factors
+    def to(self, device: torch.device) -> "FilterBank":
+        """The same bank, its tensors on ``device``, so that :meth:`turns` waits for nothing."""
+        moved = copy.copy(self)
+        moved.means, moved.factors = self.means.to(device), self.factors.to(device)
+        moved.rotations = tuple(rotation.to(device) for rotation in self.rotations)
+        moved._rotation_of_layer = self._rotation_of_layer.to(device)
+        return moved
+
+    def turns(self, positions: torch.Tensor) -> Turns:
+        """What turns means and factors to the queries from ``positions`` on.
+
+        Args:
+            positions: shape ``[num_sequences]``, int64, on the device of the bank.
+        """
+        tables = [rotation.table(positions) for rotation in self.rotations]
+        cos, sin = (
+            torch.stack(part, dim=1) for part in zip(*tables, strict=True)
+        )  # [num_sequences, num_rotations, head_size]
+        length = (cos.square() + sin.square()).sqrt()
+        cos, sin = cos / length, sin / length
+        if len(tables) == 1:
+            num_layers = self.means.shape[0]
+            cos, sin = (part.expand(-1, num_layers, -1) for part in (cos, sin))
+            return Turns(cos, sin, self.rotations[0].partner[None])
+        partner = torch.stack([rotation.partner for rotation in self.rotations])[self._rotation_of_layer]
+        return Turns(cos[:, self._rotation_of_layer], sin[:, self._rotation_of_layer], partner)

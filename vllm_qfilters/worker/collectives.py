@@ -5,6 +5,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group,
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    if get_tensor_model_parallel_world_size() == 1:
+        return values
     return tensor_model_parallel_all_reduce(values) / get_tensor_model_parallel_world_size()
 
 

@@ -27,27 +27,29 @@ class KeptTokens:
         self._positions: dict[str, torch.Tensor] = {}  # [num_layers, num_kv_heads, resident_tokens], int64
         self._ends: dict[str, int] = {}  # position after the last of them
 
-    def compact(self, row: RequestCompaction, is_kept: torch.Tensor) -> None:
+    def follow(self, compaction: RequestCompaction, is_kept: torch.Tensor) -> None:
         """Follows the tokens of a sequence through a compaction.
 
         Args:
-            row: the compaction.
+            compaction: what was planned.
             is_kept: what was decided, shape ``[num_layers, num_kv_heads or 1, resident_tokens]``.
         """
-        positions = self._before(row)
+        positions = self._before(compaction)
         is_kept = is_kept.to("cpu", torch.bool).expand(*self._shape, -1)
-        bounds = taken_out(row.resident_tokens, row.evicted_tokens, row.sinks, row.window, self._block_size)
+        bounds = taken_out(
+            compaction.resident_tokens, compaction.evicted_tokens, compaction.sinks, compaction.window, self._block_size
+        )
         layer, head, source, hole = moves(is_kept, *bounds)
         positions[layer, head, hole] = positions[layer, head, source]
         first_out, after_out, _ = bounds
-        self._keep(row, torch.cat((positions[..., :first_out], positions[..., after_out:]), dim=-1))
+        self._keep(compaction, torch.cat((positions[..., :first_out], positions[..., after_out:]), dim=-1))
 
-    def take_out_pages(self, row: RequestCompaction, old_block_ids: Sequence[int]) -> None:
-        """Page granularity: the pages of ``old_block_ids`` that ``row`` does not have any more left the sequence."""
-        kept_pages = set(row.block_ids)
+    def take_out_pages(self, compaction: RequestCompaction, old_block_ids: Sequence[int]) -> None:
+        """Page granularity: the pages of ``old_block_ids`` that ``compaction`` does not have any more left the sequence."""
+        kept_pages = set(compaction.block_ids)
         is_kept = torch.tensor([block_id in kept_pages for block_id in old_block_ids])
-        is_kept = is_kept.repeat_interleave(self._block_size)[: row.resident_tokens]
-        self._keep(row, self._before(row)[..., is_kept])
+        is_kept = is_kept.repeat_interleave(self._block_size)[: compaction.resident_tokens]
+        self._keep(compaction, self._before(compaction)[..., is_kept])
 
     def restart(self, req_ids: Iterable[str]) -> None:
         """Requests whose pages are gone, and which start again after a preemption."""
@@ -67,13 +69,13 @@ class KeptTokens:
             found[req_id] = (self._ends[req_id], np.packbits(mask.numpy()).tobytes())
         return found
 
-    def _before(self, row: RequestCompaction) -> torch.Tensor:
+    def _before(self, compaction: RequestCompaction) -> torch.Tensor:
         """Tokens since the last eviction lie behind those of then, in order."""
-        known = self._positions.get(row.req_id, torch.zeros(*self._shape, 0, dtype=torch.int64))
-        num_new = row.resident_tokens - known.shape[-1]
-        new = torch.arange(row.position - num_new, row.position).expand(*self._shape, -1)
+        known = self._positions.get(compaction.req_id, torch.zeros(*self._shape, 0, dtype=torch.int64))
+        num_new = compaction.resident_tokens - known.shape[-1]
+        new = torch.arange(compaction.position - num_new, compaction.position).expand(*self._shape, -1)
         return torch.cat((known, new), dim=-1)
 
-    def _keep(self, row: RequestCompaction, positions: torch.Tensor) -> None:
-        self._positions[row.req_id] = positions
-        self._ends[row.req_id] = row.position
+    def _keep(self, compaction: RequestCompaction, positions: torch.Tensor) -> None:
+        self._positions[compaction.req_id] = positions
+        self._ends[compaction.req_id] = compaction.position

@@ -4,10 +4,12 @@ A model runner applies compaction plans before, and resident lengths after, what
 is the business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -42,11 +44,15 @@ from vllm_qfilters.filters.calibrate import (
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
+from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
+from vllm_qfilters.messages import QFiltersSchedulerOutput
+from vllm_qfilters.methods import catalog
+from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
 from vllm_qfilters.plan import RequestCompaction
-from vllm_qfilters.scorers import RecentQueries
-from vllm_qfilters.worker.collectives import mean_over_ranks
+from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_ranks
+from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
-from vllm_qfilters.worker.lengths import EvictedTokens
+from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.page_scorer import PageScorer
 from vllm_qfilters.worker.specs import check_specs
 from vllm_qfilters.worker.timer import CompactionTimer
@@ -55,35 +61,56 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 
 class CompressedModelRunner:
-    """Goes before a model runner of vLLM. Subclasses say how the cache is bound and how keys are scored.
+    """Goes before a model runner of vLLM. Subclasses say where the cache and the tables of pages are.
 
     Attributes:
-        kernels: the name of the kernels in use, for the log.
-        page_scores: the one of them that scores pages.
+        layers: attention layers in order, once the cache exists.
+        ops: operators on the cache, once it exists.
+        cache: keys, values and token stats of ``layers``, once they exist.
+        lengths: what sequences hold in the cache.
+        recorder: keeps last queries where scores go by them, once there is room for them.
+        page_scorer: in page granularity, where keys are scored.
+        kept_tokens: while somebody wants to see them.
     """
 
-    kernels: str
-    page_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    ops: Ops
+    cache: Cache
+    compactor: Compactor
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
-        self.evicted = EvictedTokens()
+        self.lengths = ResidentLengths()
         self.compaction_timer = CompactionTimer(device)
-        self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
-        self.recorder: QueryRecorder | None = (
-            None  # where scores go by the last queries of prompts, once there is room for them
-        )
-        self.page_scorer: PageScorer | None = None  # in page granularity, where keys are scored
-        self.kept_tokens: KeptTokens | None = None  # while somebody wants to see them
+        self.layers: list[torch.nn.Module] = []
+        self.recorder: QueryRecorder | None = None
+        self.page_scorer: PageScorer | None = None
+        self.kept_tokens: KeptTokens | None = None
         self._rotations: list[Rotation] | None = None
 
+    @property
+    def method_entry(self) -> catalog.Entry:
+        return catalog.entry(self.compression.method, self.compression.filter)
+
     def bind_cache(self) -> None:
-        """Finds out where the caches of ``layers`` lie."""
+        """Finds out where the caches of ``layers`` lie, and has slots computed for resident tokens."""
+        raise NotImplementedError
+
+    def tables_of(self, compactions: Sequence[RequestCompaction]) -> tuple[list[int], torch.Tensor]:
+        """The pages of sequences that are about to be compacted.
+
+        Returns:
+            table_rows: where each sequence stands in the table.
+            block_table: shape ``[num_rows, max_num_pages]``, int32; may be written to.
+        """
+        raise NotImplementedError
+
+    def replace_pages(self, compaction: RequestCompaction) -> None:
+        """Lets vLLM's runner know the pages of a sequence after its compaction."""
         raise NotImplementedError
 
     def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
-        """Of ``layers``."""
+        """The caches of ``layers``, fp8 ones as fp8 instead of bytes."""
         return [in_its_dtype(layer.kv_cache, self.cache_config.cache_dtype) for layer in self.layers]
 
     def key_scales(self) -> torch.Tensor | None:
@@ -93,8 +120,79 @@ class CompressedModelRunner:
         return torch.stack([layer._k_scale.reshape(()) for layer in self.layers]).to(self.device, torch.float32)
 
     def start_scoring(self, filters: Filters | None) -> None:
-        """Makes what scores and compacts; layers see keys and values from now on. filters: None for methods without."""
-        raise NotImplementedError
+        """Makes what scores and compacts; layers see keys and values from now on.
+
+        Args:
+            filters: of this pipeline stage; None for methods without.
+        """
+        method = self._method(filters)
+        if not self.compression.evicts_whole_pages:
+            num_heads = self.layers[0].num_heads if self.compression.expects_attention else self.cache.num_kv_heads
+            self.compactor = Compactor(method, num_heads, self.compression.heads_keep_the_same, mean_over_ranks)
+            if self.ops.compiles:
+                self.compactor.warm_up()
+        if method.stat == TokenStat.NONE:
+            return
+        for index, layer in enumerate(self.layers):
+            layer.impl.write_stats = functools.partial(
+                self.ops.write,
+                method.stat,
+                planes=self.cache.planes[index],
+                filters=None if method.filters is None else method.filters[index],
+                seed=index,
+            )
+
+    def _method(self, filters: Filters | None) -> Method:
+        model = Model(
+            cache=self.cache,
+            ops=self.ops,
+            scale=self.layers[0].impl.scale,
+            shared_by_heads=self.compression.heads_keep_the_same,
+            max_over_ranks=max_over_ranks,
+            static_filters=functools.partial(self.static_filters, filters),
+            filter_bank=functools.partial(self.filter_bank, filters),
+        )
+        return make(self.method_entry, model)
+
+    def apply_plan(self, scheduler_output: SchedulerOutput) -> None:
+        """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of a
+        table's row, and may zero or hand out pages that the plan gave up.
+        """
+        if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.compaction.compactions:
+            return
+        compactions = scheduler_output.compaction.compactions
+        if not self.compression.evicts_whole_pages:
+            table_rows, block_table = self.tables_of(compactions)
+            recent_queries = [self.recent_queries(compaction) for compaction in compactions]
+            with self.compaction_timer.measure():
+                kept = self.compactor.apply(compactions, table_rows, block_table, recent_queries)
+            if self.kept_tokens is not None:
+                for compaction, is_kept in zip(compactions, kept, strict=True):
+                    self.kept_tokens.follow(compaction, is_kept)
+        elif self.kept_tokens is not None:
+            table_rows, block_table = self.tables_of(compactions)
+            for compaction, row in zip(compactions, table_rows, strict=True):
+                num_pages = cdiv(compaction.resident_tokens, self.cache_config.block_size)
+                self.kept_tokens.take_out_pages(compaction, block_table[row, :num_pages].tolist())
+        for compaction in compactions:
+            self.replace_pages(compaction)
+            self.lengths.add(compaction.req_id, compaction.evicted_tokens)
+
+    def record_queries(
+        self, req_ids: Sequence[str], num_scheduled_tokens: np.ndarray, computed: np.ndarray, prompt: np.ndarray
+    ) -> None:
+        """Announces the queries of a step to the recorder, where there is one.
+
+        Args:
+            req_ids: in the order of the batch.
+            num_scheduled_tokens, computed, prompt: tokens of each request in this step, before it, and of its prompt.
+        """
+        if self.recorder is None:
+            return
+        if self.method_entry.follows_decoding or (computed < prompt).any():
+            self.recorder.start_step(req_ids, num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist())
+        else:
+            self.recorder.skip_step()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
@@ -134,7 +232,7 @@ class CompressedModelRunner:
             num_prompts, num_queries = self.scheduler_config.max_num_seqs, self.compression.observed_queries
             shape = (len(specs), num_prompts, num_queries, layer.num_heads, layer.head_size)
             queries = torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
-            self.recorder = QueryRecorder(queries)
+            self.recorder = QueryRecorder(queries, self.method_entry.follows_decoding)
             logger.info(
                 "KV compression: the last queries of %d prompts take %s GiB", num_prompts, format_gib(queries.nbytes)
             )
@@ -150,13 +248,16 @@ class CompressedModelRunner:
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
             )
         self.bind_cache()
+        for index, groups in enumerate(self.attn_groups):
+            for builder in (builder for group in groups for builder in group.metadata_builders):
+                builder.lengths, builder.group = self.lengths, index
 
     def start_compression(self) -> None:
         """Finds or calibrates what scores need, and says in one line what is active. Call before serving, and before
         CUDA graphs are captured."""
         origin = ""
         filters = None
-        if self.compression.method == "qfilters":
+        if self.method_entry.needs_filters:
             filters, origin = self._find_or_calibrate_filters()
             filters = filters.of_layers(
                 *self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
@@ -167,7 +268,7 @@ class CompressedModelRunner:
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
             self.page_scorer = self._page_scorer(filters)
         if self._is_first_rank:
-            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.kernels))
+            logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.ops.name))
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any):
         if self.recorder is not None:
@@ -239,22 +340,27 @@ class CompressedModelRunner:
     def forget(self, finished: Iterable[str], restarted: Iterable[str]) -> None:
         """Requests that ended, and requests that start again after a preemption."""
         for req_ids in (finished, restarted):
-            self.evicted.forget(req_ids)
+            self.lengths.forget(req_ids)
             if self.recorder is not None:
                 self.recorder.forget(req_ids)
         if self.kept_tokens is not None:
             self.kept_tokens.restart(restarted)
 
-    def recent_queries(self, row: RequestCompaction) -> RecentQueries | None:
-        """The last of the prompt's queries so far, no more than tokens up to them are held; handed out for the last
-        time at the first eviction after the prompt. None while there is room for distinct tokens: what looking costs
-        buys nothing there, all that stays is looked at again when the prompt ends."""
-        recent = self.recorder.get(row.req_id) if self.recorder is not None and not row.distinct_tokens else None
+    def recent_queries(self, compaction: RequestCompaction) -> RecentQueries | None:
+        """The last queries of a sequence so far, no more than tokens up to them are held.
+
+        Where they are those of prompts alone, they are handed out for the last time at the first eviction after the prompt.
+        None while there is room for distinct tokens: what looking costs buys nothing there, all that stays is looked at
+        again when the prompt ends.
+        """
+        if self.recorder is None or compaction.distinct_tokens:
+            return None
+        recent = self.recorder.get(compaction.req_id)
         if recent is None:
             return None
-        if recent.have_read_prompt_at(row.position):
-            self.recorder.forget([row.req_id])
-        return recent.last(row.resident_tokens - (row.position - recent.end))
+        if not self.method_entry.follows_decoding and recent.have_read_prompt_at(compaction.position):
+            self.recorder.forget([compaction.req_id])
+        return recent.last(compaction.resident_tokens - (compaction.position - recent.end))
 
     def _may_evict(self, request: NewRequestData) -> bool:
         params = request.sampling_params
@@ -263,7 +369,7 @@ class CompressedModelRunner:
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
-        needs_statistics = self.compression.filter != "static"
+        needs_statistics = self.method_entry.needs_query_statistics
         # One rank looks, for all: another one may be on another machine, whose files and cache are others.
         found = (
             find_filters(self.compression.filters, model, needs_statistics) if get_world_group().is_first_rank else None
@@ -306,7 +412,7 @@ class CompressedModelRunner:
         slides = torch.tensor(windows, device=std.device) <= self.compression.sliding_window
         if not slides.all():  # what layers with a sliding window do not attend to any more is for the others to judge
             std = std.masked_fill(slides.unsqueeze(1), 0)
-        return PageScorer(self.page_scores, scores, mean, std, mean_over_ranks)
+        return PageScorer(self.ops.page_scores, scores, mean, std, mean_over_ranks)
 
     @property
     def _is_first_rank(self) -> bool:

@@ -1,31 +1,20 @@
 """The model runner on CPUs (V1): runs the model on caches that hold fewer tokens than have been computed.
 
-Positions stay logical, they feed RoPE and sampling; slots and sequence lengths count resident tokens.
+Positions stay logical, they feed RoPE and sampling; slots and the lengths attention sees count resident tokens.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_qfilters.filters.format import Filters
-from vllm_qfilters.kernels import IMPLEMENTATION, PagedCache, page_scores, probe_page_layout
+from vllm_qfilters.kernels import CPU_OPS, PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import WriteCache
-from vllm_qfilters.messages import QFiltersSchedulerOutput
-from vllm_qfilters.scorers import (
-    ExpectedAttentionScorer,
-    KeyDiffScorer,
-    KeyNormScorer,
-    RandomScorer,
-    RotaryFilterScorer,
-    Scorer,
-    StaticFilterScorer,
-)
-from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_ranks
-from vllm_qfilters.worker.compactor import Compactor
+from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.worker.runner import CompressedModelRunner
 
 
@@ -42,10 +31,9 @@ def cache_writer(layer: torch.nn.Module, dtype: torch.dtype) -> WriteCache:
 
 
 class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
-    """Compacts sequence by sequence."""
+    """Compacts with the operators of csrc/."""
 
-    kernels = IMPLEMENTATION
-    page_scores = staticmethod(page_scores)
+    ops = CPU_OPS
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -61,30 +49,19 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         write_cache = cache_writer(first, self.dtype)
         layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, kv_caches[0].dtype)
         self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales())
+        self._shift_slots()
 
-    def start_scoring(self, filters: Filters | None) -> None:
-        scorer = self._scorer(filters)
-        if not self.compression.evicts_whole_pages:
-            is_alone = get_tensor_model_parallel_world_size() == 1
-            self.compactor = Compactor(
-                scorer, self.compression.heads_keep_the_same, None if is_alone else mean_over_ranks
-            )
-        for layer in self.layers:
-            layer.impl.scorer = scorer
+    def tables_of(self, compactions):
+        tables = [torch.tensor(self.requests[c.req_id].block_ids[0], dtype=torch.int32) for c in compactions]
+        return list(range(len(tables))), torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
 
-    def _scorer(self, filters: Filters | None) -> Scorer:
-        config, cache = self.compression, self.cache
-        if config.method != "qfilters":
-            scorers = {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}
-            return scorers[config.method](cache)
-        if config.filter == "static":
-            return StaticFilterScorer(cache, self.static_filters(filters))
-        bank = self.filter_bank(filters)
-        if config.filter == "rotary":
-            return RotaryFilterScorer(cache, bank)
-        return ExpectedAttentionScorer(
-            cache, bank, self.layers[0].impl.scale, config.heads_keep_the_same, max_over_ranks
-        )
+    def replace_pages(self, compaction: RequestCompaction) -> None:
+        (block_ids,) = self.requests[compaction.req_id].block_ids
+        block_ids[:] = compaction.block_ids
+        row = self.input_batch.req_id_to_index.get(compaction.req_id)
+        if row is not None:
+            self.input_batch.block_table.clear_row(row)
+            self.input_batch.block_table.add_row((block_ids,), row)
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a
@@ -98,47 +75,29 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             generators.update(held)
 
     def _update_states(self, scheduler_output: SchedulerOutput):
-        # Plans first: vLLM appends new pages at the row's end, and may zero or hand out pages that the plan gave up.
         self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
-        if isinstance(scheduler_output, QFiltersSchedulerOutput):
-            for row in scheduler_output.compaction.rows:
-                (block_ids,) = self.requests[row.req_id].block_ids
-                if not self.compression.evicts_whole_pages:  # else nothing moves
-                    with self.compaction_timer.measure():
-                        is_kept = self.compactor.compact(block_ids, row, self.recent_queries(row))
-                    if self.kept_tokens is not None:
-                        self.kept_tokens.compact(row, is_kept)
-                elif self.kept_tokens is not None:
-                    self.kept_tokens.take_out_pages(row, block_ids)
-                block_ids[:] = row.block_ids
-                batch_row = self.input_batch.req_id_to_index.get(row.req_id)
-                if batch_row is not None:
-                    self.input_batch.block_table.clear_row(batch_row)
-                    self.input_batch.block_table.add_row((block_ids,), batch_row)
-                self.evicted.add(row.req_id, row.evicted_tokens)
+        self.apply_plan(scheduler_output)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray):
+        batch = self.input_batch
+        self.lengths.start_step(batch.req_ids)
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        num_reqs = self.input_batch.num_reqs
-        if self.recorder is not None:
-            computed = self.input_batch.num_computed_tokens_cpu[:num_reqs]
-            prompt = self.input_batch.num_prompt_tokens[:num_reqs]
-            if (computed < prompt).any():
-                self.recorder.start_step(
-                    self.input_batch.req_ids, num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist()
-                )
-            else:
-                self.recorder.skip_step()
-        evicted = self.evicted.rows(self.input_batch.req_ids)
-        if evicted is not None:
-            by_request = torch.from_numpy(evicted)
-            self.seq_lens[:num_reqs] -= by_request
-            self.optimistic_seq_lens_cpu[:num_reqs] -= by_request
-            by_token = torch.from_numpy(np.repeat(evicted, num_scheduled_tokens))
-            self.input_batch.block_table.compute_slot_mapping(
-                num_reqs,
-                self.query_start_loc.gpu[: num_reqs + 1],
-                self.positions[: scheduler_output.total_num_scheduled_tokens] - by_token,
-            )
+        computed, prompt = batch.num_computed_tokens_cpu[: batch.num_reqs], batch.num_prompt_tokens[: batch.num_reqs]
+        self.record_queries(batch.req_ids, num_scheduled_tokens, computed, prompt)
         return prepared
+
+    def _dummy_run(self, *args: Any, **kwargs: Any):
+        self.lengths.skip_step()
+        return super()._dummy_run(*args, **kwargs)
+
+    def _shift_slots(self) -> None:
+        """Has the slots of the step's tokens computed from their places among the resident ones."""
+        for table, is_compressed in zip(
+            self.input_batch.block_table.block_tables, self.lengths.compressed, strict=True
+        ):
+            if is_compressed:
+                table.compute_slot_mapping = functools.partial(self._slots, table.compute_slot_mapping)
+
+    def _slots(self, compute_slot_mapping, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor):
+        compute_slot_mapping(num_reqs, query_start_loc, self.lengths.shifted(positions, query_start_loc))

@@ -14,8 +14,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_qfilters.attention.resident import ResidentMetadata
+from vllm_qfilters.attention.scoring import StatsWriter
 from vllm_qfilters.attention.watched import WatchedAttention
-from vllm_qfilters.scorers import Scorer
 
 
 @dataclasses.dataclass
@@ -34,7 +35,7 @@ class QFiltersCPUAttentionMetadata(CPUAttentionMetadata):
         return cls(**values, by_window=by_window)
 
 
-class QFiltersCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+class PerWindowMetadataBuilder(CPUAttentionMetadataBuilder):
     """Plans the layers of each sliding window for themselves.
 
     vLLM 0.32 plans layers with different windows that share a cache as if they had none; its kernel then cuts what one
@@ -53,15 +54,17 @@ class QFiltersCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         return QFiltersCPUAttentionMetadata.of_windows(by_window)
 
 
+class QFiltersCPUAttentionMetadataBuilder(ResidentMetadata, PerWindowMetadataBuilder):
+    pass
+
+
 class QFiltersCPUAttentionImpl(WatchedAttention, CPUAttentionBackendImpl):
     """Attributes, set by the model runner once the cache exists:
 
-    scorer: sees keys and values as they are written; None: before compression starts.
+    write_stats: writes token stats beside keys and values; None: there are none.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.scorer: Scorer | None = None
+    write_stats: StatsWriter | None = None
 
     def do_kv_cache_update(
         self,
@@ -72,8 +75,8 @@ class QFiltersCPUAttentionImpl(WatchedAttention, CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.scorer is not None:
-            self.scorer.write(self.index, key, value, slot_mapping)
+        if self.write_stats is not None:
+            self.write_stats(key=key, value=value, cache=None, slot_mapping=slot_mapping)
 
     def of_layer(self, attn_metadata: QFiltersCPUAttentionMetadata | None) -> CPUAttentionMetadata | None:
         return None if attn_metadata is None else attn_metadata.by_window[self.sliding_window]

@@ -1,7 +1,11 @@
-"""The scoring subclass of vLLM's FLASHINFER backend. Imported in the worker where that backend is chosen."""
+"""The subclass of vLLM's FLASHINFER backend that writes token stats and attends to resident tokens.
 
-from vllm.v1.attention.backends.flashinfer import FlashInferBackend, FlashInferImpl
+Imported in the worker where that backend is chosen.
+"""
 
+from vllm.v1.attention.backends.flashinfer import FlashInferBackend, FlashInferImpl, FlashInferMetadataBuilder
+
+from vllm_qfilters.attention.resident import ResidentMetadata
 from vllm_qfilters.attention.scoring import ScoringAttention
 
 
@@ -9,7 +13,15 @@ class QFiltersFlashInferImpl(ScoringAttention, FlashInferImpl):
     pass
 
 
+class QFiltersFlashInferMetadataBuilder(ResidentMetadata, FlashInferMetadataBuilder):
+    pass
+
+
 class QFiltersFlashInferBackend(FlashInferBackend):
     @staticmethod
     def get_impl_cls() -> type[QFiltersFlashInferImpl]:
         return QFiltersFlashInferImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QFiltersFlashInferMetadataBuilder]:
+        return QFiltersFlashInferMetadataBuilder

@@ -1,7 +1,15 @@
-"""The scoring subclass of vLLM's TRITON_ATTN backend. Imported in the worker where that backend is chosen."""
+"""The subclass of vLLM's TRITON_ATTN backend that writes token stats and attends to resident tokens.
 
-from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+Imported in the worker where that backend is chosen.
+"""
 
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from vllm_qfilters.attention.resident import ResidentMetadata
 from vllm_qfilters.attention.scoring import ScoringAttention
 
 
@@ -9,7 +17,15 @@ class QFiltersTritonAttentionImpl(ScoringAttention, TritonAttentionImpl):
     pass
 
 
+class QFiltersTritonAttentionMetadataBuilder(ResidentMetadata, TritonAttentionMetadataBuilder):
+    pass
+
+
 class QFiltersTritonAttentionBackend(TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[QFiltersTritonAttentionImpl]:
         return QFiltersTritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QFiltersTritonAttentionMetadataBuilder]:
+        return QFiltersTritonAttentionMetadataBuilder

@@ -1,0 +1,227 @@
+"""What methods and the compactor ask of the paged cache: one protocol, with an implementation per kind of device.
+
+:class:`vllm_qfilters.kernels.by_sequence.SequenceOps` goes through a batch sequence by sequence, with the functions of
+``reference`` (plain PyTorch, the truth) or ``cpp`` (csrc/); :class:`vllm_qfilters.kernels.triton.TritonOps` launches one
+kernel for all sequences. A result over tokens is flat: see :mod:`vllm_qfilters.kernels.batch`.
+
+Conventions: a higher score means keep; a filter points along the mean query, so that ``<key, filter>`` is high for keys
+that queries like.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.layout import PagedCache, StridedCache
+
+Cache = PagedCache | StridedCache
+OBSERVATIONS_AT_ONCE = 8  # sequences whose queries are looked at in one launch, a copy of them side by side
+
+
+class TokenStat(enum.IntEnum):
+    """What stands in the first plane beside each key: nothing, its projection on the head's filter, minus its norm, a
+    number drawn from its bits, or the norm of its value. Other planes begin as ``NOT_OBSERVED``.
+    """
+
+    NONE = 0
+    PROJECTION = 1
+    NEGATIVE_KEY_NORM = 2
+    RANDOM = 3
+    VALUE_NORM = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """A linear map ``R`` per sequence and layer, ``(R f)_i = cos_i f_i + sin_i f_partner(i)``: a rotary embedding.
+
+    Attributes:
+        cos, sin: float32, shape ``[num_sequences, num_layers, head_size]``, of the same strides.
+        partner: shape ``[num_layers or 1, head_size]``, int64.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    partner: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """The last queries of one sequence, which look at the tokens it holds.
+
+    Attributes:
+        sequence: its place in the batch.
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        num_newer: how many of the sequence's last tokens came after the last query.
+        is_question: tokens are judged by the most that any query pays, not by the mean.
+    """
+
+    sequence: int
+    queries: torch.Tensor
+    num_newer: int
+    is_question: bool = False
+
+
+class Ops(Protocol):
+    """Operators on the caches of one rank. None of them waits for a device.
+
+    Attributes:
+        name: of the kernels, for the log.
+        compiles: kernels are compiled at their first launch, so that they should be warmed up.
+    """
+
+    name: str
+    compiles: bool
+
+    def write(
+        self,
+        stat: TokenStat,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor | None,
+        planes: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        filters: torch.Tensor | None = None,
+        seed: int = 0,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Writes the token stats of a step of one layer, and its keys and values where ``cache`` is given.
+
+        Args:
+            stat: what to write to the first plane, computed before anything is quantised.
+            key, value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+            cache: the layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or
+                fp8; None where vLLM has written keys and values.
+            planes: the layer's, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
+            slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
+            filters: shape ``[num_kv_heads, head_size]``, float32, for ``PROJECTION``.
+            seed: for ``RANDOM``; another one per layer.
+            key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
+        """
+
+    def gather(self, plane: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
+        """Reads one plane of token stats in the order of the tokens.
+
+        Args:
+            plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32.
+
+        Returns:
+            float32, flat, ``num_kv_heads`` heads.
+        """
+
+    def project(self, cache: Cache, batch: CompactionBatch, filters: torch.Tensor, turns: Turns | None) -> torch.Tensor:
+        """``<k, R f>`` of every resident key ``k`` and the filter ``f`` of each head.
+
+        Args:
+            filters: float32, shape ``[num_layers, num_heads, head_size]``; those of one KV head side by side.
+            turns: ``R``; None: the identity.
+
+        Returns:
+            float32, flat, ``num_heads`` heads.
+        """
+
+    def expected_attention(
+        self, cache: Cache, batch: CompactionBatch, means: torch.Tensor, factors: torch.Tensor, turns: Turns
+    ) -> torch.Tensor:
+        """The attention that coming queries are expected to pay to each token, averaged over the query heads of a KV head.
+
+        For a normally distributed query of mean ``R m`` and covariance ``sum_r (R b_r)(R b_r)^T`` the expectation of
+        ``exp(<k, q>)`` is ``exp(<k, R m> + sum_r <k, R b_r>^2 / 2)``; it is normalised over the tokens of a sequence (the
+        estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+
+        Args:
+            means: ``m`` times the scale of the logits, float32, shape ``[num_layers, num_heads, head_size]``.
+            factors: ``b_r`` times that scale, float32, shape ``[num_layers, num_heads, rank, head_size]``; the rank may be 0.
+
+        Returns:
+            float32, flat, ``num_kv_heads`` heads, each row of sum 1.
+        """
+
+    def observe(
+        self,
+        cache: Cache,
+        batch: CompactionBatch,
+        observations: Sequence[Observation],
+        plane: torch.Tensor,
+        scale: float,
+        mean_pool: int,
+        peak_pool: int,
+        shared_by_heads: bool,
+        max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """How much attention the last queries pay to each token and its neighbours (after SnapKV, arXiv 2404.14469).
+
+        The mean over queries, the query heads of a KV head, and neighbours is written to ``plane``; the peak is the most
+        that a query of the group pays to a neighbour. Tokens that came after the last query get ``NOT_OBSERVED``.
+
+        Args:
+            observations: of different sequences.
+            plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
+            scale: of the attention's logits.
+            mean_pool, peak_pool: neighbours, the token among them, odd.
+            shared_by_heads: the peak is that of all heads of a layer, on all ranks.
+            max_over_ranks: the largest over ranks that hold other heads of the same layers; may write to its argument.
+
+        Returns:
+            What the tokens of all sequences are judged by, float32, flat, ``num_kv_heads`` heads: the peak of a question,
+            else what stands in the plane.
+        """
+
+    def key_distinctness(self, cache: Cache, batch: CompactionBatch, pool: int) -> torch.Tensor:
+        """How unlike the others of its head each key is: minus its cosine to their mean direction (KeyDiff, arXiv
+        2504.15364), averaged over ``pool`` neighbours; float32, flat, ``num_kv_heads`` heads.
+        """
+
+    def mean_standardised(
+        self, scores: torch.Tensor, batch: CompactionBatch, num_layers: int, num_heads: int
+    ) -> torch.Tensor:
+        """The mean over the heads of a layer of each token's z-score among the tokens between sinks and window.
+
+        Returns:
+            float32, flat, one head.
+        """
+
+    def select_kept(
+        self, scores: torch.Tensor, batch: CompactionBatch, num_layers: int, num_heads: int
+    ) -> torch.Tensor:
+        """Which tokens stay: sinks, window, and between them those of the highest scores, exactly as many as stay.
+
+        Args:
+            scores: float32, flat; of one head where the heads of a layer keep the same tokens.
+
+        Returns:
+            bool or int8, flat like ``scores``, 1 for tokens that stay.
+        """
+
+    def copy_pages(self, cache: Cache, batch: CompactionBatch) -> None:
+        """Makes private copies of pages that may not be written, planes included, and enters them in the block table."""
+
+    def compact(self, cache: Cache, batch: CompactionBatch, is_kept: torch.Tensor, num_selections: int) -> None:
+        """Takes whole pages out of the sequences; the survivors in them fill the holes before the window.
+
+        The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order,
+        and sinks stay first. No two sequences may write the same page, nor one write what another reads:
+        :meth:`copy_pages` goes before.
+
+        Args:
+            is_kept: of :meth:`select_kept`.
+            num_selections: 1 where the heads of a layer keep the same tokens, else the number of KV heads.
+        """
+
+    def page_scores(
+        self, plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean over layers, heads and slots of the standardised token stats of full pages.
+
+        Args:
+            plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32.
+            pages: shape ``[num_pages]``, int64.
+            mean, deviation: of each head, float32, shape ``[num_layers, num_kv_heads]``.
+
+        Returns:
+            float32, shape ``[num_pages]``.
+        """

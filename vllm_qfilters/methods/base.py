@@ -1,0 +1,133 @@
+"""What a method is: it looks at keys and values twice, as they are written and when a sequence is about to be compacted.
+
+To add a method, write a subclass of :class:`Method` in a file of its own and name it in the catalogue. The method runs on
+CPUs and GPUs alike, because it asks the operators (:class:`vllm_qfilters.kernels.ops.Ops`) for everything that depends on
+the device.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vllm_qfilters.filters.bank import FilterBank
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
+from vllm_qfilters.methods.catalog import Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class RecentQueries:
+    """The last queries of a sequence that were recorded.
+
+    Attributes:
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        end: the position after the last one.
+        num_prompt_tokens: of the whole prompt, which may not have been read to its end.
+    """
+
+    queries: torch.Tensor
+    end: int
+    num_prompt_tokens: int
+
+    def have_read_prompt_at(self, position: int) -> bool:
+        """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks
+        for.
+        """
+        return position >= self.num_prompt_tokens
+
+    def last(self, count: int) -> "RecentQueries":
+        """At most the last ``count`` of them."""
+        return dataclasses.replace(self, queries=self.queries[:, :, -count:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a method may know of the model on this rank.
+
+    Attributes:
+        cache: keys, values and token stats.
+        ops: the operators of its device.
+        scale: of the attention's logits.
+        shared_by_heads: the heads of a layer keep the same tokens.
+        max_over_ranks: the largest of a tensor over ranks that hold other heads of the same layers.
+        static_filters: makes the paper's filters of the KV heads, shape ``[num_layers, num_kv_heads, head_size]``.
+        filter_bank: makes the statistics of the coming queries.
+    """
+
+    cache: Cache
+    ops: Ops
+    scale: float = 1.0
+    shared_by_heads: bool = False
+    max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    static_filters: Callable[[], torch.Tensor] | None = None
+    filter_bank: Callable[[], FilterBank] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.planes.device
+
+
+class Method:
+    """Goes by the token stats that were written with the keys.
+
+    Attributes:
+        stat: what is written to the first plane beside each key.
+        filters: for ``TokenStat.PROJECTION``, shape ``[num_layers, num_kv_heads, head_size]``, float32.
+    """
+
+    stat = TokenStat.NONE
+    filters: torch.Tensor | None = None
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.cache = model.cache
+        self.ops = model.ops
+
+    def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        """What each resident token is worth to the queries to come: higher = keep.
+
+        Args:
+            batch: the sequences, after :meth:`vllm_qfilters.kernels.ops.Ops.copy_pages`.
+            recent_queries: of each sequence; None where none are kept.
+
+        Returns:
+            float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
+        """
+        return self.ops.gather(self.cache.scores, batch)
+
+
+class PerSequence(Method):
+    """Scores one layer of one sequence at a time, in plain PyTorch: simple, and slow on GPUs with many layers."""
+
+    def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        parts = []
+        for index, compaction in enumerate(batch.compactions):
+            pages, num_tokens = batch.pages_before(index, self.cache.block_size), compaction.resident_tokens
+            for layer in range(self.cache.num_layers):
+                keys = self.cache.resident_keys(layer, pages, num_tokens)
+                values = self.cache.resident_values(layer, pages, num_tokens)
+                seed = compaction.position * self.cache.num_layers + layer
+                parts.append(self.scores_of_layer(keys, values, compaction.sinks, seed).flatten())
+        return torch.cat(parts)
+
+    def scores_of_layer(self, keys: torch.Tensor, values: torch.Tensor, sinks: int, seed: int) -> torch.Tensor:
+        """The scores of one layer of one sequence.
+
+        Args:
+            keys, values: float32, shape ``[num_kv_heads, num_tokens, head_size]``; keys after RoPE.
+            sinks: first tokens, which stay whatever they score.
+            seed: of this cut and layer, the same on all ranks.
+
+        Returns:
+            float32, shape ``[num_kv_heads, num_tokens]``.
+        """
+        raise NotImplementedError
+
+
+def make(entry: Entry, model: Model) -> Method:
+    """The method of a catalogue entry for one rank's part of a model."""
+    module, _, name = entry.implementation.partition(":")
+    method: type[Method] = getattr(importlib.import_module(f"vllm_qfilters.methods.{module}"), name)
+    return method(model)

@@ -1,0 +1,77 @@
+"""Q-Filters with the covariance of the queries, and with what a prompt's last queries look at: the default."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
+from vllm_qfilters.kernels.ops import Observation, TokenStat
+from vllm_qfilters.methods.base import Method, Model, RecentQueries
+
+
+class ExpectedAttention(Method):
+    """Keeps tokens that are expected to add most to the output of attention: attention times the norm of the value.
+
+    The attention is expected from mean and covariance of the queries before RoPE, turned to the coming positions
+    (Q-Filters' fixed statistics in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is
+    mixed with the attention the prompt's last queries pay: what they pay on the whole, a sample of the queries to come,
+    which stays beside the tokens from then on. In the first eviction after the prompt they are its question: there it is
+    mixed with the most that any of them pays, so that what is asked for stays although few of them look at it.
+
+    Cost: one read of the cached keys per cut, two more while a prompt's queries are observed.
+    """
+
+    VALUE_NORMS, OBSERVED = 0, 1  # planes; the second one only if queries are observed
+    MEAN_POOL = 7  # neighbours that attention is averaged over
+    PEAK_POOL = (
+        13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
+    )
+
+    stat = TokenStat.VALUE_NORM
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.bank = model.filter_bank().to(model.device)
+        self.observes = self.cache.planes.shape[2] > 1
+
+    def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        bank = self.bank
+        attention = self.ops.expected_attention(
+            self.cache, batch, bank.means, bank.factors, bank.turns(batch.positions)
+        )
+        if self.observes:
+            attention = mix_in_observed(attention, self._observed(batch, recent_queries))
+        return attention * self.ops.gather(self.cache.planes[:, :, self.VALUE_NORMS], batch)
+
+    def _observed(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
+        """Reads what was observed, and observes what comes from prompts: once per prompt and cut."""
+        observations = [
+            Observation(
+                index,
+                recent.queries,
+                num_newer=compaction.position - recent.end,
+                is_question=recent.have_read_prompt_at(compaction.position),
+            )
+            for index, (compaction, recent) in enumerate(zip(batch.compactions, recent_queries, strict=True))
+            if recent is not None
+        ]
+        observed = self.ops.observe(
+            self.cache,
+            batch,
+            observations,
+            self.cache.planes[:, :, self.OBSERVED],
+            self.model.scale,
+            self.MEAN_POOL,
+            self.PEAK_POOL,
+            self.model.shared_by_heads,
+            self.model.max_over_ranks,
+        )
+        if batch.has_distinct_tokens:
+            # Such a sequence has not looked yet: what stands beside its tokens, others observed on pages they share.
+            observed.masked_fill_(batch.keeps_distinct(self.cache.num_layers * self.cache.num_kv_heads), NOT_OBSERVED)
+        return observed
+
+
+def mix_in_observed(expected: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+    """The mean of both, or what is expected where nothing was observed, as of generated tokens. Of any one shape."""
+    return torch.where(observed < 0, expected, expected.lerp(observed, 0.5))
