@@ -101,7 +101,7 @@ class Case:
         print("\n" + " " * 24 + "".join(f"{header:>{len(header) + 3}}" for header in self.columns.values()))
         for variant, numbers in by_variant(result["rounds"]).items():
             cells = (median(numbers, key) for key in self.columns)
-            shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values()))
+            shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values(), strict=True))
             print(f"{variant:<24}" + "".join(shown))
         print()
         for name in result["ratios"][0]:
@@ -135,7 +135,7 @@ def median(numbers: Sequence[Numbers], key: str) -> float:
 
 def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: str) -> None:
     """A bar per variant, the median, and a dot per round."""
-    for place, (variant, rounds) in enumerate(numbers.items()):
+    for place, rounds in enumerate(numbers.values()):
         panel.bar(place, median(rounds, key), color=f"C{place}")
         panel.plot([place] * len(rounds), [of_round[key] for of_round in rounds], "k.")
     panel.set_xticks(range(len(numbers)), numbers, fontsize="small", rotation=25, ha="right", rotation_mode="anchor")
@@ -146,7 +146,7 @@ def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: 
 def bar_panels(figure: Any, numbers: Mapping[str, Sequence[Numbers]], titles: Mapping[str, str]) -> None:
     """A panel of bars for each key of a number, side by side."""
     figure.set_size_inches(15, 4.5)
-    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
+    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         bars(panel, numbers, key, title)
 
 

@@ -4,10 +4,7 @@ import collections
 import os
 import random
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 class Engine:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the environment and the path must be set before Triton and this package are imported)
 """Time of the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median, GB/s, and percent of the bandwidth of a
 copy.
 

@@ -42,7 +42,7 @@ def measure(job: dict[str, Any]) -> Numbers:
         "sequences": len(completions),
         "tokens": sum(len(completion.token_ids) for completion in completions),
         "token_ids": [list(completion.token_ids) for completion in completions],
-        "logprobs": [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs)] for c in completions],
+        "logprobs": [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
     }
 
 
