@@ -1,12 +1,12 @@
-"""Time per token, time to the first token, and pages, against context: plain vLLM, ours, StreamingLLM, and the limit.
+"""Measures time per token, time to the first token, and pages, against context.
 
     python -m benchmarks decode models/SmolLM2-135M-Instruct [--contexts 7000] [--budget 512 1024 2048] [--sequences 8]
     [--methods qfilters streaming] [--no-limit]
 
-Every engine runs all contexts. The limit of a budget is plain vLLM where contexts are as long as the budget halfway
-through the steps timed: no compression can beat it. A sequence is read and decodes alone before the others come. Where
-as many steps are timed as tokens are evicted in one go (``interval``), every sequence that is as long as its budget is
-compacted once in them.
+Plain vLLM, ours and StreamingLLM on the same engine run all contexts. The limit of a budget is plain vLLM where
+contexts are as long as the budget halfway through the steps timed: no compression can beat it. A sequence is read and
+decodes alone before the others come. Where as many steps are timed as tokens are evicted in one go (``interval``),
+every sequence that is as long as its budget is compacted once in them.
 """
 
 import argparse

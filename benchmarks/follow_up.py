@@ -1,4 +1,4 @@
-"""The next turn of a long conversation: seconds to its first token, and how much of the history is read again.
+"""Measures the next turn of a long conversation: seconds to its first token, and how much of the history is read again.
 
     python -m benchmarks follow_up models/SmolLM2-135M-Instruct [--history 6000] [--message 200] [--budget 2048]
 
@@ -20,7 +20,7 @@ from benchmarks.engine import Engine
 
 
 class Turn(NamedTuple):
-    """What one turn of a conversation took.
+    """A turn is a prompt that was answered.
 
     Attributes:
         ttft_s: seconds from the request to its first token.

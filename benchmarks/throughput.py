@@ -1,4 +1,4 @@
-"""Requests per second and concurrency where the cache holds 1/8 of what the load would need.
+"""Measures requests per second and concurrency where the cache holds 1/8 of what the load would need.
 
     python -m benchmarks throughput models/SmolLM2-135M-Instruct [--requests 32] [--prompt 3000] [--output-tokens 500]
 
@@ -36,7 +36,7 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _bytes_per_token(arguments: argparse.Namespace) -> int:
-    """Of keys and values in all layers, uncompressed."""
+    """Reckons the bytes that the keys and values of a token take in all layers, uncompressed."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(arguments.model)
