@@ -27,12 +27,13 @@ endif
 
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: help install serve test eval lock clean
+.PHONY: help install serve test eval results lock clean
 
 help:
 	@echo "make serve   install everything and serve the demo model with KV compression on port $(PORT)"
 	@echo "make test    install everything and run the tests"
 	@echo "make eval    measure on the demo model what compression costs in quality, into benchmarks/results/"
+	@echo "make results measure what README's table and plots show, of a clean commit, into benchmarks/results/"
 	@echo "make install install everything into $(VENV)"
 
 install: $(VENV)/installed
@@ -59,6 +60,9 @@ test: $(VENV)/installed $(MODEL)/config.json
 eval: $(VENV)/installed $(MODEL)/config.json
 	@echo "measuring in $(DTYPE), which this machine is fast in"
 	$(BIN)/vllm-qfilters eval $(MODEL) --dtype $(DTYPE) -o benchmarks/results/quality-$(notdir $(MODEL)).json
+
+results: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/python -m benchmarks readme $(MODEL)
 
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python $(TORCH) $(OVERRIDES) \

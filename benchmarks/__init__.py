@@ -1,1 +1,1 @@
-"""What was measured, and how: ``python -m benchmarks CASE MODEL``. ``python -m benchmarks`` lists the cases."""
+"""The cases that measure, and their results. ``python -m benchmarks`` lists the cases."""

@@ -1,12 +1,14 @@
-"""The command ``python -m benchmarks``."""
+"""The command ``python -m benchmarks`` runs the case that it is given, or lists the cases."""
 
 import importlib
 import sys
 
 CASES = {
-    "decode": "time per token, to the first token, and pages against context: plain vLLM, ours, StreamingLLM, the limit",
+    "decode": "time per token, to the first token, and pages against context: plain vLLM, ours, StreamingLLM, limit",
     "throughput": "requests per second and concurrency with a cache of 1/8 of what the load would need",
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
+    "follow_up": "the next turn of a long conversation: seconds to its first token, tokens of the history read again",
+    "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",
     "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",
     "identity": "does a budget nobody reaches leave plain vLLM's output as it is, bit by bit?",
     "page_scores": "what page scores cost of a decode step",

@@ -1,9 +1,9 @@
-"""Prompts that share long prefixes, as agents send them: a system prompt of their kind, and all that was said, at every
-turn.
+"""Measures prompts that share long prefixes, as agents send them: at every turn an agent sends the system prompt of its
+kind and all that was said.
 
     python -m benchmarks agents models/SmolLM2-135M-Instruct [--kinds 2] [--agents 8] [--turns 4] [--shared 1500]
 
-Plain vLLM and ours, each with the prefix cache and without it: compression that needs the prefix cache off would lose
+Plain vLLM and ours run with the prefix cache and without it: compression that needs the prefix cache off would lose
 what lies between. The agents of a turn run at once; the next turn begins when all have finished.
 """
 

@@ -1,5 +1,5 @@
-"""What the cases that start engines have in common: variants take turns in processes of their own, results, table and
-plot.
+"""The cases that start engines share this: variants take turns, each in a process of its own, and their numbers become
+a file of results, a table and a plot.
 
 A round measures every variant once. Ratios are made round by round, since the speed of a machine drifts between rounds.
 """
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = "measured: "
 
-Numbers = dict[str, Any]  # of one variant in one round, JSON
+Numbers = dict[str, Any]  # what one variant measured in one round, as JSON
 
 
 class NotMeasured(Exception):
@@ -31,18 +31,21 @@ class NotMeasured(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """
+    """A benchmark that measures several variants of one load.
+
     Attributes:
-        name: of the case, and of its files of results.
-        description: for ``--help``.
-        add_options: its own options, beside :func:`_add_common_options`.
-        variants: from the options; what differs between the jobs of a round, by the name of the variant. ``python``
-            among it is another interpreter to measure with.
-        measure: run in a process of its own with the options and one of those: numbers, JSON.
-        columns: of the table: key of a number to its header.
-        ratios: from the numbers of a round, by variant.
-        draw: onto a figure of matplotlib's, from the numbers of all rounds, by variant; None: no plot.
-        problems: what of the numbers of a round must not be; the status is then 1.
+        name: the case and its files of results are named so.
+        description: ``--help`` shows it.
+        add_options: adds the options that the case has beside :func:`_add_common_options`.
+        variants: takes the options and returns what differs between the jobs of a round, by the name of the variant.
+            The key ``python`` names another interpreter to measure with.
+        measure: takes the options together with what one variant differs in, and returns numbers as JSON. It runs in a
+            process of its own.
+        columns: the table shows these numbers, under these headers.
+        ratios: takes the numbers of a round by variant, and returns ratios by name.
+        draw: draws onto a figure of matplotlib's the numbers of all rounds, by variant; with None there is no plot.
+        problems: takes the numbers of a round by variant, and returns what is wrong with them; the exit status is then
+            1.
     """
 
     name: str
@@ -101,7 +104,7 @@ class Case:
         print("\n" + " " * 24 + "".join(f"{header:>{len(header) + 3}}" for header in self.columns.values()))
         for variant, numbers in by_variant(result["rounds"]).items():
             cells = (median(numbers, key) for key in self.columns)
-            shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values()))
+            shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values(), strict=True))
             print(f"{variant:<24}" + "".join(shown))
         print()
         for name in result["ratios"][0]:
@@ -120,7 +123,7 @@ class Case:
 
 
 def check_output(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Keeps what a dry run writes out of the results."""
+    """Refuses a dry run that would write to the results."""
     if arguments.dry_run and arguments.output is not None and arguments.output.resolve().is_relative_to(RESULTS):
         parser.error(f"a dry run measures nothing: give it an --output elsewhere than {RESULTS}")
 
@@ -134,8 +137,8 @@ def median(numbers: Sequence[Numbers], key: str) -> float:
 
 
 def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: str) -> None:
-    """A bar per variant, the median, and a dot per round."""
-    for place, (variant, rounds) in enumerate(numbers.items()):
+    """Draws a bar per variant, as high as the median, and a dot per round."""
+    for place, rounds in enumerate(numbers.values()):
         panel.bar(place, median(rounds, key), color=f"C{place}")
         panel.plot([place] * len(rounds), [of_round[key] for of_round in rounds], "k.")
     panel.set_xticks(range(len(numbers)), numbers, fontsize="small", rotation=25, ha="right", rotation_mode="anchor")
@@ -144,9 +147,9 @@ def bars(panel: Any, numbers: Mapping[str, Sequence[Numbers]], key: str, title: 
 
 
 def bar_panels(figure: Any, numbers: Mapping[str, Sequence[Numbers]], titles: Mapping[str, str]) -> None:
-    """A panel of bars for each key of a number, side by side."""
+    """Draws a panel of bars for each key of a number, side by side."""
     figure.set_size_inches(15, 4.5)
-    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
+    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         bars(panel, numbers, key, title)
 
 

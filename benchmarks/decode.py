@@ -1,9 +1,12 @@
-"""Time per token, time to the first token, and pages, against context: plain vLLM, ours, StreamingLLM, and the limit.
+"""Measures time per token, time to the first token, and pages, against context.
 
     python -m benchmarks decode models/SmolLM2-135M-Instruct [--contexts 7000] [--budget 512 1024 2048] [--sequences 8]
+    [--methods qfilters streaming] [--no-limit]
 
-Every engine runs all contexts. The limit of a budget is plain vLLM where contexts are as long as the budget halfway
-through the steps timed: no compression can beat it. A sequence is read and decodes alone before the others come.
+Plain vLLM, ours and StreamingLLM on the same engine run all contexts. The limit of a budget is plain vLLM where
+contexts are as long as the budget halfway through the steps timed: no compression can beat it. A sequence is read and
+decodes alone before the others come. Where as many steps are timed as tokens are evicted in one go (``interval``),
+every sequence that is as long as its budget is compacted once in them.
 """
 
 import argparse
@@ -24,13 +27,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--steps", type=int, default=160, help="decode steps timed, per context")
     parser.add_argument("--methods", nargs="+", default=["qfilters", "streaming"])
+    parser.add_argument("--limit", action=argparse.BooleanOptionalAction, default=True, help="measure the limits too")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {"plain": {"method": None}}
     for budget in arguments.budget:
         found |= {f"{method} {budget}": {"method": method, "budget": budget} for method in arguments.methods}
-        found[f"limit {budget}"] = {"method": None, "contexts": [budget - arguments.steps // 2]}
+        if arguments.limit:
+            found[f"limit {budget}"] = {"method": None, "contexts": [budget - arguments.steps // 2]}
     return found
 
 
@@ -62,9 +67,8 @@ def measure_context(engine: Engine, job: dict[str, Any], context: int) -> dict[s
     decoding_alone = decode(engine, steps)
     engine.drop_everything()
     for index, prompt in enumerate((first, *others)):
-        engine.add(
-            f"{context}-{index}", prompt, max_tokens=3 * steps + 100
-        )  # the first ones decode while the last are read
+        # The first ones decode while the last are read.
+        engine.add(f"{context}-{index}", prompt, max_tokens=3 * steps + 100)
     prefill, pages_while_prefilling = engine.read_prompts()
     decoding = decode(engine, steps)
     evicted = engine.evicted_tokens - evicted
@@ -105,10 +109,11 @@ def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
         method, _, budget = variant.partition(" ")
         if method in ("plain", "limit"):
             continue
-        limit = of_round[f"limit {budget}"]
+        limit = of_round.get(f"limit {budget}")
         for key, name in (("mean_step_ms", "decode"), ("alone_mean_step_ms", "decode of one sequence")):
             found[f"{variant}: {name} speedup over plain"] = plain[key] / numbers[key]
-            found[f"{variant}: {name}, share of the limit"] = limit[key] / numbers[key]
+            if limit is not None:
+                found[f"{variant}: {name}, share of the limit"] = limit[key] / numbers[key]
         found[f"{variant}: prefill speedup over plain"] = plain["prefill_s"] / numbers["prefill_s"]
         found[f"{variant}: time to the first token, plain to this"] = plain["ttft_s"] / numbers["ttft_s"]
         found[f"{variant}: pages saved, times"] = plain["pages_per_sequence"] / numbers["pages_per_sequence"]
@@ -122,7 +127,7 @@ def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
         "ttft_s": "s to the first token of one sequence",
         "pages_per_sequence": "pages per sequence while decoding",
     }
-    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
+    for panel, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for variant, rounds in numbers.items():
             points = {int(c): statistics.median(r["contexts"][c][key] for r in rounds) for c in rounds[0]["contexts"]}
             if variant.startswith("limit"):

@@ -1,28 +1,25 @@
-"""An engine in this process, its scheduler within reach, and prompts for it."""
+"""Starts an engine in this process, with its scheduler within reach, and makes prompts for it."""
 
 import collections
 import os
 import random
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 class Engine:
-    """vLLM's LLM with or without KV compression.
+    """An engine is vLLM's LLM, with or without KV compression.
 
     Args:
         job: ``model``, ``budget``, ``kv_cache_memory_bytes``, ``llm`` and ``options`` as given on the command line.
-        method: of KV compression; None: plain vLLM.
-        options: of KV compression, for all variants; ``llm`` below takes precedence over the job's.
-        llm: further arguments of vLLM's LLM.
+        method: the method of KV compression, or None for plain vLLM.
+        options: further options of KV compression; they take precedence over the job's.
+        llm: further arguments of vLLM's LLM; they take precedence over the job's.
 
     Attributes:
         runner: the model runner.
-        seconds: spent so far in calls that are timed.
-        preemptions: of the scheduler, so far.
+        seconds: the seconds that were spent so far in calls that are timed, by part.
+        preemptions: how often the scheduler preempted a request so far.
     """
 
     def __init__(self, job: dict[str, Any], method: str | None, options: dict[str, Any], **llm: Any) -> None:
@@ -59,7 +56,7 @@ class Engine:
         return self._compression_stats("compaction_seconds")
 
     def prompts(self, count: int, num_tokens: int) -> list[list[int]]:
-        """Pieces of a text, or of random token ids where there is no tokenizer; no two begin alike."""
+        """Cuts prompts from a text, or from random token ids where there is no tokenizer; no two begin alike."""
         stride = 997
         needed = num_tokens + count * stride
         if self.llm.model_config.skip_tokenizer_init:
@@ -80,7 +77,7 @@ class Engine:
         return self.engine.step()
 
     def time_calls(self, owner: Any, name: str, part: str) -> None:
-        """From now on calls of a method of ``owner`` count as ``part``."""
+        """Times calls of a method of ``owner`` from now on, and counts them as ``part``."""
         function = getattr(owner, name)
 
         def timed(*args: Any) -> Any:
@@ -93,7 +90,11 @@ class Engine:
         setattr(owner, name, timed)
 
     def read_prompts(self) -> tuple[float, int]:
-        """Steps until every sequence has its first token: the seconds it took, and most pages a sequence held."""
+        """Steps until every sequence has its first token.
+
+        Returns:
+            The seconds it took, and the most pages that a sequence held.
+        """
         begin, pages = time.perf_counter(), 0
         while any(
             request.is_prefill_chunk or not request.num_computed_tokens for request in self.scheduler.requests.values()
@@ -103,7 +104,7 @@ class Engine:
         return time.perf_counter() - begin, pages
 
     def pages(self) -> int:
-        """Most pages one sequence holds now."""
+        """Counts the pages of the sequence that holds most now."""
         return max((len(blocks) for blocks in self.manager.req_to_blocks.values()), default=0)
 
     def drop_everything(self) -> None:
@@ -112,7 +113,7 @@ class Engine:
             self.step()
 
     def _compression_stats(self, name: str) -> float:
-        """0 for plain vLLM."""
+        """Reads a number of the scheduler's statistics; it is 0 with plain vLLM."""
         return getattr(getattr(self.scheduler, "compression_stats", None), name, 0)
 
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +122,7 @@ class Engine:
 
 
 def text_tokens(tokenizer: Any, num_tokens: int) -> list[int]:
-    """Of Python's own documentation, over again where it ends."""
+    """Reads tokens of Python's own documentation, which begins over again where it ends."""
     from pydoc_data import topics
 
     tokens = tokenizer("\n".join(topics.topics.values())).input_ids

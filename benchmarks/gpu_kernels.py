@@ -1,5 +1,6 @@
-"""Time of the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median, GB/s, and percent of the bandwidth of a
-copy.
+# ruff: noqa: E402 (the environment and the path must be set before Triton and this package are imported)
+"""Measures the Triton kernels on a GPU, on the shapes of Llama-3.1-8B: median time, GB/s, and percent of the bandwidth
+of a copy.
 
     python benchmarks/gpu_kernels.py [--sequences 16] [--dry-run]
 
@@ -56,7 +57,7 @@ if IS_DRY_RUN:
 
 
 def make_cache(num_blocks: int, num_layers: int = NUM_LAYERS, block_size: int = BLOCK_SIZE) -> StridedCache:
-    """As FLASH_ATTN gets it: token by token, layers outermost, scores behind each page."""
+    """Makes a cache as FLASH_ATTN gets it: token by token, layers outermost, scores behind each page."""
     content = 2 * HEAD_SIZE
     page = NUM_KV_HEADS * block_size * (content + 4 // DTYPE.itemsize)
     buffer = torch.zeros(num_layers * num_blocks * page, dtype=DTYPE, device=DEVICE)
@@ -77,7 +78,7 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
-    """One layer's write of a step's keys and values, parts of one qkv tensor, to scattered slots."""
+    """Writes one layer's keys and values of a step, parts of one qkv tensor, to scattered slots."""
     num_blocks = max(STEPS) // BLOCK_SIZE + 1
     cache = make_cache(num_blocks, num_layers=1)
     view, planes, plane = cache.rows[0], cache.planes[0], cache.scores[0]
@@ -113,7 +114,7 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def make_batch(num_sequences: int, resident: int, evicted: int, window: int, block_size: int) -> CompactionBatch:
-    """Sequences scattered over a cache of just their pages, each to lose its share."""
+    """Compacts sequences that are scattered over a cache of just their pages, each of which loses its share."""
     num_pages = resident // block_size
     pages = torch.randperm(num_sequences * num_pages).view(num_sequences, num_pages)
     first_out = (resident - evicted - window) // block_size
@@ -125,7 +126,7 @@ def make_batch(num_sequences: int, resident: int, evicted: int, window: int, blo
 
 
 def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """All layers of several sequences, each to lose its share."""
+    """Compacts all layers of several sequences, each of which loses its share."""
     cache = make_cache(num_sequences * RESIDENT // BLOCK_SIZE)
     batch = make_batch(num_sequences, RESIDENT, EVICTED, WINDOW, BLOCK_SIZE)
     block_table = batch.block_table
@@ -185,7 +186,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
 
 
 def attention_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """One layer's decode attention with xformers: what every step costs before and after a compaction."""
+    """Runs one layer's decode attention with xformers: what every step costs before and after a compaction."""
     from tests.paged_attention import attend, keys_and_values, paged_bias
 
     group = NUM_HEADS // NUM_KV_HEADS
@@ -212,7 +213,7 @@ def attention_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object],
 
 
 def copy_bandwidth() -> float:
-    """GB/s read and written by a copy of 1 GiB."""
+    """Measures the GB/s that a copy of 1 GiB reads and writes."""
     source = torch.empty(1 << (20 if IS_DRY_RUN else 30), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6

@@ -1,9 +1,9 @@
-"""Does a budget nobody reaches leave plain vLLM's output as it is? Token ids and log-probabilities, bit by bit.
+"""Compares a budget that nobody reaches with plain vLLM: token ids and log-probabilities, bit by bit.
 
     python -m benchmarks identity models/SmolLM2-135M-Instruct [--llm '{"block_size": 16}']
 
-Two engines with whatever vLLM chooses on this machine: CUDA graphs, asynchronous scheduling, an attention backend. Ends
-with status 1 if they differ.
+Two engines run with whatever vLLM chooses on this machine: CUDA graphs, asynchronous scheduling, an attention backend.
+The command ends with status 1 if they differ.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure(job: dict[str, Any]) -> Numbers:
         "sequences": len(completions),
         "tokens": sum(len(completion.token_ids) for completion in completions),
         "token_ids": [list(completion.token_ids) for completion in completions],
-        "logprobs": [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs)] for c in completions],
+        "logprobs": [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
     }
 
 

@@ -1,5 +1,5 @@
-"""Hugging Face transformers with kvpress at the same budget, beside plain vLLM and ours: the same prompts, in one
-batch.
+"""Measures Hugging Face transformers with kvpress at the same budget, beside plain vLLM and ours: the same prompts, in
+one batch.
 
     python -m venv peer && peer/bin/pip install kvpress==0.5.5
     python -m benchmarks kvpress models/SmolLM2-135M-Instruct --python peer/bin/python [--context 4000] [--budget 1024]

@@ -1,10 +1,11 @@
-"""Time per call of the C++ operators, of the PyTorch reference, and of memory, on the shapes of SmolLM2-135M.
+"""Measures the time per call of the C++ operators, of the PyTorch reference, and of memory, on the shapes of the demo
+model, SmolLM2-135M.
 
     python -m benchmarks operators [--calls 300] [--threads 1]
 
-Operators and reference take turns, call by call. Prints medians, ratios, and what an operator reads and writes per
-second in percent of what a copy of 256 MB does, and writes them with machine, versions, commit and command to
-benchmarks/results/. Decode steps write so little that a call costs more than its bytes; where an operator's data fit
+Operators and reference take turns, call by call. The command prints medians, ratios, and what an operator reads and
+writes per second in percent of what a copy of 256 MB does, and writes them with machine, versions, commit and command
+to benchmarks/results/. Decode steps write so little that a call costs more than its bytes; where an operator's data fit
 into the processor's cache, it can be faster than memory. tests/test_csrc.py tests that both compute the same.
 """
 
@@ -36,7 +37,7 @@ OLD_PAGES = torch.tensor([9, 4, 13, 0, 7, 11, 2, 5])
 
 
 class Case(NamedTuple):
-    """The two implementations of one call, and the bytes it has to read and write."""
+    """A case holds the two implementations of one call, and the bytes it has to read and write."""
 
     operator: Callable[[], object]
     reference: Callable[[], object]
@@ -49,7 +50,7 @@ def case_of(name: str, arguments: tuple, num_bytes: int) -> Case:
 
 
 def make_cache() -> PagedCache:
-    """A cache of random numbers, laid out as vLLM lays it out on this CPU."""
+    """Makes a cache of random numbers, laid out as vLLM lays it out on this CPU."""
     page_elements = NUM_KV_HEADS * BLOCK_SIZE * (2 * HEAD_SIZE + NUM_PLANES * 4 // DTYPE.itemsize)
     shape = (NUM_LAYERS, 16, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
     head_elements = 2 * BLOCK_SIZE * HEAD_SIZE
@@ -69,7 +70,7 @@ def make_cache() -> PagedCache:
 
 
 def write_case(cache: PagedCache, num_tokens: int) -> Case:
-    """One layer's write, keys being a part of qkv."""
+    """Writes one layer's keys and values; the keys are a part of qkv."""
     qkv = torch.randn(num_tokens, (NUM_QUERY_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE).to(DTYPE)
     first = NUM_QUERY_HEADS * HEAD_SIZE
     key = qkv[:, first : first + NUM_KV_HEADS * HEAD_SIZE].view(num_tokens, NUM_KV_HEADS, HEAD_SIZE)
@@ -111,7 +112,7 @@ def select_case(shared_by_heads: bool) -> Case:
 
 
 def compact_case(cache: PagedCache) -> Case:
-    """``fill_holes``; no page is shared with other sequences: none is copied."""
+    """Fills holes; no page is shared with other sequences, so none is copied."""
     is_kept = reference.select_kept(torch.randn(NUM_LAYERS, NUM_KV_HEADS, RESIDENT), KEPT, SINKS, WINDOW, False)
     first_out = (KEPT - WINDOW) // BLOCK_SIZE
     new_pages = torch.cat((OLD_PAGES[:first_out], OLD_PAGES[first_out + 1 :]))
@@ -121,7 +122,7 @@ def compact_case(cache: PagedCache) -> Case:
 
 
 def copy_bandwidth() -> float:
-    """GB/s read and written by a copy of 256 MB."""
+    """Measures the GB/s that a copy of 256 MB reads and writes."""
     source = torch.ones(1 << 28, dtype=torch.uint8)
     target = torch.empty_like(source)
     (taken,) = median_us([lambda: target.copy_(source)], 10)

@@ -1,4 +1,4 @@
-"""What page scores cost: the share of decode steps spent on them, part by part.
+"""Measures what page scores cost: the share of decode steps that is spent on them, part by part.
 
     python -m benchmarks page_scores models/SmolLM2-135M-Instruct [--context 2000] [--budget 1024] [--sequences 8]
     [--steps 300]

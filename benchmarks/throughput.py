@@ -1,4 +1,4 @@
-"""Requests per second and concurrency where the cache holds 1/8 of what the load would need.
+"""Measures requests per second and concurrency where the cache holds 1/8 of what the load would need.
 
     python -m benchmarks throughput models/SmolLM2-135M-Instruct [--requests 32] [--prompt 3000] [--output-tokens 500]
 
@@ -8,6 +8,7 @@ larger.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _bytes_per_token(arguments: argparse.Namespace) -> int:
-    """Of keys and values in all layers, uncompressed."""
+    """Reckons the bytes that the keys and values of a token take in all layers, uncompressed."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(arguments.model)
@@ -66,13 +67,13 @@ def measure(job: dict[str, Any]) -> Numbers:
             first_token.setdefault(output.request_id, now)
             tokens += len(output.outputs[0].token_ids) if output.finished else 0
     assert tokens == job["requests"] * job["output_tokens"]
-    steps = [end - start for (start, _), (end, _) in zip(running, running[1:])]
+    running_seconds = sum((end - start) * count for (start, count), (end, _) in itertools.pairwise(running))
     return {
         "seconds": now,
         "requests_per_s": job["requests"] / now,
         "output_tokens_per_s": tokens / now,
         "most_running": max(count for _, count in running),
-        "mean_running": sum(seconds * count for seconds, (_, count) in zip(steps, running)) / now,
+        "mean_running": running_seconds / now,
         "median_ttft_s": statistics.median(first_token.values()),
         "preemptions": engine.preemptions,
         "evicted_tokens": engine.evicted_tokens,
@@ -100,7 +101,7 @@ def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
     bars(left, numbers, "requests_per_s", "requests per second")
     bars(middle, numbers, "median_ttft_s", "median s to the first token")
     for variant, rounds in numbers.items():
-        right.step(*zip(*rounds[0]["running"]), label=f"{variant}, {rounds[0]['preemptions']} preemptions")
+        right.step(*zip(*rounds[0]["running"], strict=True), label=f"{variant}, {rounds[0]['preemptions']} preemptions")
     right.set_title("sequences running at once", fontsize="medium")
     right.set_xlabel("s")
     right.grid(alpha=0.3)

@@ -2,17 +2,23 @@
 it.
 """
 
+import argparse
 import importlib.util
+import itertools
 import json
+import math
+import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
-from benchmarks import case
+from benchmarks import case, readme
 from benchmarks.__main__ import CASES
+from vllm_qfilters.commands.evaluation import command as evaluation
 
-STANDALONE = ("operators", "gpu_kernels")  # start no engine, measure no variants
+STANDALONE = ("operators", "gpu_kernels", "readme")  # measure no variants
 
 
 class FakeChild:
@@ -69,9 +75,66 @@ def test_ratios_are_over_plain(tiny_model, monkeypatch, tmp_path):
 
 def test_the_cache_of_throughput_is_a_share_of_what_the_load_needs(tiny_model, monkeypatch, tmp_path):
     options = ["--requests", "4", "--prompt", "300", "--output-tokens", "100", "--cache", "0.25"]
+    options += ["--llm", '{"dtype": "float32"}']
     _, child = run("throughput", monkeypatch, tmp_path, str(tiny_model), *options)
     bytes_per_token = 3 * 2 * 2 * 32 * 4  # layers, keys and values, KV heads, head size, float32
     assert {job["kv_cache_memory_bytes"] for job in child.jobs.values()} == {4 * 400 * bytes_per_token // 4}
+
+
+def test_decode_runs_methods_beside_each_other_and_leaves_the_limits_out_if_told(tiny_model, monkeypatch, tmp_path):
+    options = ["--budget", "2048", "--methods", "qfilters", "streaming", "--rounds", "1"]
+    _, child = run("decode", monkeypatch, tmp_path, str(tiny_model), *options, "--no-limit")
+    assert list(child.jobs) == ["plain", "qfilters 2048", "streaming 2048"]
+    ratios = json.loads((tmp_path / "out.json").read_text())["ratios"][0]
+    assert ratios["streaming 2048: decode speedup over plain"] == 0.33
+    assert not any("limit" in name for name in ratios)
+    _, child = run("decode", monkeypatch, tmp_path, str(tiny_model), *options)
+    assert child.jobs["limit 2048"] == {"method": None, "contexts": [2048 - 80]}
+
+
+def test_a_follow_up_is_sent_with_the_answer_and_counts_what_was_read_again(monkeypatch):
+    engines = []
+
+    def start(*arguments, **options):
+        engines.append(FakeConversations(options))
+        return engines[-1]
+
+    follow_up = importlib.import_module("benchmarks.follow_up")
+    monkeypatch.setattr(follow_up, "Engine", start)
+    job = {"method": "qfilters", "compression": {}, "history": 60, "message": 20, "output_tokens": 5}
+    numbers = follow_up.measure({**job, "conversations": 2})
+    (engine,) = engines
+    assert engine.options == {"max_model_len": 85, "enable_prefix_caching": True}
+    assert list(engine.prompts_by_name) == ["0-first", "0-second", "1-first", "1-second"]
+    first, second = engine.prompts_by_name["1-first"], engine.prompts_by_name["1-second"]
+    assert len(first) == 55 and second[:60] == [*first, *FakeConversations.ANSWER] and len(second) == 80
+    assert (numbers["read_tokens"], numbers["read_again_tokens"]) == (80 - 32, 60 - 32)
+
+
+class FakeConversations:
+    """Stands for an engine that answers every prompt in two steps, and finds 32 tokens of it in the prefix cache."""
+
+    ANSWER = (7, 7, 7, 7, 7)
+    evicted_tokens = 0
+
+    def __init__(self, options):
+        self.options, self.prompts_by_name, self.steps, self.engine = options, {}, 0, self
+
+    def prompts(self, count, num_tokens):
+        return [[100 * index + token for token in range(num_tokens)] for index in range(count)]
+
+    def add(self, name, prompt, max_tokens):
+        assert not self.has_unfinished_requests() and max_tokens == len(self.ANSWER)
+        self.prompts_by_name[name], self.steps = prompt, 4
+
+    def has_unfinished_requests(self):
+        return self.steps > 0
+
+    def step(self):
+        self.steps -= 1
+        answer = types.SimpleNamespace(token_ids=self.ANSWER[: 5 - self.steps])
+        outputs = [types.SimpleNamespace(outputs=[answer], num_cached_tokens=32)]
+        return [] if self.steps == 3 else outputs  # the prompt is read in two steps
 
 
 def test_variants_whose_packages_are_missing_are_left_out(tiny_model, monkeypatch, tmp_path):
@@ -107,3 +170,200 @@ def test_without_a_case_they_are_listed(monkeypatch, capsys):
     assert main() == 2
     printed = capsys.readouterr().out
     assert all(name in printed and importlib.util.find_spec(f"benchmarks.{name}") for name in CASES)
+
+
+CLEAN = {"date": "1", "cpu": "Xeon, 2 cores", "isa": "AMX", "commit": "abc", "command": "one"}
+
+
+class FakeParts:
+    """Stands for the processes that ``readme`` starts: writes their files with made-up numbers.
+
+    Attributes:
+        started: names of what was run: cases, and tasks with their length.
+        fails: of these, the ones that end with status 3, before they write.
+        change: called while a part runs.
+    """
+
+    def __init__(self):
+        self.started, self.fails, self.change = [], (), lambda: None
+
+    def __call__(self, command, cwd, env):
+        assert cwd == readme.ROOT and env["PYTHONPATH"].startswith(str(readme.ROOT))
+        options = dict(itertools.pairwise(command))
+        name = command[3] if "benchmarks" in command else options["--tasks"] + options.get("--lengths", "")
+        self.started.append(name)
+        self.change()
+        path = pathlib.Path(options["--output"])
+        if name in self.fails:
+            return subprocess.CompletedProcess(command, 3)
+        if name == "decode":
+            path.write_text(json.dumps(made_up_decode()))
+        elif path.name == readme.QUALITY:
+            path.write_text(json.dumps(made_up_quality()))
+        else:
+            path.write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+
+def made_up_decode():
+    def numbers(slope, number):
+        return {"contexts": {str(c): {"mean_step_ms": 40 + slope * c + number} for c in (2048, 4096, 7000)}}
+
+    slopes = {"plain": 0.01, "qfilters 2048": 0.001, "streaming 2048": 0.0}
+    rounds = [{name: numbers(slope, number) for name, slope in slopes.items()} for number in range(3)]
+    return {"options": {"sequences": 8}, "rounds": rounds}
+
+
+def made_up_quality():
+    def cell(method, budget, loss):
+        blocks = [[loss - 0.1, loss, loss + 0.1 + 0.01 * bool(budget)]]
+        named = {"task": "streaming", "method": method, "budget": budget}
+        return {**named, "loss": loss, "texts": ["prose"], "block_losses": blocks}
+
+    cells = [cell("full", 0, 2.0)]
+    for method, more in (("qfilters", 100), ("streaming", 130)):
+        cells += [cell(method, budget, 2 + more / budget) for budget in (512, 1024, 2048, 4096)]
+    tasks = {"streaming": {"tokens": 7168, "loss_from": 3072}}
+    return {"version": 1, "model": "M", "runs": [], "tasks": tasks, "engines": [], "cells": cells}
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    started = FakeParts()
+    monkeypatch.setattr(readme.subprocess, "run", started)
+    monkeypatch.setattr(readme, "STAGED", tmp_path / "build" / "readme")
+    monkeypatch.setattr(readme, "describe_run", lambda: dict(CLEAN))
+    return started
+
+
+def run_readme(monkeypatch, tmp_path, *options):
+    argv = ["python -m benchmarks readme", "M", "--output", str(tmp_path / "results"), *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    return readme.main()
+
+
+ALL_PARTS = ["decode", "throughput", "follow_up", "streaming", "passkey4096", "passkey8000", "generation"]
+FILES = {f"readme-{name}.json" for name in ("decode", "throughput", "follow-up", "quality")}
+PLOTS = {"readme-loss.png", "readme-decode.png"}
+
+
+def test_readme_measures_all_parts_and_draws(parts, monkeypatch, tmp_path, capsys):
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert parts.started == ALL_PARTS
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | PLOTS
+    progress = capsys.readouterr().err
+    assert "part 1 of 7, decode, after 0 minutes: " in progress and "part 7 of 7, generation" in progress
+
+
+def test_readme_goes_on_after_the_parts_that_are_finished(parts, monkeypatch, tmp_path):
+    parts.fails = ("passkey8000",)
+    assert run_readme(monkeypatch, tmp_path) == 3
+    assert not (tmp_path / "results").exists(), "a part is missing"
+    parts.fails, parts.started = (), []
+    monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, "date": "2", "command": "two"})
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert parts.started == ["passkey8000", "generation"]
+
+
+@pytest.mark.parametrize("key, value", [("commit", "def"), ("cpu", "EPYC, 2 cores"), ("isa", "AVX2")])
+def test_readme_measures_again_what_is_of_another_commit_or_machine(key, value, parts, monkeypatch, tmp_path):
+    run_readme(monkeypatch, tmp_path)
+    parts.started = []
+    monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, key: value})
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert parts.started == ALL_PARTS
+
+
+def test_readme_measures_again_in_more_rounds(parts, monkeypatch, tmp_path):
+    run_readme(monkeypatch, tmp_path, "--rounds", "3")
+    parts.started = []
+    run_readme(monkeypatch, tmp_path, "--rounds", "5")
+    assert parts.started == ALL_PARTS
+
+
+@pytest.mark.parametrize("commit", ["abc+changes", None])
+def test_readme_refuses_a_tree_with_changes(commit, parts, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, "commit": commit})
+    with pytest.raises(SystemExit) as stopped:
+        run_readme(monkeypatch, tmp_path)
+    assert stopped.value.code == 2 and not parts.started
+    assert str(commit) in capsys.readouterr().err
+    for _ in range(2):
+        parts.started = []
+        assert run_readme(monkeypatch, tmp_path, "--allow-dirty") == 0
+        assert parts.started == ALL_PARTS, "what is finished of a tree with changes does not count"
+
+
+def test_readme_discards_what_was_measured_while_the_tree_changed(parts, monkeypatch, tmp_path):
+    def change():
+        if parts.started[-1] == "passkey4096":
+            monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, "commit": "abc+changes"})
+
+    parts.change = change
+    assert run_readme(monkeypatch, tmp_path) == 1
+    monkeypatch.setattr(readme, "describe_run", lambda: dict(CLEAN))
+    parts.change, parts.started = lambda: None, []
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert parts.started == ["streaming", "passkey4096", "passkey8000", "generation"], "they share a file"
+
+
+def test_readme_copies_no_file_of_which_parts_are_missing(parts, monkeypatch, tmp_path):
+    assert run_readme(monkeypatch, tmp_path, "--only", "loss", "decode") == 0
+    assert parts.started == ["decode", "streaming"]
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"readme-decode.json", "readme-decode.png"}
+
+
+def test_the_plots_of_readme_are_drawn_alike_each_time(parts, monkeypatch, tmp_path):
+    run_readme(monkeypatch, tmp_path)
+    before = {name: (tmp_path / "results" / name).read_bytes() for name in PLOTS}
+    parts.started = []
+    assert run_readme(monkeypatch, tmp_path, "--plots") == 0
+    assert not parts.started
+    assert before == {name: (tmp_path / "results" / name).read_bytes() for name in PLOTS}
+
+
+def test_a_dry_run_of_readme_leaves_results_alone(parts, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks readme", "M", "--dry-run"])
+    with pytest.raises(SystemExit):
+        readme.main()
+    assert "give it an --output" in capsys.readouterr().err
+    run_readme(monkeypatch, tmp_path)
+    parts.started = []
+    assert run_readme(monkeypatch, tmp_path, "--dry-run", "--only", "throughput") == 0
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert parts.started == ["throughput"], "what is finished of the real run still counts"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("name", readme.CASES)
+def test_the_cases_know_the_options_that_readme_gives_them(name, dry_run, tiny_model, monkeypatch, tmp_path):
+    sizes = (readme.DRY_RUN_SIZES if dry_run else readme.SIZES)[name]
+    status, child = run(name, monkeypatch, tmp_path, str(tiny_model), *sizes.split(), "--rounds", "3")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert status == 0 and len(result["rounds"]) == 3 and "isa" in result["run"]
+    assert any("streaming" in variant for variant in child.jobs)
+    if name == "decode":
+        readme.draw_decode(FakePanel(), tmp_path / "out.json")
+
+
+class FakePanel:
+    """Stands for matplotlib's Axes: takes everything."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("sizes", [readme.SIZES, readme.DRY_RUN_SIZES], ids=["readme", "dry-run"])
+def test_eval_knows_the_options_that_readme_gives_it(sizes):
+    parser = argparse.ArgumentParser()
+    evaluation.add_options(parser)
+    engine_options = ["--kv-cache-memory-bytes"]
+    parser.add_argument(*engine_options, type=int)
+    for name in sizes.keys() - set(readme.CASES):
+        args = parser.parse_args([*sizes[name].split(), *readme.EVAL_OPTIONS.split()])
+        assert args.methods == ["qfilters", "streaming"]
+        if sizes is readme.SIZES and args.tasks == ["passkey"]:
+            (length,), (fraction,) = args.lengths, args.fractions
+            assert math.ceil(fraction * length) == readme.BUDGET
+        elif sizes is readme.SIZES:
+            assert readme.BUDGET in args.budgets
