@@ -47,9 +47,10 @@ def measure(job: dict[str, Any]) -> Numbers:
         max_model_len=max(job["contexts"]) + 3 * job["steps"] + 256,
         enable_prefix_caching=False,
     )
-    scorer = getattr(getattr(engine.runner, "compactor", None), "scorer", None)
-    if hasattr(scorer, "write"):  # on GPUs it is one kernel with the write of keys and values
-        engine.time_calls(scorer, "write", "what scores are made of")
+    for layer in getattr(engine.runner, "layers", []):
+        # On GPUs the token stats are written by the kernel that writes keys and values.
+        if layer.impl.write_stats is not None and not engine.runner.ops.compiles:
+            engine.time_calls(layer.impl, "write_stats", "token stats")
     by_context = {str(context): measure_context(engine, job, context) for context in job["contexts"]}
     return {
         **by_context[str(max(job["contexts"]))],

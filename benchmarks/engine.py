@@ -80,10 +80,10 @@ class Engine:
         """Times calls of a method of ``owner`` from now on, and counts them as ``part``."""
         function = getattr(owner, name)
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return function(*args)
+                return function(*args, **kwargs)
             finally:
                 self.seconds[part] += time.perf_counter() - begin
 

@@ -34,16 +34,18 @@ import torch
 import triton
 
 from benchmarks.case import RESULTS, check_output
-from vllm_qfilters.kernels import reference
-from vllm_qfilters.kernels.batch import Compaction, CompactionBatch
+from vllm_qfilters.kernels import REFERENCE_OPS
+from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.kernels.ops import Observation, TokenStat
 from vllm_qfilters.kernels.triton.compaction import compact
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
-from vllm_qfilters.kernels.triton.observation import Observation, observe
+from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import score_resident
 from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
-from vllm_qfilters.kernels.triton.write_and_score import Score, write_and_score
+from vllm_qfilters.kernels.triton.write_and_score import write_and_score
+from vllm_qfilters.plan import RequestCompaction
 
 DEVICE = "cpu" if IS_DRY_RUN else "cuda"
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, DTYPE = 32, 32, 8, 128, 16, torch.bfloat16
@@ -64,7 +66,7 @@ def make_cache(num_blocks: int, num_layers: int = NUM_LAYERS, block_size: int = 
     shape = (num_layers, num_blocks, NUM_KV_HEADS, block_size, content)
     strides = (num_blocks * page, page, content, NUM_KV_HEADS * content, 1)
     cache = StridedCache(buffer.as_strided(shape, strides).unbind())
-    cache.rows.normal_()
+    cache.key_values.normal_()
     cache.scores.normal_()
     return cache
 
@@ -81,7 +83,7 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
     """Writes one layer's keys and values of a step, parts of one qkv tensor, to scattered slots."""
     num_blocks = max(STEPS) // BLOCK_SIZE + 1
     cache = make_cache(num_blocks, num_layers=1)
-    view, planes, plane = cache.rows[0], cache.planes[0], cache.scores[0]
+    view, planes, plane = cache.key_values[0], cache.planes[0], cache.scores[0]
     filters = torch.randn(NUM_KV_HEADS, HEAD_SIZE, device=DEVICE)
     cases = {}
     for num_tokens in STEPS:
@@ -91,17 +93,17 @@ def write_cases() -> dict[str, tuple[Callable[[], object], int]]:
         num_bytes = 2 * 2 * key.numel() * DTYPE.itemsize
 
         def fused(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, planes, slots, Score.PROJECTION, filters)
+            write_and_score(key, value, view, planes, slots, TokenStat.PROJECTION, filters)
 
         def write(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, planes, slots, Score.NONE)
+            write_and_score(key, value, view, planes, slots, TokenStat.NONE)
 
         def unfused(key=key, value=value, slots=slots):
-            write_and_score(key, value, view, planes, slots, Score.NONE)
+            write_and_score(key, value, view, planes, slots, TokenStat.NONE)
             plane[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = (key.float() * filters).sum(-1)
 
         def pytorch(key=key, value=value, slots=slots):
-            reference.write_and_score(key, value, view, plane, slots, filters)
+            REFERENCE_OPS.write(TokenStat.PROJECTION, key, value, view, planes, slots, filters)
 
         for name, call in (
             ("fused", fused),
@@ -121,8 +123,8 @@ def make_batch(num_sequences: int, resident: int, evicted: int, window: int, blo
     compactions = []
     for index, row in enumerate(pages.tolist()):
         new_pages = row[:first_out] + row[first_out + evicted // block_size :]
-        compactions.append(Compaction(index, resident, resident, evicted, SINKS, window, new_pages))
-    return CompactionBatch.make(compactions, pages.to(DEVICE, torch.int32))
+        compactions.append(RequestCompaction("", resident, resident, evicted, SINKS, window, tuple(new_pages)))
+    return CompactionBatch.make(compactions, range(num_sequences), pages.to(DEVICE, torch.int32))
 
 
 def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object], int]]:
@@ -194,10 +196,10 @@ def attention_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object],
     batch = make_batch(num_sequences, CONTEXT, CONTEXT - BUDGET, min(WINDOW, BUDGET // 2), ATTENTION_BLOCK)
     query = torch.randn(1, num_sequences, NUM_KV_HEADS, group, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
     before, after = (batch.block_table.tolist(), CONTEXT), ([row.new_pages for row in batch.compactions], BUDGET)
-    key, value = keys_and_values(cache.rows[0], group)
+    key, value = keys_and_values(cache.key_values[0], group)
     scores = gather_scores(cache.scores, batch)
     compact(cache, batch, select_kept(scores, batch, 1, NUM_KV_HEADS), NUM_KV_HEADS)
-    compacted_key, compacted_value = keys_and_values(cache.rows[0], group)
+    compacted_key, compacted_value = keys_and_values(cache.key_values[0], group)
     cases = {}
     for name, (pages, length), tensors in (
         ("whole", before, (key, value)),

@@ -17,7 +17,7 @@ from benchmarks.case import Case, Numbers
 from benchmarks.engine import Engine
 
 PARTS = {
-    "keys scored at the write": ("scorer", "write"),
+    "keys scored at the write": ("layers", "write_stats"),
     "pages scored on the worker": ("page_scorer", "score_filled_pages"),
     "scores put into the output": ("page_scorer", "attach"),
     "scores expected by the manager": ("pages", "expect_scores"),
@@ -42,9 +42,14 @@ def measure(job: dict[str, Any]) -> Numbers:
         enable_prefix_caching=False,
     )
     runner = engine.runner
-    owners = {"scorer": runner.layers[0].impl.scorer, "page_scorer": runner.page_scorer, "pages": engine.manager}
+    owners = {
+        "layers": [layer.impl for layer in runner.layers],
+        "page_scorer": [runner.page_scorer],
+        "pages": [engine.manager],
+    }
     for part, (owner, name) in PARTS.items():
-        engine.time_calls(owners[owner], name, part)
+        for each in owners[owner]:
+            engine.time_calls(each, name, part)
     for index, prompt in enumerate(engine.prompts(job["sequences"], job["context"])):
         engine.add(str(index), prompt[17 * index :], job["steps"] + 32)  # pages fill at other steps
     engine.read_prompts()
