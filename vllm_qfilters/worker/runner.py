@@ -27,7 +27,6 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.filters.bank import HORIZON, FilterBank
 from vllm_qfilters.filters.calibrate import (
@@ -43,6 +42,7 @@ from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.policy import Policy
 from vllm_qfilters.scorers import RecentQueries
 from vllm_qfilters.worker.collectives import mean_over_ranks
 from vllm_qfilters.worker.kept_tokens import KeptTokens
@@ -67,7 +67,7 @@ class CompressedModelRunner:
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
+        self.compression = Policy.from_vllm_config(vllm_config)
         self.evicted = EvictedTokens()
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []  # attention layers in order, once the cache exists
@@ -98,6 +98,8 @@ class CompressedModelRunner:
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
+        # A backend may have changed the block size since the front end looked.
+        self.compression = self.compression.for_block_size(self.cache_config.block_size)
         check_specs(self.compression, specs, self.model_config.max_model_len)
         layers = self.compilation_config.static_forward_context
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
@@ -123,7 +125,7 @@ class CompressedModelRunner:
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
                 )
-        self.compression.check_block_size(block_size)  # a backend may have changed it since the front end looked
+        self.compression.check_block_size(block_size)
         return compressed
 
     def reserve_recent_queries(self) -> None:
@@ -313,7 +315,7 @@ class CompressedModelRunner:
         return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
 
 
-def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:
+def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"

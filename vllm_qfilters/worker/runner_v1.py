@@ -75,7 +75,13 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     def _scorer(self, filters: Filters | None) -> Scorer:
         config, cache = self.compression, self.cache
         if config.method != "qfilters":
-            scorers = {"streaming": Scorer, "knorm": KeyNormScorer, "keydiff": KeyDiffScorer, "random": RandomScorer}
+            scorers = {
+                "streaming": Scorer,
+                "knorm": KeyNormScorer,
+                "keydiff": KeyDiffScorer,
+                "random_once": RandomScorer,
+                "random": RandomScorer,
+            }
             return scorers[config.method](cache)
         if config.filter == "static":
             return StaticFilterScorer(cache, self.static_filters(filters))

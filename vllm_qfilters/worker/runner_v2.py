@@ -100,7 +100,12 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         if config.method == "keydiff":
             return BatchKeyDiffScorer(cache)
         if config.method != "qfilters":
-            written = {"streaming": Score.NONE, "knorm": Score.NEGATIVE_NORM, "random": Score.RANDOM}[config.method]
+            written = {
+                "streaming": Score.NONE,
+                "knorm": Score.NEGATIVE_NORM,
+                "random_once": Score.RANDOM,
+                "random": Score.RANDOM,
+            }[config.method]
             return BatchScorer(cache, written)
         if config.filter == "static":
             static = self.static_filters(filters).to(self.device, torch.float32).contiguous()
