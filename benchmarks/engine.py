@@ -12,9 +12,10 @@ class Engine:
 
     Args:
         job: ``model``, ``budget``, ``kv_cache_memory_bytes``, ``llm`` and ``options`` as given on the command line.
-        method: the method of KV compression, or None for plain vLLM.
-        options: further options of KV compression; they take precedence over the job's.
-        llm: further arguments of vLLM's LLM; they take precedence over the job's.
+        method: of KV compression; None: plain vLLM.
+        options: of KV compression, for all variants; a method that does not read one goes without. ``llm`` below
+            takes precedence over the job's.
+        llm: further arguments of vLLM's LLM.
 
     Attributes:
         runner: the model runner.
@@ -27,10 +28,14 @@ class Engine:
         from vllm import LLM
 
         from vllm_qfilters import kv_compression
+        from vllm_qfilters.methods.catalog import OPTIONS_OF_SOME, entry
 
-        compression = (
-            {} if method is None else kv_compression(method, **{"budget": job["budget"], **job["options"], **options})
-        )
+        compression = {}
+        if method is not None:
+            options = {"budget": job["budget"], **job["options"], **options}
+            unread = OPTIONS_OF_SOME - entry(method, options.get("filter")).options
+            given = {name: value for name, value in options.items() if name not in unread}
+            compression = kv_compression(method, **given)
         given = {
             "kv_cache_memory_bytes": job["kv_cache_memory_bytes"] or None,
             "max_num_batched_tokens": 2048,

@@ -9,6 +9,7 @@ from vllm.inputs import TokensPrompt
 from vllm.triton_utils import dispatcher
 
 from vllm_qfilters import kv_compression
+from vllm_qfilters.methods.catalog import METHODS
 
 BLOCK = 32
 
@@ -54,12 +55,13 @@ class Engines:
             tuple(sorted(options.items())),
         )
         if key not in self._engines:
+            filters = {"filters": str(self._filters)} if METHODS[method].needs_filters else {}
             self._engines[key] = Engine(
                 self._model,
                 num_blocks,
                 max_model_len,
                 max_batched,
-                kv_compression(method, **{"filters": str(self._filters), **options}),
+                kv_compression(method, **{**filters, **options}),
                 kv_cache_dtype=kv_cache_dtype,
                 **(speculation(num_drafts) if num_drafts else {}),
             )

@@ -44,6 +44,7 @@ from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.scoring import BACKENDS
 from vllm_qfilters.commands.inspection.command import assemble
+from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
@@ -183,7 +184,8 @@ def run(
     """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
     options = {}
     if compression is not None:
-        options = kv_compression(**{"filters": job["filters"], **compression})
+        filters = {"filters": job["filters"]} if METHODS[compression.get("method", "qfilters")].needs_filters else {}
+        options = kv_compression(**{**filters, **compression})
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
     else:
         register_triton(AttentionBackendEnum.TRITON_ATTN.value)

@@ -104,7 +104,7 @@ def test_what_every_layer_slides_over_costs_nothing(granularity, tmp_path_factor
     options = dict(budget=160, window=0, sinks=4, interval=32, chunk=128, granularity=granularity)
     prompts = [random_prompt(700, seed=1), random_prompt(333, seed=2)]
     answers = []
-    for compression in ({}, kv_compression("random", **options)):
+    for compression in ({}, kv_compression("random_once", **options)):
         engine = Engine(model, 512, 2048, 256, compression)
         answers.append([tokens_and_logprobs(output) for output in engine.generate(prompts, max_tokens=300)])
     assert engine.scheduler.compression_stats.evicted_tokens > 2 * 9 * BLOCK

@@ -86,7 +86,7 @@ class Simulation:
         options = dict(budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity)
         args = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048, max_num_seqs=64,
-            max_num_batched_tokens=512, **kv_compression("random", **options),
+            max_num_batched_tokens=512, **kv_compression("random_once", **options),
         )  # fmt: skip
         config = args.create_engine_config()
         config.cache_config.num_gpu_blocks = NUM_BLOCKS

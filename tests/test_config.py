@@ -1,4 +1,4 @@
-"""The configuration: what it refuses, and what limits a request gets from it."""
+"""The configuration: what it refuses, what it is resolved to, and what limits a request gets from it."""
 
 import dataclasses
 import json
@@ -9,20 +9,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_qfilters.budget import RequestLimits
-from vllm_qfilters.config import (
-    ADDITIONAL_CONFIG_KEY,
-    FILTERS,
-    GRANULARITIES,
-    METHODS,
-    PREFILLS,
-    SCOPES,
-    KVCompressionConfig,
-)
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, GRANULARITIES, PREFILLS, SCOPES, KVCompressionConfig
+from vllm_qfilters.methods.catalog import METHODS, OPTIONS_OF_SOME, QFILTERS
+from vllm_qfilters.policy import Policy, resolve
 
 BUDGET_RANGE = ("an integer > 0", "<= 1.0")
 WINDOW_RANGE = ("an integer >= 0", "0 <= window < 1")
-OPTIONS = [field for field in dataclasses.fields(KVCompressionConfig) if field.init]
-SMALL = dict(budget=512, window=64, sinks=4, interval=32, chunk=256, filter="static")
+OPTIONS = dataclasses.fields(KVCompressionConfig)
+SMALL = dict(budget=512, window=64, sinks=4, interval=32)
+STATIC = dict(SMALL, filter="static")
+CHUNKED = dict(STATIC, chunk=256)
 
 REFUSED = {
     # id: (options, what the message must name)
@@ -59,33 +55,42 @@ REFUSED = {
     "interval-negative": (dict(interval=-32), ("interval=-32:", "an integer >= 1")),
     "interval-float": (dict(interval=32.0), ("interval=32.0:", "an integer >= 1")),
     "chunk-zero": (dict(chunk=0), ("chunk=0:", "an integer >= 1")),
-    "chunk-none": (dict(chunk=None), ("chunk=None:", "an integer >= 1")),
+    "sinks-none": (dict(sinks=None), ("sinks=None:", "an integer >= 0")),
+    "chunk-float": (dict(chunk=256.0), ("chunk=256.0:", "an integer >= 1")),
     "prefill-interval-zero": (dict(prefill_interval=0), ("prefill_interval=0:", "an integer >= 1")),
     "prefill-interval-float": (dict(prefill_interval=64.0), ("prefill_interval=64.0:", "an integer >= 1")),
     "prefill-interval-above-chunk": (
         dict(prefill_interval=512, chunk=256),
         ("prefill_interval=512:", "at most chunk=256"),
     ),
-    "method-unknown": (dict(method="snapkv"), ("method='snapkv':", *METHODS)),
+    "prefill-interval-above-the-default-chunk": (
+        dict(prefill_interval=4096),
+        ("prefill_interval=4096:", "at most chunk=2048"),
+    ),
+    "method-unknown": (dict(method="h2o"), ("method='h2o':", *METHODS)),
     "method-none": (dict(method=None), ("method=None:", *METHODS)),
     "granularity-unknown": (dict(granularity="token"), ("granularity='token':", *GRANULARITIES)),
     "prefill-unknown": (dict(prefill="none"), ("prefill='none':", *PREFILLS)),
     "scope-unknown": (dict(scope="prompt"), ("scope='prompt':", *SCOPES)),
-    "filter-unknown": (dict(filter="svd"), ("filter='svd':", *FILTERS)),
+    "filter-unknown": (dict(filter="svd"), ("filter='svd':", *QFILTERS)),
     "rank-negative": (dict(rank=-1), ("rank=-1:", "an integer >= 0")),
     "rank-float": (dict(rank=8.0), ("rank=8.0:", "an integer >= 0")),
     "observed-negative": (dict(observed=-1), ("observed=-1:", "an integer >= 0")),
     "observed-true": (dict(observed=True), ("observed=True:", "an integer >= 0")),
     "filters-empty": (dict(filters=""), ("filters='':", "'auto'", "a file")),
-    "filters-none": (dict(filters=None), ("filters=None:", "'auto'", "a file")),
+    "filters-true": (dict(filters=True), ("filters=True:", "'auto'", "a file")),
 }
+
+
+def policy_of(**options) -> Policy:
+    return resolve(KVCompressionConfig(**options))
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
     options, parts = REFUSED[case]
     with pytest.raises(ValueError) as refusal:
-        KVCompressionConfig(**options)
+        policy_of(**options)
     for part in parts:
         assert part in str(refusal.value)
 
@@ -100,7 +105,7 @@ def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
         pytest.param(dict(window=0, sinks=0), id="nothing-protected"),
         pytest.param(dict(window=0.0), id="window-fraction-zero"),
         *(pytest.param(dict(method=method), id=f"method-{method}") for method in METHODS),
-        *(pytest.param(dict(filter=filter), id=f"filter-{filter}") for filter in FILTERS),
+        *(pytest.param(dict(filter=filter), id=f"filter-{filter}") for filter in QFILTERS),
         pytest.param(dict(rank=0, observed=0), id="mean-alone"),
         *(
             pytest.param(dict(granularity=granularity), id=f"granularity-{granularity}")
@@ -112,6 +117,7 @@ def test_a_value_out_of_range_is_refused_naming_value_and_range(case):
 )
 def test_a_valid_configuration_survives_json(options):
     config = KVCompressionConfig(**options)
+    assert resolve(config).written is config
     values = json.loads(json.dumps(config.to_dict()))
     assert KVCompressionConfig.from_dict(values) == config
     for name, value in options.items():
@@ -136,20 +142,26 @@ def test_the_sliding_window_is_the_models_and_no_option():
         KVCompressionConfig.from_dict({"sliding_window": 64})
 
 
-def test_a_configuration_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        KVCompressionConfig().budget = 1
+def test_what_was_written_and_what_was_resolved_cannot_be_changed():
+    config = KVCompressionConfig()
+    for record in (config, resolve(config)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            record.budget = 1
+    assert config == KVCompressionConfig(), "resolving edits nothing"
 
 
-def of_model(sliding_window: int | None, layer_types: list[str] | None = None, **options) -> KVCompressionConfig:
-    """The configuration as an engine reads it that serves a model with such a window."""
+def of_model(
+    sliding_window: int | None, layer_types: list[str] | None = None, block_size: int = 16, **options
+) -> Policy:
+    """The policy of an engine that serves a model with such a window."""
     additional = {ADDITIONAL_CONFIG_KEY: KVCompressionConfig(**options).to_dict(), "other": 1}
     hf_text_config = SimpleNamespace() if layer_types is None else SimpleNamespace(layer_types=layer_types)
     model_config = SimpleNamespace(
         get_sliding_window=lambda: sliding_window, max_model_len=4096, hf_text_config=hf_text_config
     )
-    return KVCompressionConfig.from_vllm_config(
-        SimpleNamespace(additional_config=additional, model_config=model_config)
+    cache_config = SimpleNamespace(block_size=block_size)
+    return Policy.from_vllm_config(
+        SimpleNamespace(additional_config=additional, model_config=model_config, cache_config=cache_config)
     )
 
 
@@ -169,7 +181,8 @@ def test_which_sliding_windows_count(window, layer_types, expected):
 
 
 def test_the_engine_configuration_carries_it():
-    assert of_model(None, **SMALL) == KVCompressionConfig(**SMALL)
+    assert of_model(None, **CHUNKED) == policy_of(**CHUNKED)
+    assert of_model(None, **CHUNKED).written == KVCompressionConfig(**CHUNKED)
 
 
 @pytest.mark.parametrize("window, kept", [(0, 63), (63, 63), (64, 64), (0.25, 63), (0.5, 100)])
@@ -194,12 +207,35 @@ def test_a_budget_below_a_sliding_window_is_refused(window):
 
 @pytest.mark.parametrize("additional", [{}, {"other": 1}, None, object()], ids=["empty", "other-key", "none", "object"])
 def test_an_engine_without_it_is_not_compressed(additional):
-    assert KVCompressionConfig.from_vllm_config(SimpleNamespace(additional_config=additional)) is None
+    vllm_config = SimpleNamespace(additional_config=additional)
+    assert KVCompressionConfig.from_vllm_config(vllm_config) is Policy.from_vllm_config(vllm_config) is None
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_the_defaults_fit_every_block_size(block_size):
-    KVCompressionConfig().check_block_size(block_size)
+@pytest.mark.parametrize(
+    ("block_size", "tokens"),
+    [
+        *((size, (128, 2048, 512)) for size in (1, 16, 32, 64, 128)),
+        (96, (192, 2112, 576)),
+        (256, (256, 2048, 512)),
+        (544, (544, 2176, 544)),
+    ],
+)
+def test_the_defaults_fit_every_block_size(block_size, tokens):
+    of_size = of_model(None, block_size=block_size)
+    of_size.check_block_size(block_size)
+    assert (of_size.interval, of_size.chunk, of_size.prefill_interval) == tokens
+    assert of_model(None, block_size=16).for_block_size(block_size) == of_size, "a backend may choose it late"
+
+
+def test_what_the_user_gave_is_never_rounded_to_the_block_size():
+    policy = policy_of(interval=128, chunk=1280)
+    for block_size, refusal in ((256, "interval=128 is not a multiple"), (100, "interval=128 is not a multiple")):
+        with pytest.raises(ValueError, match=refusal):
+            policy.for_block_size(block_size).check_block_size(block_size)
+    policy = policy_of(chunk=1280).for_block_size(256)
+    assert (policy.interval, policy.chunk, policy.prefill_interval) == (256, 1280, 512)
+    policy = policy_of(chunk=256, prefill_interval=256).for_block_size(256)
+    assert (policy.interval, policy.chunk, policy.prefill_interval) == (256, 256, 256)
 
 
 @pytest.mark.parametrize("name", ["interval", "chunk", "prefill_interval"])
@@ -207,13 +243,13 @@ def test_the_defaults_fit_every_block_size(block_size):
     ("value", "block_size", "suggested"), [(100, 32, 96), (5, 32, 32), (129, 128, 128), (250, 128, 256)]
 )
 def test_tokens_that_are_no_whole_pages_are_refused_with_a_value_that_fits(name, value, block_size, suggested):
-    config = KVCompressionConfig(**{"interval": block_size, "chunk": 16 * block_size, name: value})
+    options = {"interval": block_size, "chunk": 16 * block_size, name: value}
     with pytest.raises(ValueError) as refusal:
-        config.check_block_size(block_size)
+        policy_of(**options).check_block_size(block_size)
     assert f"{name}={value} " in str(refusal.value)
     assert f"block size {block_size}" in str(refusal.value)
     assert f"set {name} to {suggested}," in str(refusal.value)
-    dataclasses.replace(config, **{"prefill_interval": None, name: suggested}).check_block_size(block_size)
+    policy_of(**{**options, name: suggested}).for_block_size(block_size).check_block_size(block_size)
 
 
 @pytest.mark.parametrize(
@@ -232,24 +268,24 @@ def test_tokens_that_are_no_whole_pages_are_refused_with_a_value_that_fits(name,
 )
 def test_a_bad_budget_of_a_request_is_refused_naming_value_and_range(value, parts):
     with pytest.raises(ValueError) as refusal:
-        KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens=1000)
+        policy_of(**CHUNKED).request_limits({"kv_budget": value}, prompt_tokens=1000)
     for part in parts:
         assert part in str(refusal.value)
 
 
 def test_a_refused_budget_of_a_request_says_how_to_switch_compression_off():
     with pytest.raises(ValueError, match="0 to switch compression off"):
-        KVCompressionConfig(**SMALL).request_limits({"kv_budget": -1}, prompt_tokens=1000)
+        policy_of(**CHUNKED).request_limits({"kv_budget": -1}, prompt_tokens=1000)
 
 
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_a_request_with_budget_zero_is_not_compressed(zero):
-    assert KVCompressionConfig(**SMALL).request_limits({"kv_budget": zero}, prompt_tokens=1000) is None
+    assert policy_of(**CHUNKED).request_limits({"kv_budget": zero}, prompt_tokens=1000) is None
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 7}], ids=["none", "empty", "other-key"])
 def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
-    limits = KVCompressionConfig(**SMALL).request_limits(extra_args, prompt_tokens=1000)
+    limits = policy_of(**CHUNKED).request_limits(extra_args, prompt_tokens=1000)
     assert limits == RequestLimits(
         budget=512, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True
     )
@@ -267,21 +303,21 @@ def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
     ],
 )
 def test_a_request_sets_its_own_budget(value, prompt_tokens, budget):
-    limits = KVCompressionConfig(**SMALL).request_limits({"kv_budget": value}, prompt_tokens)
+    limits = policy_of(**CHUNKED).request_limits({"kv_budget": value}, prompt_tokens)
     assert limits == RequestLimits(
         budget, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True
     )
 
 
 def test_a_configured_fraction_is_of_the_prompt():
-    config = KVCompressionConfig(**{**SMALL, "budget": 0.5})
+    config = policy_of(**{**CHUNKED, "budget": 0.5})
     assert config.request_limits(None, prompt_tokens=3000).budget == 1500
     assert config.request_limits({"kv_budget": 200}, prompt_tokens=3000).budget == 200
 
 
 @pytest.mark.parametrize(("budget", "window"), [(512, 256), (301, 150), (0.25, 125)])
 def test_a_fractional_window_is_of_the_budget_of_the_request(budget, window):
-    config = KVCompressionConfig(**{**SMALL, "window": 0.5})
+    config = policy_of(**{**CHUNKED, "window": 0.5})
     assert config.request_limits({"kv_budget": budget}, prompt_tokens=1000).window == window
 
 
@@ -290,7 +326,7 @@ def test_a_fractional_window_is_of_the_budget_of_the_request(budget, window):
     [pytest.param(1000, 1512, 1000, id="long-prompt"), pytest.param(3, 515, 4, id="prompt-below-sinks")],
 )
 def test_scope_decode_keeps_the_prompt_beside_the_budget(prompt_tokens, budget, sinks):
-    limits = KVCompressionConfig(**SMALL, scope="decode").request_limits(None, prompt_tokens)
+    limits = policy_of(**STATIC, scope="decode").request_limits(None, prompt_tokens)
     expected = RequestLimits(
         budget, window=64, sinks=sinks, interval=32, chunk=None, prefill_interval=None, keeps_distinct=True
     )
@@ -298,35 +334,36 @@ def test_scope_decode_keeps_the_prompt_beside_the_budget(prompt_tokens, budget, 
 
 
 def test_scope_decode_takes_a_fractional_window_of_the_generated_tokens_alone():
-    limits = KVCompressionConfig(budget=512, window=0.25, scope="decode").request_limits(None, prompt_tokens=1000)
+    limits = policy_of(budget=512, window=0.25, scope="decode").request_limits(None, prompt_tokens=1000)
     assert limits.window == 128
 
 
 @pytest.mark.parametrize(("chunk", "interval"), [(2048, 512), (512, 512), (128, 128)])
 def test_prompts_are_cut_every_512_tokens_or_every_chunk(chunk, interval):
-    config = KVCompressionConfig(chunk=chunk)
-    assert config.prefill_interval == config.request_limits(None, prompt_tokens=1000).prefill_interval == interval
-    assert KVCompressionConfig.from_dict(config.to_dict()) == config
+    policy = policy_of(chunk=chunk)
+    assert policy.prefill_interval == policy.request_limits(None, prompt_tokens=1000).prefill_interval == interval
+    assert KVCompressionConfig.from_dict(policy.written.to_dict()) == policy.written
 
 
 def test_prefill_full_cuts_no_prompt_in_chunks():
-    config = KVCompressionConfig(**SMALL, prefill="full")
+    config = policy_of(**STATIC, prefill="full")
     assert not config.evicts_prompts_in_chunks
     assert config.request_limits(None, prompt_tokens=1000).chunk is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_streaming_alone_keeps_recent_tokens_only(method):
-    limits = KVCompressionConfig(**SMALL, method=method).request_limits(None, prompt_tokens=1000)
+    limits = policy_of(**SMALL, method=method).request_limits(None, prompt_tokens=1000)
     assert limits.recent_only == (method == "streaming")
     assert limits.protected_window(kept=480) == (476 if method == "streaming" else 64)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "keydiff"])
+@pytest.mark.parametrize("granularity, method", [
+    (granularity, method) for granularity in GRANULARITIES for method, entry in METHODS.items()
+    if granularity != "page" or entry.scores_are_final or method == "qfilters"
+])  # fmt: skip
 def test_what_a_prompt_holds_beyond_the_budget_is_distinct_for_qfilters_alone(method, granularity):
-    config = KVCompressionConfig(**{**SMALL, "granularity": granularity}, method=method)
-    limits = config.request_limits(None, prompt_tokens=1000)
+    limits = policy_of(**SMALL, granularity=granularity, method=method).request_limits(None, prompt_tokens=1000)
     assert limits.distinct_tokens(kept=600) == (88 if method == "qfilters" and granularity != "page" else 0)
     assert limits.distinct_tokens(kept=512) == limits.distinct_tokens(kept=400) == 0
 
@@ -340,10 +377,12 @@ def test_what_a_prompt_holds_beyond_the_budget_is_distinct_for_qfilters_alone(me
         pytest.param(dict(filter="rotary"), 0, 1, id="rotary"),
         pytest.param(dict(filter="static"), 0, 1, id="static"),
         pytest.param(dict(method="knorm"), 0, 1, id="other-method"),
+        pytest.param(dict(method="snapkv"), 32, 1, id="method-that-looks"),
+        pytest.param(dict(method="tova"), 1, 1, id="method-that-looks-once"),
     ],
 )
 def test_observed_queries_take_a_plane_and_make_windows_private(options, queries, planes):
-    config = KVCompressionConfig(**options)
+    config = policy_of(**options)
     assert (config.observed_queries, config.num_planes) == (queries, planes)
     assert config.request_limits(None, prompt_tokens=1000).private_window == (queries > 0)
 
@@ -351,15 +390,15 @@ def test_observed_queries_take_a_plane_and_make_windows_private(options, queries
 @pytest.mark.parametrize(
     ("options", "max_model_len", "tokens"),
     [
-        pytest.param({}, 10_000, 512 + 256, id="budget-and-chunk"),
-        pytest.param({}, 600, 600, id="short-model"),
+        pytest.param(dict(chunk=256), 10_000, 512 + 256, id="budget-and-chunk"),
+        pytest.param(dict(chunk=256), 600, 600, id="short-model"),
         pytest.param(dict(prefill="full"), 10_000, 10_000, id="prefill-full"),
         pytest.param(dict(scope="decode"), 10_000, 10_000, id="scope-decode"),
-        pytest.param(dict(budget=0.5), 10_000, 5000 + 256, id="fraction"),
+        pytest.param(dict(budget=0.5, chunk=256), 10_000, 5000 + 256, id="fraction"),
     ],
 )
 def test_the_most_one_sequence_holds(options, max_model_len, tokens):
-    assert KVCompressionConfig(**{**SMALL, **options}).max_resident_tokens(max_model_len) == tokens
+    assert policy_of(**{**STATIC, **options}).max_resident_tokens(max_model_len) == tokens
 
 
 @settings(deadline=None)
@@ -374,7 +413,7 @@ def test_the_most_one_sequence_holds(options, max_model_len, tokens):
 def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
     window, sinks, interval, scope, kv_budget, prompt_tokens
 ):
-    config = KVCompressionConfig(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
+    config = policy_of(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
     if isinstance(kv_budget, int):
         kv_budget += config.min_budget()
     limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens)
@@ -389,7 +428,7 @@ def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
     pages_per_interval=st.integers(1, 4),
     prefill=st.sampled_from(PREFILLS),
     scope=st.sampled_from(SCOPES),
-    method=st.sampled_from([method for method in METHODS if method != "keydiff"]),
+    method=st.sampled_from([name for name, entry in METHODS.items() if entry.scores_are_final or name == "qfilters"]),
     kv_budget=st.one_of(st.floats(0, 1, exclude_min=True), st.integers(0, 300)),
     prompt_tokens=st.integers(1, 3000),
     surplus=st.integers(0, 3000),
@@ -409,7 +448,7 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
     is_prefilling,
 ):
     interval = pages_per_interval * block_size
-    config = KVCompressionConfig(
+    config = policy_of(
         method=method,
         budget=1.0,
         window=window,
@@ -431,12 +470,47 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
 
 
 def test_page_granularity_needs_a_budget_of_whole_pages():
-    config = KVCompressionConfig(**{**SMALL, "budget": 220, "granularity": "page"})
-    config.check_block_size(32)
+    options = dict(CHUNKED, granularity="page")
+    policy = policy_of(**dict(options, budget=220))
+    policy.check_block_size(32)
     with pytest.raises(
         ValueError, match="budget=160: at least 162 tokens are needed .* in whole pages of 32; raise budget"
     ):
-        dataclasses.replace(config, budget=160).check_block_size(32)
-    dataclasses.replace(config, budget=160, granularity="layer").check_block_size(32)
-    limits = config.request_limits(None, prompt_tokens=1000, block_size=32)
+        policy_of(**dict(options, budget=160)).check_block_size(32)
+    policy_of(**dict(options, budget=160, granularity="layer")).check_block_size(32)
+    limits = policy.request_limits(None, prompt_tokens=1000, block_size=32)
     assert (limits.budget, limits.sinks) == (220, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (
+            dict(filter="expected"),
+            "filter='expected' scores a token by where its sequence stands, .* use filter 'static', or choose granularity",
+        ),
+        (dict(filter="rotary"), "filter='rotary' scores a token by where its sequence stands"),
+        *(
+            (dict(method=method), f"method='{method}' scores a token anew .* choose granularity 'layer' or 'head'")
+            for method, entry in METHODS.items()
+            if not entry.scores_are_final and method != "qfilters"
+        ),
+    ],
+    ids=str,
+)
+def test_page_granularity_needs_scores_that_are_final(options, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        policy_of(**options, granularity="page")
+    policy_of(**options)
+
+
+def test_the_filter_is_the_first_that_the_granularity_can_use():
+    assert [policy_of(granularity=granularity).filter for granularity in GRANULARITIES] == ["expected"] * 2 + ["static"]
+    assert policy_of(method="knorm").filter is None
+
+
+def test_a_policy_lists_what_it_reads():
+    assert set(policy_of().to_dict()) == {field.name for field in OPTIONS}
+    assert policy_of().to_dict()["rank"] == 8 and policy_of(rank=2).to_dict()["rank"] == 2
+    assert set(policy_of(method="streaming").to_dict()) == {field.name for field in OPTIONS} - OPTIONS_OF_SOME
+    assert not {"chunk", "prefill_interval"} & set(policy_of(scope="decode").to_dict())

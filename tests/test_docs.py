@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from vllm_qfilters.config import METHODS, KVCompressionConfig
+from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
+from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.stats import COUNTERS
 
 ROOT = pathlib.Path(__file__).parents[1]

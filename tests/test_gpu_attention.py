@@ -1,5 +1,6 @@
 """What the GPU path relies on in vLLM: where its caches lie, and its attention backends."""
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from vllm_qfilters.attention.scoring import ScoringAttention
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
+from vllm_qfilters.policy import resolve
 from vllm_qfilters.worker.runner import CompressedModelRunner
 
 NUM_LAYERS, NUM_BLOCKS = 3, 5
@@ -98,7 +100,14 @@ class Runner:
 
 
 class CompressedRunner(CompressedModelRunner, Runner):
-    def __init__(self, block_size: int, kernel_block_sizes: list, backend: str = "SOME_ATTN", windows: tuple = (None,)):
+    def __init__(
+        self,
+        block_size: int,
+        kernel_block_sizes: list,
+        backend: str = "SOME_ATTN",
+        windows: tuple = (None,),
+        **compression,
+    ):
         usual = dict(num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
         attn_backend = SimpleNamespace(
             get_name=lambda: backend, get_supported_kernel_block_sizes=lambda spec: kernel_block_sizes
@@ -116,8 +125,7 @@ class CompressedRunner(CompressedModelRunner, Runner):
             SimpleNamespace(block_size=block_size),
             SimpleNamespace(max_model_len=1 << 20),
         )
-        self.compression = KVCompressionConfig()
-        object.__setattr__(self.compression, "sliding_window", 512)
+        self.compression = dataclasses.replace(resolve(KVCompressionConfig(**compression)), sliding_window=512)
 
 
 def test_pages_a_backend_would_split_are_refused():
@@ -127,7 +135,8 @@ def test_pages_a_backend_would_split_are_refused():
     ):
         CompressedRunner(128, [16, 32, 64]).get_kv_cache_spec()
     with pytest.raises(ValueError, match="interval=128 is not a multiple of the block size 256"):
-        CompressedRunner(256, [256]).get_kv_cache_spec()
+        CompressedRunner(256, [256], interval=128).get_kv_cache_spec()
+    assert CompressedRunner(256, [256]).get_kv_cache_spec()["layer0"].max_resident_tokens == 2048 + 2048
 
 
 def test_layers_with_and_without_a_sliding_window_share_a_cache():

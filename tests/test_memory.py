@@ -9,6 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.models import HEAD_SIZE, NUM_LAYERS
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.policy import resolve
 from vllm_qfilters.worker.gpu_worker import QFiltersGPUWorker
 from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 
@@ -21,7 +22,7 @@ def make_8b_runner(**options) -> QFiltersGPUModelRunner:
     spec = dict(block_size=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_resident_tokens=4096)
     layer = SimpleNamespace(num_heads=32, num_kv_heads=8, head_size=128)
     runner = object.__new__(QFiltersGPUModelRunner)
-    runner.compression = KVCompressionConfig(**options)
+    runner.compression = resolve(KVCompressionConfig(**options))
     runner.compilation_config = SimpleNamespace(static_forward_context=dict.fromkeys(map(str, range(32)), layer))
     runner.scheduler_config = SimpleNamespace(max_num_seqs=256)
     runner.model_config = SimpleNamespace(max_model_len=32_768, dtype=torch.bfloat16)

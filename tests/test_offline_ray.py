@@ -135,10 +135,10 @@ def test_configuration_plans_and_scores_survive_the_way_to_other_machines(tiny_m
     def sent(message):
         return ray.cloudpickle.loads(ray.cloudpickle.dumps(message))
 
-    args = EngineArgs(str(tiny_model), skip_tokenizer_init=True, **kv_compression("random", budget=512))
+    args = EngineArgs(str(tiny_model), skip_tokenizer_init=True, **kv_compression("random_once", budget=512))
     config = sent(args.create_engine_config())
     assert resolve_obj_by_qualname(config.parallel_config.worker_cls) is QFiltersCPUWorker
-    assert KVCompressionConfig.from_vllm_config(config) == KVCompressionConfig(method="random", budget=512)
+    assert KVCompressionConfig.from_vllm_config(config) == KVCompressionConfig(method="random_once", budget=512)
     row = RequestCompaction("a", 40, 40, 2, 0, 1, block_ids=(5, 6), copied_pages=((1, 6),))
     output = QFiltersSchedulerOutput.from_output(SchedulerOutput.make_empty(), CompactionPlan((row,)))
     output.pages_to_score = (3,)

@@ -96,9 +96,10 @@ CASES = {
 def options_and_rule(case: str) -> tuple[dict, Rule]:
     """The engine's configuration and the oracle's."""
     options, _, _ = CASES[case]
-    if not case.startswith(("expected", "rotary")):
-        options = {**options, "filter": "static"}
-    return options, make_rule(options)
+    if case.startswith(("expected", "rotary")):
+        return options, make_rule(options)
+    static = {**options, "filter": "static"}
+    return options if "method" in options else static, make_rule(static)
 
 
 def make_rule(options: dict, min_window: int = 0) -> Rule:

@@ -6,14 +6,18 @@ import torch
 from tests.engines import tokens_and_logprobs
 from tests.models import random_prompt
 
-OPTIONS = dict(budget=256, window=64, sinks=4, interval=64, chunk=256, num_blocks=256)
+OPTIONS = dict(budget=256, window=64, sinks=4, interval=64, num_blocks=256)
 SHARED = random_prompt(640, seed=11)
 FIRST = SHARED + random_prompt(90, seed=12)
 SECOND = SHARED + random_prompt(50, seed=13)
 NEW_TOKENS = 120
 
 
-PREFILLS = {"chunked": dict(prefill_interval=64), "chunked rarely": {}, "full": dict(prefill="full")}
+PREFILLS = {
+    "chunked": dict(chunk=256, prefill_interval=64),
+    "chunked rarely": dict(chunk=256),
+    "full": dict(prefill="full"),
+}
 
 
 @pytest.fixture(
@@ -120,7 +124,7 @@ def test_an_uncompressed_request_finds_only_pages_from_before_the_first_eviction
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(granularity, engines):
     """An uncompressed request cached more than budget and chunk allow: the hit ends before the first cut."""
-    engine = engines.get(**OPTIONS, prefill="chunked", granularity=granularity)
+    engine = engines.get(**OPTIONS, **PREFILLS["chunked rarely"], granularity=granularity)
     expected = cold(engine, SECOND)
     generate(engine, FIRST, kv_budget=0)
     warm = generate(engine, SECOND)

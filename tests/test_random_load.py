@@ -36,7 +36,7 @@ class Watch:
             resident, limits = pages.resident_tokens(request), pages.limits.get(request_id)
             assert 0 <= resident <= len(blocks) * BLOCK < resident + 2 * BLOCK
             if limits is not None:
-                assert resident <= limits.max_resident_tokens
+                assert resident <= limits.max_resident_tokens(resident)
                 if (request_id, request.num_preemptions) in self.decoding:
                     assert resident <= limits.budget
                     assert len(blocks) <= -(-limits.budget // BLOCK)
@@ -61,10 +61,17 @@ class Watch:
 )  # fmt: skip
 def test_random_load_keeps_every_invariant_and_ends(granularity, prefill, seed, engines):
     rng = random.Random(seed)
+    cuts = dict(chunk=CHUNK, prefill_interval=64) if prefill == "chunked" else dict(prefill="full")
     engine = engines.get(
-        budget=BUDGET, window=48, sinks=4, interval=64, chunk=CHUNK, prefill_interval=64, granularity=granularity,
-        prefill=prefill, num_blocks=34, max_model_len=1024,
-    )  # fmt: skip
+        budget=BUDGET,
+        window=48,
+        sinks=4,
+        interval=64,
+        granularity=granularity,
+        num_blocks=34,
+        max_model_len=1024,
+        **cuts,
+    )
     engine.drop_everything()
     prefixes = [random_prompt(length, seed=100 + length) for length in (64, 200, 330)]
     watch = Watch(engine)

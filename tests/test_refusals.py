@@ -19,9 +19,14 @@ from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import check_request, check_supported, warn_of_slow_dtype
+from vllm_qfilters.policy import Policy, resolve
 from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
+
+
+def policy_of(**options) -> Policy:
+    return resolve(KVCompressionConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
 def test_an_engine_that_cannot_work_is_refused_at_start(llm, reason, tiny_model):
     from vllm import LLM
 
-    compression = kv_compression("random", budget=128, window=32, sinks=4, interval=32, chunk=128)
+    compression = kv_compression("random_once", budget=128, window=32, sinks=4, interval=32, chunk=128)
     arguments = dict(
         block_size=32, skip_tokenizer_init=True, enforce_eager=True, kv_cache_memory_bytes=1 << 26, max_model_len=512
     )
@@ -144,7 +149,7 @@ def supported_config() -> SimpleNamespace:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, value, reason):
-    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
     check_supported(compression, config)
     *path, attribute = name.split(".")
     setattr(getattr(config, path[0]) if path else config, attribute, value)
@@ -158,7 +163,7 @@ def test_fp8_caches_are_refused_on_cpus_that_have_none(has_avx512, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
-    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
     config.cache_config.cache_dtype = "fp8"
     if has_avx512:
         check_supported(compression, config)
@@ -193,7 +198,7 @@ def test_a_dtype_this_cpu_is_slow_in_is_warned_of(has_fast_bfloat16, asked, dtyp
 
 
 def test_speculation_on_gpus_is_refused_by_name_and_pipelines_are_not():
-    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
     config.parallel_config.worker_cls, config.use_v2_model_runner = GPU_WORKER_CLS, True
     config.parallel_config.pipeline_parallel_size = 2
     check_supported(compression, config)
@@ -203,7 +208,7 @@ def test_speculation_on_gpus_is_refused_by_name_and_pipelines_are_not():
 
 
 def test_pages_in_pipelines_are_refused_by_name():
-    config, compression = supported_config(), KVCompressionConfig(method="random", interval=32, chunk=128)
+    config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
     config.parallel_config.pipeline_parallel_size = 2
     check_supported(compression, config)
     with pytest.raises(
@@ -228,7 +233,7 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(
         VLLMValidationError, match="does not support images in prompts of models that attend to them in both"
     )
     with refused if is_refused else contextlib.nullcontext():
-        check_request(KVCompressionConfig(), config, request)
+        check_request(policy_of(), config, request)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +264,7 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(
 def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     usual = dict(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
     first = FullAttentionSpec(**usual)
-    config = KVCompressionConfig()
-    object.__setattr__(config, "sliding_window", 128)
+    config = dataclasses.replace(policy_of(), sliding_window=128)
     sliding = {f"window {window}": SlidingWindowSpec(**usual, sliding_window=window) for window in (128, 4096)}
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
@@ -271,15 +275,15 @@ def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():
     with pytest.raises(
         ValueError, match="observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"
     ):
-        check_cuda_graphs(KVCompressionConfig(), CUDAGraphMode.FULL)
-    check_cuda_graphs(KVCompressionConfig(observed=0), CUDAGraphMode.FULL)
+        check_cuda_graphs(policy_of(), CUDAGraphMode.FULL)
+    check_cuda_graphs(policy_of(observed=0), CUDAGraphMode.FULL)
     for mode in (
         CUDAGraphMode.NONE,
         CUDAGraphMode.PIECEWISE,
         CUDAGraphMode.FULL_DECODE_ONLY,
         CUDAGraphMode.FULL_AND_PIECEWISE,
     ):
-        check_cuda_graphs(KVCompressionConfig(), mode)
+        check_cuda_graphs(policy_of(), mode)
 
 
 def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):

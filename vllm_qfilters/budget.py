@@ -34,8 +34,8 @@ class RequestLimits:
         interval: tokens evicted in one go; a multiple of the block size.
         chunk: most tokens resident beside the budget while a prompt is read; None: a prompt is cut when decoding
             begins.
-        prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None as
-            ``chunk``.
+        prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None where
+            ``chunk`` is.
         private_window: the workers write beside tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
@@ -51,10 +51,9 @@ class RequestLimits:
     recent_only: bool = False
     keeps_distinct: bool = False
 
-    @property
-    def max_resident_tokens(self) -> int | float:
-        """Most tokens resident at any time; unbounded while prompts are attended whole."""
-        return math.inf if self.chunk is None else self.budget + self.chunk
+    def max_resident_tokens(self, length: int) -> int:
+        """Most tokens that a sequence of ``length`` tokens holds at any time."""
+        return length if self.chunk is None else min(length, self.budget + self.chunk)
 
     def evicted_tokens(self, resident: int, is_prefilling: bool, block_size: int) -> int:
         """Tokens to evict before the next step of a sequence, a multiple of the block size.
@@ -91,22 +90,24 @@ class RequestLimits:
     @property
     def first_prefill_cut(self) -> int | None:
         """The position at which a long enough prompt is first cut; None if prompts are attended whole."""
-        if self.chunk is None:
+        if self.prefill_interval is None:
             return None
         return (self._kept_while_prefilling // self.prefill_interval + 1) * self.prefill_interval
 
     def is_prefill_cut(self, position: int) -> bool:
         """Whether a prompt of which more is to come can be cut at ``position``."""
-        return self.chunk is not None and position % self.prefill_interval == 0
+        return self.prefill_interval is not None and position % self.prefill_interval == 0
 
     def tokens_to_next_cut(self, position: int) -> int | None:
         """Tokens a prompt may be prefilled from ``position`` before the next place where it can be cut."""
-        if self.chunk is None:
+        first = self.first_prefill_cut
+        if first is None or self.prefill_interval is None:
             return None
-        return max(self.first_prefill_cut - position, self.prefill_interval - position % self.prefill_interval)
+        return max(first - position, self.prefill_interval - position % self.prefill_interval)
 
     @property
     def _kept_while_prefilling(self) -> int:
         """Tokens that leave room for those up to the next cut. What the end of a prompt asks for is known at its end
         alone: until then all the room there is serves to keep more of it."""
+        assert self.chunk is not None and self.prefill_interval is not None
         return self.budget + self.chunk - self.prefill_interval

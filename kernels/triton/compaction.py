@@ -16,9 +16,9 @@ from vllm_qfilters.kernels.triton.columns import (
     MOVE_START,
     NEW_START,
     NUM_COLUMNS,
-    TABLE_ROW,
     RESIDENT,
     SINKS,
+    TABLE_ROW,
     TOKEN_START,
     WINDOW,
 )

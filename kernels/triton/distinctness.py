@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
 
 
 @triton.jit

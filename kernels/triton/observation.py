@@ -15,7 +15,7 @@ from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Observation
 from vllm_qfilters.kernels.triton import dots
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
 from vllm_qfilters.kernels.triton.selection import gather_scores
 
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)

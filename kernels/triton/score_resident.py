@@ -10,7 +10,7 @@ from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Turns
 from vllm_qfilters.kernels.triton import dots
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, TABLE_ROW, RESIDENT, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
 from vllm_qfilters.kernels.triton.dots import split
 
 

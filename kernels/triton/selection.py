@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.triton.columns import EVICTED, NUM_COLUMNS, TABLE_ROW, RESIDENT, SINKS, TOKEN_START, WINDOW
+from vllm_qfilters.kernels.triton.columns import EVICTED, NUM_COLUMNS, RESIDENT, SINKS, TABLE_ROW, TOKEN_START, WINDOW
 
 
 @triton.jit

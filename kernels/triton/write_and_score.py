@@ -7,7 +7,6 @@ import triton.language as tl
 from vllm_qfilters.kernels.batch import NOT_OBSERVED
 from vllm_qfilters.kernels.ops import TokenStat
 
-
 _PROJECTION: tl.constexpr = tl.constexpr(TokenStat.PROJECTION.value)
 _NEGATIVE_KEY_NORM: tl.constexpr = tl.constexpr(TokenStat.NEGATIVE_KEY_NORM.value)
 _RANDOM: tl.constexpr = tl.constexpr(TokenStat.RANDOM.value)

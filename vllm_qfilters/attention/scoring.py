@@ -4,7 +4,7 @@ One mixin for the backends whose cache holds key and value of a token side by si
 registered in its place in the worker process; modules of backends that are not installed are never imported.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum

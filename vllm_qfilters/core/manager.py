@@ -45,7 +45,7 @@ class QFiltersManager(FullAttentionManager):
         if apply_admission_cap and request_id in self.limits:
             # Agrees with QFiltersSpec.max_memory_usage_bytes, or a request that passed the startup check is never
             # admitted.
-            num_tokens = min(num_tokens, self.limits[request_id].max_resident_tokens)
+            num_tokens = self.limits[request_id].max_resident_tokens(num_tokens)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,

@@ -22,12 +22,12 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 from vllm_qfilters.plan import CompactionPlan
+from vllm_qfilters.policy import Policy
 from vllm_qfilters.stats import KVCompressionStats, RunningSequence, attach_stats
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -63,7 +63,9 @@ class QFiltersScheduler(AsyncScheduler):
         KVCacheSpecRegistry.register(QFiltersSpec, QFiltersManager, FullAttentionSpec)
         KVCacheSpecRegistry.register(QFiltersPageSpec, PageManager, FullAttentionSpec)
         super().__init__(vllm_config, *args, **kwargs)
-        self.compression = KVCompressionConfig.from_vllm_config(self.vllm_config)
+        policy = Policy.from_vllm_config(self.vllm_config)
+        assert policy is not None, "vLLM finds this scheduler by a configuration that has KV compression"
+        self.compression = policy
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, QFiltersManager), (
             f"pages are managed by {type(manager).__name__}, not QFiltersManager"

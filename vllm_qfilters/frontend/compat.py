@@ -41,10 +41,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_qfilters.config import METHODS, KVCompressionConfig
+from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
 from vllm_qfilters.frontend.metrics import KVCompressionStatLogger
 from vllm_qfilters.frontend.support import check_request, check_supported, warn_of_slow_dtype
+from vllm_qfilters.methods.catalog import METHODS
+from vllm_qfilters.policy import Policy, resolve
 
 _MARK = "_kv_compression_patched"
 
@@ -74,7 +76,7 @@ def _with_cli_args(add_cli_args):
             choices=sorted(METHODS),
             default=None,
             help="Keep the KV cache of every sequence within a budget. "
-            + "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+            + "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
             + ". Off unless given.",
         )
         group.add_argument(
@@ -82,7 +84,7 @@ def _with_cli_args(add_cli_args):
             type=_json_object,
             default=None,
             help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: "
-            f"{json.dumps({k: v for k, v in KVCompressionConfig().to_dict().items() if k != 'method'})}. "
+            f"{json.dumps({k: v for k, v in resolve(KVCompressionConfig()).to_dict().items() if k != 'method'})}. "
             "A request sets its own budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
         )
         return parser
@@ -120,9 +122,9 @@ def _with_config_check(create_engine_config):
     @functools.wraps(create_engine_config)
     def wrapper(self: EngineArgs, *args: Any, **kwargs: Any):
         vllm_config = create_engine_config(self, *args, **kwargs)
-        config = KVCompressionConfig.from_vllm_config(vllm_config)
-        if config is not None:
-            check_supported(config, vllm_config)
+        policy = Policy.from_vllm_config(vllm_config)
+        if policy is not None:
+            check_supported(policy, vllm_config)
             warn_of_slow_dtype(self.dtype, vllm_config)
         return vllm_config
 
@@ -133,9 +135,9 @@ def _with_request_check(process_inputs):
     @functools.wraps(process_inputs)
     def wrapper(self: InputProcessor, *args: Any, **kwargs: Any):
         request = process_inputs(self, *args, **kwargs)
-        config = KVCompressionConfig.from_vllm_config(self.vllm_config)
-        if config is not None:
-            check_request(config, self.vllm_config, request)
+        policy = Policy.from_vllm_config(self.vllm_config)
+        if policy is not None:
+            check_request(policy, self.vllm_config, request)
         return request
 
     return wrapper

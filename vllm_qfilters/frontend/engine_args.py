@@ -5,13 +5,14 @@ What is set travels in vLLM's own configuration, so it reaches the ranks of ever
 0.32, for want of GPUs it was not run: both its Ray executors give each actor the whole configuration; the actor's
 ``WorkerWrapperBase.init_worker`` loads the plugins and finds ``worker_cls`` by its name, as under the multiprocessing
 executor; the legacy one then calls our model runner directly, past the worker, which overrides nothing there. Plans and
-page scores are pickled with the outputs they are part of (tests/test_with_ray.py).
+page scores are pickled with the outputs they are part of (tests/test_offline_ray.py).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
+from vllm_qfilters.policy import resolve
 
 SCHEDULER_CLS = "vllm_qfilters.core.scheduler.QFiltersScheduler"
 PAGE_SCHEDULER_CLS = "vllm_qfilters.core.page_scheduler.QFiltersPageScheduler"
@@ -30,11 +31,13 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
         options: the other fields of that class.
 
     Raises:
-        ValueError: a value out of its range, or a platform that is not supported yet.
+        ValueError: a value out of its range, an option the method does not read, or a platform that is not supported
+            yet.
     """
     from vllm.platforms import current_platform
 
     config = KVCompressionConfig.from_dict({"method": method, **options})
+    policy = resolve(config)
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ValueError(
             f"KV compression runs on NVIDIA GPUs and on CPUs, this is {current_platform.device_name or 'an unknown platform'}: "
@@ -42,7 +45,7 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
         )
     return {
         "additional_config": {ADDITIONAL_CONFIG_KEY: config.to_dict()},
-        "scheduler_cls": PAGE_SCHEDULER_CLS if config.evicts_whole_pages else SCHEDULER_CLS,
+        "scheduler_cls": PAGE_SCHEDULER_CLS if policy.evicts_whole_pages else SCHEDULER_CLS,
         "worker_cls": CPU_WORKER_CLS if current_platform.is_cpu() else GPU_WORKER_CLS,
     }
 

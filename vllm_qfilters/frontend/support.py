@@ -10,15 +10,16 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
+from vllm_qfilters.config import FP8_CACHE_DTYPES
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, find_filters
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
+from vllm_qfilters.policy import Policy
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 
-def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
+def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
     """Refuses engine configurations in the front end, before any process is started.
 
     Raises:
@@ -50,7 +51,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             speculative is not None and parallel.pipeline_parallel_size > 1
         ),
         "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
-            parallel.pipeline_parallel_size > 1 and config.evicts_whole_pages
+            parallel.pipeline_parallel_size > 1 and policy.evicts_whole_pages
         ),
         f"--kv-cache-dtype {cache.cache_dtype}{where}; use auto" + (" or fp8" if has_fp8 else ""): (
             is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_CACHE_DTYPES)
@@ -66,7 +67,7 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         ),
         "microbatches; drop --enable-dbo": parallel.use_ubatching,
         "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1": (
-            config.endpoint and parallel._api_process_count > 1
+            policy.endpoint and parallel._api_process_count > 1
         ),
         "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
             model.original_max_model_len == -1
@@ -75,14 +76,14 @@ def check_supported(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
     for what, is_refused in refused.items():
         if is_refused:
             raise ValueError(f"KV compression does not support {what}")
-    config.check_block_size(cache.block_size)
-    if config.method == "qfilters" and config.filters != AUTO:
-        find_filters(config.filters, ModelIdentity.from_model_config(model))
-    if isinstance(config.budget, int) and config.budget >= model.max_model_len:
+    policy.check_block_size(cache.block_size)
+    if policy.filters is not None and policy.filters != AUTO:
+        find_filters(policy.filters, ModelIdentity.from_model_config(model))
+    if isinstance(policy.budget, int) and policy.budget >= model.max_model_len:
         logger.warning(
             "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests that set a "
             "smaller kv_budget",
-            config.budget,
+            policy.budget,
             model.max_model_len,
         )
 
@@ -105,7 +106,7 @@ def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
         )
 
 
-def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request: Any) -> None:
+def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None:
     """Refuses a request in the front end, before the engine has seen it.
 
     Args:
@@ -123,7 +124,7 @@ def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request:
         len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
     )
     try:
-        limits = config.request_limits(params.extra_args, prompt_tokens, vllm_config.cache_config.block_size)
+        limits = policy.request_limits(params.extra_args, prompt_tokens, vllm_config.cache_config.block_size)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
     if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
@@ -135,7 +136,7 @@ def check_request(config: KVCompressionConfig, vllm_config: VllmConfig, request:
     if not num_blocks:
         return
     length = min(prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
-    resident = length if limits is None else min(length, limits.max_resident_tokens)
+    resident = length if limits is None else limits.max_resident_tokens(length)
     needed, usable = cdiv(resident, vllm_config.cache_config.block_size), num_blocks - 1  # one is vLLM's null block
     if needed > usable:
         raise VLLMValidationError(

@@ -21,6 +21,7 @@ class Entry:
         needs_query_statistics: the filters must hold the statistics of queries before RoPE, which published ones lack.
         scores_are_final: a token's score is known when it is written and stays, so that whole pages can be scored.
         recent_only: nothing is scored; the most recent tokens stay beside the sinks.
+        expects_attention: scores go by the attention expected of each query head.
         keeps_distinct: what a prompt holds beyond its budget while it is read are the keys most unlike the others.
         observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
         follows_decoding: the queries of generated tokens are kept likewise, for every cut.
@@ -34,6 +35,7 @@ class Entry:
     needs_query_statistics: bool = False
     scores_are_final: bool = False
     recent_only: bool = False
+    expects_attention: bool = False
     keeps_distinct: bool = False
     observed_queries: Callable[[int], int] = lambda observed: 0
     follows_decoding: bool = False
@@ -49,6 +51,7 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
         stats=lambda observed: 2 if observed else 1,
         needs_filters=True,
         needs_query_statistics=True,
+        expects_attention=True,
         keeps_distinct=True,
         observed_queries=lambda observed: observed,
     ),

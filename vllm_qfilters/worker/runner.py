@@ -29,7 +29,6 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.filters.bank import HORIZON, FilterBank
 from vllm_qfilters.filters.calibrate import (
@@ -46,9 +45,9 @@ from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
-from vllm_qfilters.methods import catalog
 from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.policy import Policy
 from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_ranks
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
@@ -79,7 +78,7 @@ class CompressedModelRunner:
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.compression = KVCompressionConfig.from_vllm_config(vllm_config)
+        self.compression = Policy.from_vllm_config(vllm_config)
         self.lengths = ResidentLengths()
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []
@@ -87,10 +86,6 @@ class CompressedModelRunner:
         self.page_scorer: PageScorer | None = None
         self.kept_tokens: KeptTokens | None = None
         self._rotations: list[Rotation] | None = None
-
-    @property
-    def method_entry(self) -> catalog.Entry:
-        return catalog.entry(self.compression.method, self.compression.filter)
 
     def bind_cache(self) -> None:
         """Finds out where the caches of ``layers`` lie, and has slots computed for resident tokens."""
@@ -152,7 +147,7 @@ class CompressedModelRunner:
             static_filters=functools.partial(self.static_filters, filters),
             filter_bank=functools.partial(self.filter_bank, filters),
         )
-        return make(self.method_entry, model)
+        return make(self.compression.entry, model)
 
     def apply_plan(self, scheduler_output: SchedulerOutput) -> None:
         """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of a
@@ -189,13 +184,15 @@ class CompressedModelRunner:
         """
         if self.recorder is None:
             return
-        if self.method_entry.follows_decoding or (computed < prompt).any():
+        if self.compression.entry.follows_decoding or (computed < prompt).any():
             self.recorder.start_step(req_ids, num_scheduled_tokens.tolist(), computed.tolist(), prompt.tolist())
         else:
             self.recorder.skip_step()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
+        # A backend may have changed the block size since the front end looked.
+        self.compression = self.compression.for_block_size(self.cache_config.block_size)
         check_specs(self.compression, specs, self.model_config.max_model_len)
         layers = self.compilation_config.static_forward_context
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
@@ -221,7 +218,7 @@ class CompressedModelRunner:
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
                 )
-        self.compression.check_block_size(block_size)  # a backend may have changed it since the front end looked
+        self.compression.check_block_size(block_size)
         return compressed
 
     def reserve_recent_queries(self) -> None:
@@ -232,7 +229,7 @@ class CompressedModelRunner:
             num_prompts, num_queries = self.scheduler_config.max_num_seqs, self.compression.observed_queries
             shape = (len(specs), num_prompts, num_queries, layer.num_heads, layer.head_size)
             queries = torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
-            self.recorder = QueryRecorder(queries, self.method_entry.follows_decoding)
+            self.recorder = QueryRecorder(queries, self.compression.entry.follows_decoding)
             logger.info(
                 "KV compression: the last queries of %d prompts take %s GiB", num_prompts, format_gib(queries.nbytes)
             )
@@ -257,7 +254,7 @@ class CompressedModelRunner:
         CUDA graphs are captured."""
         origin = ""
         filters = None
-        if self.method_entry.needs_filters:
+        if self.compression.entry.needs_filters:
             filters, origin = self._find_or_calibrate_filters()
             filters = filters.of_layers(
                 *self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
@@ -358,7 +355,7 @@ class CompressedModelRunner:
         recent = self.recorder.get(compaction.req_id)
         if recent is None:
             return None
-        if not self.method_entry.follows_decoding and recent.have_read_prompt_at(compaction.position):
+        if not self.compression.entry.follows_decoding and recent.have_read_prompt_at(compaction.position):
             self.recorder.forget([compaction.req_id])
         return recent.last(compaction.resident_tokens - (compaction.position - recent.end))
 
@@ -369,7 +366,7 @@ class CompressedModelRunner:
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
-        needs_statistics = self.method_entry.needs_query_statistics
+        needs_statistics = self.compression.entry.needs_query_statistics
         # One rank looks, for all: another one may be on another machine, whose files and cache are others.
         found = (
             find_filters(self.compression.filters, model, needs_statistics) if get_world_group().is_first_rank else None
@@ -419,7 +416,7 @@ class CompressedModelRunner:
         return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
 
 
-def describe(config: KVCompressionConfig, block_size: int, origin: str, kernels: str) -> str:
+def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"

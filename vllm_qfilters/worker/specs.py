@@ -3,10 +3,10 @@
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.policy import Policy
 
 
-def check_specs(config: KVCompressionConfig, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
+def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
     """Refuses models whose layers do not all hold keys and values of the same shape, or attend to them in other ways
     than causally, to all or to a sliding window.
 
@@ -41,7 +41,7 @@ def check_specs(config: KVCompressionConfig, specs: dict[str, KVCacheSpec], max_
             )
 
 
-def check_cuda_graphs(config: KVCompressionConfig, mode: CUDAGraphMode) -> None:
+def check_cuda_graphs(config: Policy, mode: CUDAGraphMode) -> None:
     """Refuses CUDA graphs that hide what is to be observed, once vLLM has settled on a mode.
 
     Raises:

@@ -16,7 +16,7 @@ from vllm_qfilters.commands.evaluation.evaluate import evaluate, plan
 from vllm_qfilters.commands.evaluation.methods import Method
 from vllm_qfilters.commands.evaluation.report import report
 from vllm_qfilters.commands.evaluation.results import Results
-from vllm_qfilters.config import METHODS
+from vllm_qfilters.methods.catalog import METHODS
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs

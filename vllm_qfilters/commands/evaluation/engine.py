@@ -136,12 +136,12 @@ def _answer(output: "RequestOutput") -> EvalAnswer:
 
 
 def _configuration(llm: "LLM") -> dict[str, Any]:
-    from vllm_qfilters.config import KVCompressionConfig
     from vllm_qfilters.kernels import IMPLEMENTATION
+    from vllm_qfilters.policy import Policy
 
     config = llm.llm_engine.vllm_config
     return {
-        "kv_compression": KVCompressionConfig.from_vllm_config(config).to_dict(),
+        "kv_compression": Policy.from_vllm_config(config).to_dict(),
         "kernels": IMPLEMENTATION,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "max_model_len": config.model_config.max_model_len,

@@ -16,6 +16,7 @@ from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, EvalRequest, Task
 from vllm_qfilters.config import REQUEST_BUDGET_KEY, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
+from vllm_qfilters.policy import Policy, resolve
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -66,12 +67,12 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
             f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of --tasks"
         )
     options = {"interval": block_size, **method.options, **task.cuts, "budget": 1.0}
-    config = KVCompressionConfig.from_dict({"method": method.name, **options})
     try:
-        config.check_block_size(block_size)
+        policy = resolve(KVCompressionConfig.from_dict({"method": method.name, **options}), block_size=block_size)
+        policy.check_block_size(block_size)
         for budget in task.budgets:
             for request in task.requests(budget):
-                _check_budget(config, request, block_size)
+                _check_budget(policy, request, block_size)
     except ValueError as error:
         raise ValueError(f"{method.label}, {task.name}: {error}") from error
     return options
@@ -144,14 +145,14 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
                 )
 
 
-def _check_budget(config: KVCompressionConfig, request: EvalRequest, block_size: int) -> None:
+def _check_budget(policy: Policy, request: EvalRequest, block_size: int) -> None:
     budget, prompt_tokens = request.kv_budget, len(request.token_ids)
-    config.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
-    least = config.min_budget(block_size)
+    policy.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
+    least = policy.min_budget(block_size)
     if (
         isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least
     ):  # the engine would take the least
         raise ValueError(
-            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {config.window} "
-            f"+ sinks {config.sinks} + interval {config.interval}: raise --fractions or --lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {policy.window} "
+            f"+ sinks {policy.sinks} + interval {policy.interval}: raise --fractions or --lengths"
         )

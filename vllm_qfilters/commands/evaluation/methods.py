@@ -5,7 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_qfilters.config import METHODS, KVCompressionConfig
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.methods.catalog import METHODS
+from vllm_qfilters.policy import resolve
 
 FULL = "full"  # in the place of a method: the uncompressed cache
 
@@ -16,7 +18,7 @@ class Method:
 
     Attributes:
         label: as it was named.
-        name: one of ``vllm_qfilters.config.METHODS``.
+        name: one of ``vllm_qfilters.methods.catalog.METHODS``.
         options: fields of ``KVCompressionConfig`` that are not at their defaults.
     """
 
@@ -43,7 +45,7 @@ class Method:
             options[key] = _json_or_string(value)
         if "budget" in options or "method" in options:
             raise ValueError(f"{text!r}: budgets are given by --budgets and --fractions, the method before the colon")
-        KVCompressionConfig.from_dict({"method": name, **options, "budget": 1.0})
+        resolve(KVCompressionConfig.from_dict({"method": name, **options, "budget": 1.0}))
         return cls(text, name, options)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_qfilters.commands.arguments import UsageError, at_least
 from vllm_qfilters.commands.inspection.page import Inspection, render
-from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.policy import Policy
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -99,10 +99,10 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
 
     vllm_config = llm.llm_engine.vllm_config
     has_tokenizer = not vllm_config.model_config.skip_tokenizer_init
-    config, block_size = KVCompressionConfig.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
-    limits = config.request_limits(None, len(token_ids), block_size)
+    policy, block_size = Policy.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
+    limits = policy.request_limits(None, len(token_ids), block_size)
     options = {
-        name: value for name, value in config.to_dict().items() if name != "endpoint"
+        name: value for name, value in policy.to_dict().items() if name != "endpoint"
     }  # changes nothing of what is kept
     window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
     return Inspection(

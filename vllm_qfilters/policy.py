@@ -1,0 +1,326 @@
+"""What was resolved: the options of KV compression with nothing left open, and what follows for a request.
+
+:func:`resolve` makes a :class:`Policy` of what the user wrote, of what the method is able to do, of the model, and of
+the block size. The front end, the scheduler and the workers make the same one, each in its process.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from vllm_qfilters.budget import RequestLimits, cdiv, min_budget
+from vllm_qfilters.config import REQUEST_BUDGET_KEY, KVCompressionConfig, check_budget, is_int
+from vllm_qfilters.methods import catalog
+from vllm_qfilters.methods.catalog import Entry
+
+# Defaults that are rounded up to whole pages, in tokens.
+INTERVAL = 128
+CHUNK = 2048
+PREFILL_INTERVAL = 512  # unless `chunk` is less: GPUs are busy with as many
+
+RANK = 8
+OBSERVED = 32
+FILTERS = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How the KV cache of every sequence is kept within its budget.
+
+    Attributes:
+        written: what the user wrote. Fields of the same names are described there.
+        entry: what the catalogue knows of the method and, for ``qfilters``, of its filter.
+        filter: None for methods that have none.
+        rank: 0 for methods that have none.
+        observed: 0 for methods that do not let the user choose.
+        filters: None for methods without filters.
+        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them; 0 if
+            it has none, or none shorter than its longest context.
+    """
+
+    written: KVCompressionConfig
+    entry: Entry
+    method: str
+    budget: int | float
+    window: int | float
+    sinks: int
+    interval: int
+    granularity: str
+    prefill: str
+    scope: str
+    chunk: int
+    prefill_interval: int
+    filter: str | None
+    rank: int
+    observed: int
+    filters: str | None
+    endpoint: bool
+    sliding_window: int = 0
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> "Policy | None":
+        """The policy of a vLLM engine, or None where KV compression is off. Until the model is loaded its block size
+        may change: see :meth:`for_block_size`."""
+        config = KVCompressionConfig.from_vllm_config(vllm_config)
+        if config is None:
+            return None
+        return resolve(config, vllm_config.model_config, vllm_config.cache_config.block_size)
+
+    def for_block_size(self, block_size: int) -> Self:
+        """This policy on pages of ``block_size`` tokens, to which it rounds what the user did not give. Whether the
+        rest fits them is for :meth:`check_block_size` to say."""
+        interval, chunk, prefill_interval = _in_whole_pages(self.written, block_size)
+        return dataclasses.replace(self, interval=interval, chunk=chunk, prefill_interval=prefill_interval)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that this policy reads, with their values."""
+        names = [field.name for field in dataclasses.fields(KVCompressionConfig)]
+        unread = _unread_options(self.written, self.entry, self.filter)
+        return {name: getattr(self, name) for name in names if name not in unread}
+
+    @property
+    def evicts_whole_pages(self) -> bool:
+        return self.granularity == "page"
+
+    @property
+    def heads_keep_the_same(self) -> bool:
+        """Whether the heads of a layer keep the same tokens."""
+        return self.granularity == "layer"
+
+    @property
+    def evicts_prompts_in_chunks(self) -> bool:
+        """Whether prompts are cut while they are read."""
+        return self.prefill == "chunked" and self.scope == "all"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether tokens are scored at all."""
+        return not self.entry.recent_only
+
+    @property
+    def expects_attention(self) -> bool:
+        """Whether scores go by the attention expected of each query head."""
+        return self.entry.expects_attention
+
+    @property
+    def observed_queries(self) -> int:
+        """Last queries of a prompt to keep; 0 where the scores do not go by them."""
+        return self.entry.observed_queries(self.observed)
+
+    @property
+    def num_planes(self) -> int:
+        """Token stats: float32 numbers kept beside every token, per KV head."""
+        return self.entry.stats(self.observed)
+
+    @property
+    def min_window(self) -> int:
+        """Last tokens that layers with a sliding window attend to from the next position on."""
+        return max(0, self.sliding_window - 1)
+
+    def min_budget(self, block_size: int = 1) -> int:
+        """Fewest tokens a budget may have: after an eviction sinks and window must still fit.
+
+        Args:
+            block_size: tokens per page. Matters to page granularity: sinks and window each protect a page they end in.
+        """
+        ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
+        windows = (self.window, self.min_window)
+        return max(min_budget(window=window, sinks=self.sinks + ends, interval=self.interval) for window in windows)
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
+        for name in ("interval", "chunk", "prefill_interval"):
+            value = getattr(self, name)
+            if value % block_size:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of the block size {block_size}: set {name} to "
+                    f"{max(1, round(value / block_size)) * block_size}, or change --block-size"
+                )
+        self._check_budget_holds("budget", self.budget, block_size)
+
+    def request_limits(
+        self, extra_args: Mapping[str, Any] | None, prompt_tokens: int, block_size: int = 1
+    ) -> RequestLimits | None:
+        """The limits of one request, or None if compression is off for it.
+
+        Args:
+            extra_args: the request's ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP); ``kv_budget`` overrides
+                ``budget``, and 0 switches compression off.
+            prompt_tokens: length of the prompt, for a budget that is a fraction of it.
+            block_size: tokens per page, see :meth:`min_budget`.
+
+        Raises:
+            ValueError: ``kv_budget`` is no budget this policy allows.
+        """
+        asked = (extra_args or {}).get(REQUEST_BUDGET_KEY, self.budget)
+        if asked == 0 and not isinstance(asked, bool):
+            return None
+        check_budget(REQUEST_BUDGET_KEY, asked)
+        self._check_budget_holds(REQUEST_BUDGET_KEY, asked, block_size)
+        budget = asked if is_int(asked) else max(math.ceil(asked * prompt_tokens), self.min_budget(block_size))
+        window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
+        sinks = self.sinks
+        if self.scope == "decode":
+            # The prompt stays: it counts as sinks, and comes on top of the budget.
+            sinks = max(sinks, prompt_tokens)
+            budget += prompt_tokens
+        if self.evicts_whole_pages:
+            sinks = cdiv(sinks, block_size) * block_size
+        return RequestLimits(
+            budget=budget,
+            window=max(window, self.min_window),
+            sinks=sinks,
+            interval=self.interval,
+            chunk=self.chunk if self.evicts_prompts_in_chunks else None,
+            prefill_interval=self.prefill_interval if self.evicts_prompts_in_chunks else None,
+            private_window=bool(self.observed_queries),
+            recent_only=self.entry.recent_only,
+            keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
+        )
+
+    def max_resident_tokens(self, max_model_len: int, block_size: int = 1) -> int:
+        """Most tokens one sequence can hold under the configured budget, its prefill included."""
+        limits = self.request_limits(None, max_model_len, block_size)
+        assert limits is not None, "a configured budget is never 0"
+        return limits.max_resident_tokens(max_model_len)
+
+    def _check_budget_holds(self, name: str, budget: int | float, block_size: int = 1) -> None:
+        """Refuses a number of tokens that is too small; fractions are raised to the smallest budget instead."""
+        least = self.min_budget(block_size)
+        if is_int(budget) and budget < least:
+            pages = f", in whole pages of {block_size}" if self.evicts_whole_pages else ""
+            window = f"window {self.window}"
+            if self.min_window:
+                window += f" (at least {self.min_window}, which the model's sliding windows reach back)"
+            raise ValueError(
+                f"{name}={budget}: at least {least} tokens are needed for {window} + sinks {self.sinks} + "
+                f"interval {self.interval}{pages}; raise {name} or lower those"
+            )
+
+
+def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: int = 1) -> Policy:
+    """Decides what the user left open, and refuses what does not fit together or would do nothing.
+
+    Args:
+        config: what the user wrote.
+        model_config: vLLM's; None: a model without sliding windows.
+        block_size: tokens per page; 1 as long as nobody knows, see :meth:`Policy.for_block_size`.
+
+    Raises:
+        ValueError: names the option, and what to do.
+    """
+    filter = config.filter if config.filter is not None else _default_filter(config)
+    entry = catalog.entry(config.method, filter)
+    for name, reason in _unread_options(config, entry, filter).items():
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)!r} does nothing with {reason}")
+    _check_page_scores(config, entry)
+    interval, chunk, prefill_interval = _in_whole_pages(config, block_size)
+    policy = Policy(
+        written=config,
+        entry=entry,
+        method=config.method,
+        budget=config.budget,
+        window=config.window,
+        sinks=config.sinks,
+        interval=interval,
+        granularity=config.granularity,
+        prefill=config.prefill,
+        scope=config.scope,
+        chunk=chunk,
+        prefill_interval=prefill_interval,
+        filter=filter,
+        rank=0 if "rank" not in entry.options else RANK if config.rank is None else config.rank,
+        observed=0 if "observed" not in entry.options else OBSERVED if config.observed is None else config.observed,
+        filters=None if "filters" not in entry.options else config.filters or FILTERS,
+        endpoint=config.endpoint,
+    )
+    policy._check_budget_holds("budget", policy.budget)
+    if model_config is None:
+        return policy
+    # Whether the budget holds the sliding windows is asked later: first come models that are not supported at all.
+    return dataclasses.replace(policy, sliding_window=_sliding_window(model_config))
+
+
+def _default_filter(config: KVCompressionConfig) -> str | None:
+    """The first filter whose scores the granularity can use; None for methods without filters."""
+    if "filter" not in catalog.METHODS[config.method].options:
+        return None
+    needs_final = config.granularity == "page"
+    return next(name for name, entry in catalog.QFILTERS.items() if entry.scores_are_final or not needs_final)
+
+
+def _in_whole_pages(config: KVCompressionConfig, block_size: int) -> tuple[int, int, int]:
+    """``interval``, ``chunk`` and ``prefill_interval``: as the user gave them, else defaults rounded up to whole pages.
+
+    Raises:
+        ValueError: prompts would be cut less often than their chunks allow.
+    """
+
+    def whole_pages(tokens: int) -> int:
+        return cdiv(tokens, block_size) * block_size
+
+    interval = config.interval if config.interval is not None else whole_pages(INTERVAL)
+    chunk = config.chunk if config.chunk is not None else whole_pages(CHUNK)
+    prefill_interval = config.prefill_interval
+    if prefill_interval is None:
+        prefill_interval = min(whole_pages(PREFILL_INTERVAL), chunk)
+    if prefill_interval > chunk:
+        raise ValueError(f"prefill_interval={prefill_interval}: give at most chunk={chunk}, or raise chunk")
+    return interval, chunk, prefill_interval
+
+
+def _unread_options(config: KVCompressionConfig, entry: Entry, filter: str | None) -> dict[str, str]:
+    """Options that nothing reads, by name: what they do nothing with, and what to do if one is given."""
+    unread = sorted(catalog.OPTIONS_OF_SOME - entry.options)
+    reasons = {name: _unread_by_method(name, config, entry, filter) for name in unread}
+    for name in ("chunk", "prefill_interval"):
+        if config.scope == "decode":
+            reasons[name] = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
+        elif config.prefill == "full":
+            reasons[name] = "prefill 'full', which reads prompts whole: drop it, or choose prefill 'chunked'"
+    return reasons
+
+
+def _unread_by_method(name: str, config: KVCompressionConfig, entry: Entry, filter: str | None) -> str:
+    if "filter" in entry.options:  # another filter of the same method reads it
+        is_default = " (the default in page granularity)" if config.filter is None else ""
+        return f"filter {filter!r}{is_default}: drop it, or choose filter {_readers(name, catalog.QFILTERS)}"
+    return f"method {config.method!r}: drop it, or choose method {_readers(name, catalog.METHODS)}"
+
+
+def _readers(option: str, entries: Mapping[str, Entry]) -> str:
+    return _any_of(name for name, entry in entries.items() if option in entry.options)
+
+
+def _check_page_scores(config: KVCompressionConfig, entry: Entry) -> None:
+    """Refuses page granularity for methods whose scores change after a page is full."""
+    if config.granularity != "page" or entry.scores_are_final:
+        return
+    if "filter" in entry.options:
+        final = (name for name, of_filter in catalog.QFILTERS.items() if of_filter.scores_are_final)
+        raise ValueError(
+            f"filter={config.filter!r} scores a token by where its sequence stands, but the score of a page is final when the "
+            f"page is full: with granularity 'page' use filter {_any_of(final)}, or choose granularity 'layer' or 'head'"
+        )
+    raise ValueError(
+        f"method={config.method!r} scores a token anew at every cut, by its whole sequence, but the score of a page is final "
+        "when the page is full: choose granularity 'layer' or 'head'"
+    )
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def _sliding_window(model_config: Any) -> int:
+    """That of a model of which some layers have one, and a shorter one than its longest context; else 0."""
+    window, layer_types = model_config.get_sliding_window(), getattr(model_config.hf_text_config, "layer_types", None)
+    if (
+        window is None
+        or window >= model_config.max_model_len
+        or (layer_types and "sliding_attention" not in layer_types)
+    ):
+        return 0
+    return int(window)
