@@ -1,6 +1,4 @@
-"""The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of both subcommands with
-one.
-"""
+"""The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of each command with one."""
 
 import argparse
 import dataclasses
@@ -16,8 +14,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
-from vllm_qfilters.commands import cli
+from vllm_qfilters import commands
+from vllm_qfilters.commands import calibrate, engine
+from vllm_qfilters.commands.arguments import UsageError
 from vllm_qfilters.commands.evaluation.engine import serve
+from vllm_qfilters.commands.generate.command import batch_generator
 from vllm_qfilters.commands.generate.offline import Refusal, Request
 from vllm_qfilters.filters.format import load
 
@@ -96,7 +97,7 @@ GENERATE = ["generate", "MODEL", "--input", "in.jsonl", "--output", "out.jsonl"]
 def run(argv, model):
     """The exit status of the command; MODEL stands for ``model``."""
     try:
-        return cli.main([str(model) if arg == "MODEL" else arg for arg in argv])
+        return commands.main([str(model) if arg == "MODEL" else arg for arg in argv])
     except SystemExit as error:
         return error.code
 
@@ -130,16 +131,23 @@ def test_help_teaches(name, words, capsys):
     assert all(word in printed for word in words)
 
 
-@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_help_needs_neither_vllm_nor_a_command():
+    heavy = ["vllm", "torch", "numpy", "vllm_qfilters.commands.evaluation", "vllm_qfilters.commands.inspection"]
+    code = f"import sys, vllm_qfilters.commands; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_options_are_none_of_vllm(name, tiny_model):
     required = ["--input", "a", "--output", "b"] if name == "generate" else []
-    args = vars(cli.parse(name, [str(tiny_model), *required]))
-    engine = {field.name for field in dataclasses.fields(EngineArgs)}
+    command = commands.load(name)
+    args = vars(engine.parse(name, command, [str(tiny_model), *required]))
+    of_vllm = {field.name for field in dataclasses.fields(EngineArgs)}
     options = argparse.ArgumentParser(add_help=False)
-    cli.SUBCOMMANDS[name].add_options(options)
+    command.add_arguments(options)
     own = {"model_tag", *(action.dest for action in options._actions)}
-    assert own <= set(args) and not own & engine
-    assert set(cli.SUBCOMMANDS[name].defaults) <= engine | {"kv_compression"}
+    assert own <= set(args) and not own & of_vllm
+    assert set(command.ENGINE_DEFAULTS) <= of_vllm | {"kv_compression"}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +268,7 @@ def test_failed_lines_make_the_exit_status_1(prompts, started, tiny_model, capsy
 def test_a_request_the_engine_gives_up_is_no_completion():
     llm = FakeLLM()
     llm.finish_reason = "error"
-    (answer,) = cli.batch_generator(llm, 8, 0.0)([Request(1, prompt="a")])
+    (answer,) = batch_generator(llm, 8, 0.0)([Request(1, prompt="a")])
     assert isinstance(answer, Refusal) and "gave up" in answer.error
 
 
@@ -333,8 +341,8 @@ def test_a_short_text_is_refused_by_name(started, tiny_model, tmp_path, capsys):
 
 
 def test_texts_are_not_left_out_silently():
-    with pytest.raises(cli.UsageError, match="raise --sequences to 2 at least"):
-        cli.text_sequences({"a.txt": range(1000), "b.txt": range(1000)}, num_sequences=1, num_tokens=500)
+    with pytest.raises(UsageError, match="raise --sequences to 2 at least"):
+        calibrate.text_sequences({"a.txt": range(1000), "b.txt": range(1000)}, num_sequences=1, num_tokens=500)
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +356,7 @@ def command():
         argv = [
             sys.executable,
             "-c",
-            "from vllm_qfilters.commands.cli import main; raise SystemExit(main())",
+            "from vllm_qfilters.commands import main; raise SystemExit(main())",
             *map(str, argv),
             *engine,
         ]
@@ -433,7 +441,7 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("vllm_qfilters.commands.evaluation.command.run_engine", run_here)
     evaluate += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
-    assert cli.main([*evaluate, "--methods", "streaming", "--no-plots"]) == 0
+    assert commands.main([*evaluate, "--methods", "streaming", "--no-plots"]) == 0
     printed = capsys.readouterr().out
     names = ("streaming", "prompt-320", "passkey-320", "kv-320", "generation")
     assert all(f"{name}: " in printed for name in names)
@@ -447,7 +455,7 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     assert streaming["block_size"] == streaming["kv_compression"]["interval"] == 32
 
     method = f"qfilters:filters={tiny_filters[0]}"
-    assert cli.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming"]) == 0
+    assert commands.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming"]) == 0
     assert method in capsys.readouterr().out and tmp_path.joinpath("quality-loss.png").exists()
     more = json.loads((tmp_path / "quality.json").read_text())
     assert more["cells"][:10] == first["cells"] and len(more["cells"]) == 11 and len(more["engines"]) == 4
@@ -455,7 +463,7 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     assert cell["method"] == method and more["engines"][3]["kv_compression"]["filters"] == str(tiny_filters[0])
     assert 0.001 < abs(cell["loss"] - full["loss"]) < 1
     assert len(starts) == 4
-    assert cli.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming", "--tokens", "600"]) == 2
+    assert commands.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming", "--tokens", "600"]) == 2
     assert "has streaming with other settings (tokens)" in capsys.readouterr().err and len(starts) == 4
 
 
@@ -466,7 +474,7 @@ def test_inspect(model_with_tokenizer, tiny_filters, tmp_path, capsys):
     argv += ["--block-size", "32", "--kv-cache-memory-bytes", "64M", "--max-model-len", "1024"]
     argv += ["--kv-compression-config.filters", str(tiny_filters[0]), "--kv-compression-config.interval", "32"]
     argv += ["--kv-compression-config.budget", "128", "--kv-compression-config.chunk", "64"]
-    assert cli.main(argv) == 0
+    assert commands.main(argv) == 0
     # Cut to 128 at 256, then 45 tokens more: one page more goes when decoding begins.
     assert (
         f"{page} shows 301 tokens, of which every layer and head holds {301 - 256 + 128 - 64}"

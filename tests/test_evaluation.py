@@ -103,9 +103,9 @@ def test_files_are_texts(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("größer", encoding="utf-8")
     assert texts.read_text(str(path)) == Text("a.txt", "größer")
-    with pytest.raises(ValueError, match="two texts are named a.txt"):
+    with pytest.raises(ValueError, match=r"two texts are named a\.txt"):
         texts.read_texts([str(path), str(path)])
-    with pytest.raises(ValueError, match="no.txt is none of prose, .*No such file"):
+    with pytest.raises(ValueError, match=r"no\.txt is none of prose, .*No such file"):
         texts.read_text("no.txt")
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not a UTF-8 text"):

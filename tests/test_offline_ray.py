@@ -15,11 +15,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from tests import fake_engines
 from tests.engines import keep_alive
-from vllm_qfilters import KVCompressionConfig, kv_compression
-from vllm_qfilters.commands import cli
+from vllm_qfilters import KVCompressionConfig, commands, kv_compression
+from vllm_qfilters.commands import engine
 from vllm_qfilters.commands.arguments import UsageError
 from vllm_qfilters.commands.generate import offline
 from vllm_qfilters.commands.generate import ray as offline_ray
+from vllm_qfilters.commands.generate.command import batch_generator
 from vllm_qfilters.commands.generate.offline import Request
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 from vllm_qfilters.plan import CompactionPlan, RequestCompaction
@@ -80,9 +81,11 @@ def test_a_batch_that_ends_every_engine_ends_the_run_and_the_same_command_contin
 
 
 def test_an_engine_that_does_not_start_says_why():
-    with offline_ray.ray_engines(fake_engines.no_engine, 2, gpus_per_engine=0) as engines:
-        with pytest.raises(UsageError, match="^no such model$"):
-            list(engines([[Request(1, prompt="a")]]))
+    with (
+        offline_ray.ray_engines(fake_engines.no_engine, 2, gpus_per_engine=0) as engines,
+        pytest.raises(UsageError, match=r"^no such model$"),
+    ):
+        list(engines([[Request(1, prompt="a")]]))
 
 
 @pytest.mark.parametrize(
@@ -118,11 +121,13 @@ def test_two_real_engines_say_what_one_says(model_with_tokenizer, tiny_filters, 
     argv += ["--kv-compression-config.interval", "32", "--kv-compression-config.chunk", "64", "--enforce-eager"]
     argv += ["--dtype", "float32", "--block-size", "32", "--kv-cache-memory-bytes", "16M", "--max-model-len", "1024"]
     output, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
-    assert cli.main(["generate", *argv, "--output", str(output), "--ray", "2"]) == 0
+    assert commands.main(["generate", *argv, "--output", str(output), "--ray", "2"]) == 0
     # Not by the command: it ends its engine, and with it what engines of other tests in this process need.
-    engine_args = EngineArgs.from_cli_args(cli.parse("generate", [*argv, "--output", str(alone)]))
+    engine_args = EngineArgs.from_cli_args(
+        engine.parse("generate", commands.load("generate"), [*argv, "--output", str(alone)])
+    )
     llm = keep_alive(LLM.from_engine_args(engine_args))
-    generate_batch = cli.batch_generator(llm, max_tokens=40, temperature=0.0)
+    generate_batch = batch_generator(llm, max_tokens=40, temperature=0.0)
     offline.run(offline.read_input(path), alone, lambda: functools.partial(map, generate_batch), batch_size=2)
     written = output.read_text()
     assert written == alone.read_text() and written.count("\n") == 6

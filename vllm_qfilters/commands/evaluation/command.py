@@ -1,14 +1,14 @@
-"""The subcommand ``vllm-qfilters eval``: from arguments to a file of results, a table and plots."""
+"""The command ``vllm-qfilters eval``: from arguments to a file of results, a table and plots."""
 
 import argparse
-import hashlib
 import importlib.util
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_qfilters.commands.arguments import UsageError, at_least
+from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
+from vllm_qfilters.commands.engine import read_engine_args
 from vllm_qfilters.commands.evaluation import tasks, texts
 from vllm_qfilters.commands.evaluation.engine import EngineError, run_engine
 from vllm_qfilters.commands.evaluation.environment import describe_run
@@ -30,8 +30,13 @@ TASKS = {
     "generation": "repetition and endings of long generations",
 }
 CONTINUATION_TOKENS = 256
-ENGINE_DEFAULTS = {
-    "block_size": 32,  # budgets are met to the block, intervals are one
+
+_SEVERAL: dict[str, Any] = {"nargs": "+"}
+_COUNT: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
+
+USAGE = "MODEL [--methods METHOD ...] [--tasks TASK ...] [-o FILE]"
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "block_size": 32,  # budgets are met to the block, and an interval is one block
     "max_num_batched_tokens": 512,  # logits of as many positions are held at once
     "kv_cache_memory_bytes": 1 << 30,
     "enforce_eager": True,  # every method has an engine of its own to start
@@ -53,84 +58,27 @@ EXAMPLES = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    several, count = {"nargs": "+"}, {"type": at_least(1), "metavar": "N"}
-    add = parser.add_argument
-    add("--methods", **several, default=DEFAULT_METHODS, metavar="METHOD", help=f"default: {' '.join(DEFAULT_METHODS)}")
-    add("--tasks", **several, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
-    add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
-    add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
-    budgets = {**count, "default": [256, 512, 1024]}
-    add("--budgets", **several, **budgets, help="of streaming and generation, tokens; default 256 512 1024")
-    fractions = {"type": _fraction, "metavar": "F", "default": [0.5, 0.25, 0.125]}
-    add(
-        "--fractions",
-        **several,
-        **fractions,
-        help="budgets of the other tasks, fractions of the prompt; default .5 .25 .125",
-    )
-    described = "; ".join(f"{name}: {text}" for name, text in texts.DESCRIPTIONS.items())
-    add(
-        "--text",
-        **several,
-        default=list(texts.TEXTS),
-        metavar="TEXT",
-        help=f"files, or some of {described}; default: these",
-    )
-    add("--sequences", **count, default=5, help="of streaming, taken from the texts in turn; default %(default)s")
-    add("--tokens", **count, default=4096, help="of such a sequence; default %(default)s")
-    add("--loss-from", **count, default=1024, help="position in it from which loss is measured; default %(default)s")
-    add("--chunk", **count, default=128, help="tokens of it between two cuts; default %(default)s")
-    add(
-        "--lengths",
-        **several,
-        **count,
-        default=[1024],
-        help="tokens, of the prompts of prompt, passkey and kv; default 1024",
-    )
-    add("--prompts", **count, default=8, help="number of prompts of prompt; default %(default)s")
-    add(
-        "--depths",
-        **several,
-        type=_depth,
-        default=[0, 0.2, 0.4, 0.6, 0.8, 1],
-        metavar="D",
-        help="of passkey and kv, 0 to 1",
-    )
-    add("--trials", **count, default=4, help="of passkey and kv, per depth; default %(default)s")
-    add("--generations", **count, default=4, help="number of prompts of generation; default %(default)s")
-    add("--generation-tokens", **count, default=512, help="most tokens of a generation; default %(default)s")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``eval``: what is measured, then how, task by task."""
+    _add_choices(parser)
+    _add_loss_options(parser)
+    _add_prompt_options(parser)
+    _add_generation_options(parser)
 
 
-def run(args: argparse.Namespace, engine_args: "EngineArgs") -> None:
-    """Runs the command.
-
-    Args:
-        args: of :func:`add_options`, and ``model``.
-        engine_args: of all engines, without KV compression.
-
-    Raises:
-        UsageError: arguments that do not fit together, a missing package, or an engine that does not start.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Measures what methods of compression cost in quality."""
+    if args.kv_compression is not None or args.kv_compression_config is not None:
+        raise UsageError(
+            "name what to evaluate by --methods, e.g. qfilters:window=0.25: drop --kv-compression and its options"
+        )
+    if args.output is None:
+        args.output = pathlib.Path(f"quality-{pathlib.Path(args.model).name}.json")
+    check_writable(args.output)
+    engine_args = read_engine_args(args)
     if not args.no_plots and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib: pip install 'vllm-qfilters[eval]', or give --no-plots")
-    try:
-        methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
-        results = Results(args.output, args.model)
-        model_config = engine_args.create_model_config()
-        chosen = make_tasks(args, model_config, engine_args.seed)
-        results.check_settings(chosen)
-        jobs = plan(methods, chosen, results, engine_args.block_size)
-    except (ValueError, OSError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    if jobs:
-        if engine_args.max_model_len is None:
-            engine_args.max_model_len = _max_model_len(model_config, chosen)
-        results.start_run(describe_run())
-        try:
-            evaluate(jobs, results, engine_args, run_engine)
-        except EngineError as error:
-            raise UsageError(f"{error}; the same command continues") from error
+    results = _measure(args, engine_args)
     print(report(results))
     print(f"Results are in {args.output}", file=sys.stderr)
     if not args.no_plots:
@@ -138,18 +86,19 @@ def run(args: argparse.Namespace, engine_args: "EngineArgs") -> None:
 
         for path in draw(results):
             print(f"Plot in {path}", file=sys.stderr)
+    return 0
 
 
 def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[tasks.Task]:
-    """The tasks that are asked for.
+    """Makes the tasks that are asked for.
 
     Args:
-        args: of :func:`add_options`.
-        model_config: vLLM's.
-        seed: of needles and sampling.
+        args: the options of ``eval``.
+        model_config: vLLM's configuration of the model.
+        seed: chooses needles, and samples generations.
 
     Raises:
-        ValueError: there is not enough text for one, or the model is too small.
+        ValueError: there is not enough text for a task, or the model takes fewer tokens than it needs.
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -180,9 +129,89 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
     return chosen
 
 
+def _measure(args: argparse.Namespace, engine_args: "EngineArgs") -> Results:
+    """Measures the cells that the file of results does not have yet.
+
+    Args:
+        args: the options of ``eval``, and ``model``.
+        engine_args: the arguments of all engines, without KV compression.
+
+    Raises:
+        UsageError: arguments do not fit together, or an engine does not start.
+    """
+    try:
+        methods = [Method.parse(text) for text in dict.fromkeys(args.methods)]
+        results = Results(args.output, args.model)
+        assert engine_args.block_size is not None, "ENGINE_DEFAULTS has one"
+        model_config = engine_args.create_model_config()
+        chosen = make_tasks(args, model_config, engine_args.seed)
+        results.check_settings(chosen)
+        jobs = plan(methods, chosen, results, engine_args.block_size)
+    except (ValueError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if jobs:
+        if engine_args.max_model_len is None:
+            engine_args.max_model_len = _max_model_len(model_config, chosen)
+        results.start_run(describe_run())
+        try:
+            evaluate(jobs, results, engine_args, run_engine)
+        except EngineError as error:
+            raise UsageError(f"{error}; the same command continues") from error
+    return results
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose methods, tasks, budgets and texts."""
+    add = parser.add_argument
+    add(
+        "--methods", **_SEVERAL, default=DEFAULT_METHODS, metavar="METHOD", help=f"default: {' '.join(DEFAULT_METHODS)}"
+    )
+    add("--tasks", **_SEVERAL, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
+    add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
+    add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
+    budgets = "of streaming and generation, tokens; default 256 512 1024"
+    add("--budgets", **_SEVERAL, **_COUNT, default=[256, 512, 1024], help=budgets)
+    fractions = "budgets of the other tasks, fractions of the prompt; default .5 .25 .125"
+    add("--fractions", **_SEVERAL, type=_fraction, metavar="F", default=[0.5, 0.25, 0.125], help=fractions)
+    described = "; ".join(f"{name}: {text}" for name, text in texts.DESCRIPTIONS.items())
+    files = f"files, or some of {described}; default: these"
+    add("--text", **_SEVERAL, default=list(texts.TEXTS), metavar="TEXT", help=files)
+
+
+def _add_loss_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the task ``streaming``."""
+    add = parser.add_argument
+    add("--sequences", **_COUNT, default=5, help="of streaming, taken from the texts in turn; default %(default)s")
+    add("--tokens", **_COUNT, default=4096, help="of such a sequence; default %(default)s")
+    add("--loss-from", **_COUNT, default=1024, help="position in it from which loss is measured; default %(default)s")
+    add("--chunk", **_COUNT, default=128, help="tokens of it between two cuts; default %(default)s")
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the tasks ``prompt``, ``passkey`` and ``kv``."""
+    add = parser.add_argument
+    lengths = "tokens, of the prompts of prompt, passkey and kv; default 1024"
+    add("--lengths", **_SEVERAL, **_COUNT, default=[1024], help=lengths)
+    add("--prompts", **_COUNT, default=8, help="number of prompts of prompt; default %(default)s")
+    depths: dict[str, Any] = {
+        "default": [0, 0.2, 0.4, 0.6, 0.8, 1],
+        "metavar": "D",
+        "help": "of passkey and kv, 0 to 1",
+    }
+    add("--depths", **_SEVERAL, type=_depth, **depths)
+    add("--trials", **_COUNT, default=4, help="of passkey and kv, per depth; default %(default)s")
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the task ``generation``."""
+    add = parser.add_argument
+    add("--generations", **_COUNT, default=4, help="number of prompts of generation; default %(default)s")
+    add("--generation-tokens", **_COUNT, default=512, help="most tokens of a generation; default %(default)s")
+
+
 def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:
-    """No more than is needed; calibrated filters stay for other engines, so there is room for whole calibration
-    sequences.
+    """Returns the context that engines need. Filters calibrated here stay for other engines, so whole calibration
+    sequences fit into it.
     """
     from vllm_qfilters.filters.calibrate import SEQUENCE_TOKENS
 
@@ -206,7 +235,7 @@ def _loss_task(
         "tokens": num_tokens,
         "chunk": chunk,
         "loss_from": loss_from,
-        "texts": {text.name: hashlib.sha256(text.content.encode()).hexdigest()[:16] for text in read[:num_sequences]},
+        "texts": {text.name: texts.digest(text.content) for text in read[:num_sequences]},
     }
     sequences = texts.cut(read, tokenizer, num_sequences, num_tokens)
     return tasks.LossTask(name, budgets, sequences, chunk, loss_from, settings)

@@ -23,14 +23,22 @@ class EngineError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class EngineStarted:
-    """configuration: as the engine has it, JSON."""
+    """The engine runs.
+
+    Attributes:
+        configuration: what the engine was configured with, as JSON.
+    """
 
     configuration: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestFinished:
-    """index: of the request."""
+    """A request is answered.
+
+    Attributes:
+        index: the place of the request among those the engine was given.
+    """
 
     index: int
     answer: EvalAnswer
@@ -38,7 +46,11 @@ class RequestFinished:
 
 @dataclasses.dataclass(frozen=True)
 class EngineFinished:
-    """evicted_tokens: over all requests."""
+    """All requests are answered.
+
+    Attributes:
+        evicted_tokens: tokens evicted, summed over all requests.
+    """
 
     evicted_tokens: int
 
@@ -50,7 +62,7 @@ def run_engine(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> It
     """Starts an engine with KV compression, runs ``requests`` on it, and ends it, also if the caller stops listening.
 
     Raises:
-        EngineError: it does not start, refuses a request, or dies; what it printed is on stderr.
+        EngineError: the engine does not start, refuses a request, or dies; what it printed is on stderr.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # for the child, whose log would break up the progress bar
     context = multiprocessing.get_context("spawn")
@@ -80,12 +92,12 @@ def run_engine(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> It
 
 
 def serve(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> Iterator[EngineEvent]:
-    """As :func:`run_engine`, in this process.
+    """Does what :func:`run_engine` does, in this process.
 
     Raises:
         ValueError, OSError: the engine does not start, or refuses a request.
     """
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
     llm = LLM.from_engine_args(engine_args)
     yield EngineStarted(_configuration(llm))
@@ -93,9 +105,11 @@ def serve(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> Iterato
         _add(llm, index, request)
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
+            assert isinstance(output, RequestOutput), "the engine generates"
             if output.finished:
                 yield RequestFinished(int(output.request_id), _answer(output))
-    yield EngineFinished(llm.llm_engine.engine_core.engine_core.scheduler.compression_stats.evicted_tokens)
+    core: Any = llm.llm_engine.engine_core  # holds the scheduler itself, since the engine runs in this process
+    yield EngineFinished(core.engine_core.scheduler.compression_stats.evicted_tokens)
 
 
 def _run_child(engine_args: "EngineArgs", requests: Sequence[EvalRequest], sender: Connection) -> None:
@@ -114,7 +128,7 @@ def _add(llm: "LLM", index: int, request: EvalRequest) -> None:
 
     params = SamplingParams(
         max_tokens=request.max_tokens,
-        prompt_logprobs=0 if request.wants_losses else None,  # of the prompt's own tokens alone
+        prompt_logprobs=0 if request.wants_losses else None,  # those of the prompt's own tokens alone
         detokenize=not request.wants_losses,
         extra_args={"kv_budget": request.kv_budget},
         **request.sampling,
@@ -126,13 +140,20 @@ def _answer(output: "RequestOutput") -> EvalAnswer:
     completion = output.outputs[0]
     if completion.finish_reason in ("abort", "error"):
         raise ValueError(f"the engine gave up on a request ({completion.finish_reason}), its log says why")
-    logprobs = output.prompt_logprobs or [None]  # the first token has none
     return EvalAnswer(
         token_ids=list(completion.token_ids),
         text=completion.text,
         finish_reason=completion.finish_reason,
-        losses=[-step[token].logprob for token, step in zip(output.prompt_token_ids[1:], logprobs[1:])],
+        losses=_losses(output),
     )
+
+
+def _losses(output: "RequestOutput") -> list[float]:
+    """Returns the loss of each prompt token from the second on, in nats; none if the request did not ask for them."""
+    if not output.prompt_logprobs:
+        return []
+    predicted = zip(output.prompt_token_ids or [], output.prompt_logprobs, strict=True)
+    return [-logprobs[token].logprob for token, logprobs in predicted if logprobs is not None]  # the first has none
 
 
 def _configuration(llm: "LLM") -> dict[str, Any]:
@@ -140,8 +161,10 @@ def _configuration(llm: "LLM") -> dict[str, Any]:
     from vllm_qfilters.policy import Policy
 
     config = llm.llm_engine.vllm_config
+    policy = Policy.from_vllm_config(config)
+    assert policy is not None, "every engine of an evaluation is started with KV compression"
     return {
-        "kv_compression": Policy.from_vllm_config(config).to_dict(),
+        "kv_compression": policy.to_dict(),
         "kernels": IMPLEMENTATION,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "max_model_len": config.model_config.max_model_len,

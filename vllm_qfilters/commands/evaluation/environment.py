@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Describes where and with what something is measured."""
 
 import datetime
 import importlib.metadata
@@ -19,10 +19,10 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def describe_run(folder: pathlib.Path = _FOLDER) -> dict[str, Any]:
-    """Date, machine, versions, commit and command of this run, as JSON.
+    """Returns date, machine, versions, commit and command of this run, as JSON.
 
     Args:
-        folder: a package in the checkout whose commit is meant; by default this one.
+        folder: a package of the checkout whose commit is named; by default this package.
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -42,7 +42,7 @@ def _cpu() -> str:
 
 
 def _gpu() -> dict[str, str]:
-    """Card and driver, where there is one."""
+    """Returns the names of card and driver; nothing on a machine without a GPU."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -57,10 +57,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: pathlib.Path) -> str | None:
-    """Of the checkout ``folder`` is in, with ``+changes`` if it has any; None for an installed package."""
+    """Returns the commit of the checkout that ``folder`` is in, with ``+changes`` if files differ from it; None for an
+    installed package.
+    """
     commit = _git(folder, "rev-parse", "--short", "HEAD")
     if commit is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # some other repository around site-packages
+        return None  # the repository is another one, around site-packages
     return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
 
 

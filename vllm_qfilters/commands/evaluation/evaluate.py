@@ -26,7 +26,7 @@ RunEngine = Callable[["EngineArgs", Sequence[EvalRequest]], Iterator[EngineEvent
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one number of the table is measured for; ``method`` is a label."""
+    """Names what one number of the table is measured for; ``method`` is a label."""
 
     task: Task
     method: str
@@ -35,10 +35,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Cells for one engine.
+    """Cells that one engine measures.
 
     Attributes:
-        options: of ``KVCompressionConfig``, beside the method.
+        method: the method the engine is started with.
+        options: further fields of ``KVCompressionConfig``.
+        cells: what it measures; one of another method is the full cache.
     """
 
     method: Method
@@ -47,13 +49,13 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        """To be read and, at most, generated."""
+        """Counts the tokens that are read and, at most, generated."""
         requests = [request for cell in self.cells for request in cell.task.requests(cell.budget)]
         return sum(len(request.token_ids) + request.max_tokens for request in requests)
 
 
 def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any]:
-    """Options of ``KVCompressionConfig`` for ``method`` in ``task``.
+    """Returns the options of ``KVCompressionConfig`` for ``method`` in ``task``.
 
     The interval is the smallest there is unless the method names one, so that small budgets have room; every request
     names its own budget.
@@ -64,7 +66,8 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
     both = sorted(set(method.options) & set(task.cuts))
     if both:
         raise ValueError(
-            f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of --tasks"
+            f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of "
+            "--tasks"
         )
     options = {"interval": block_size, **method.options, **task.cuts, "budget": 1.0}
     try:
@@ -79,11 +82,11 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
 
 
 def plan(methods: Sequence[Method], tasks: Sequence[Task], results: Results, block_size: int) -> list[Job]:
-    """What is left to measure. The full cache is measured with the first method, whose requests can switch compression
-    off.
+    """Returns what is left to measure. The full cache is measured on the engine of the first method, whose requests can
+    switch compression off.
 
     Raises:
-        ValueError: see :func:`engine_options`, which is asked about what is measured already too.
+        ValueError: method and task do not fit together (see :func:`engine_options`), measured already or not.
     """
     jobs: dict[tuple[str, str], Job] = {}
     for method in methods:
@@ -103,10 +106,13 @@ def evaluate(jobs: Sequence[Job], results: Results, engine_args: "EngineArgs", r
     """Runs ``jobs`` one after the other, and adds their cells to ``results`` as they are finished.
 
     Args:
-        engine_args: of all engines, without KV compression.
+        jobs: what :func:`plan` returned.
+        results: keeps what is measured.
+        engine_args: the arguments of all engines, without KV compression.
+        run_engine: starts an engine and runs requests on it.
 
     Raises:
-        EngineError: of ``run_engine``; what was finished before is kept.
+        EngineError: ``run_engine`` raised it; what was finished before is kept.
     """
     with tqdm(total=sum(job.num_tokens for job in jobs), unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
         for number, job in enumerate(jobs, start=1):
@@ -118,13 +124,10 @@ def evaluate(jobs: Sequence[Job], results: Results, engine_args: "EngineArgs", r
 def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: RunEngine, bar: tqdm) -> None:
     engine_args = copy.copy(engine_args)
     apply_kv_compression(engine_args, job.method.name, job.options)
-    requests, owners = [], []  # an owner is the cell of a request, and its place there
-    answers: list[list[EvalAnswer | None]] = []
-    for cell_index, cell in enumerate(job.cells):
-        of_cell = cell.task.requests(cell.budget)
-        requests += of_cell
-        owners += [(cell_index, place) for place in range(len(of_cell))]
-        answers.append([None] * len(of_cell))
+    of_cells = [cell.task.requests(cell.budget) for cell in job.cells]
+    requests = [request for of_cell in of_cells for request in of_cell]
+    owners = [(cell_index, place) for cell_index, of_cell in enumerate(of_cells) for place in range(len(of_cell))]
+    answers: list[dict[int, EvalAnswer]] = [{} for _ in of_cells]  # for each cell, by the places of its requests
     start = time.monotonic()
     for event in run_engine(engine_args, requests):
         match event:
@@ -135,9 +138,12 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
                 cell_index, place = owners[event.index]
                 answers[cell_index][place] = event.answer
                 bar.update(len(requests[event.index].token_ids) + requests[event.index].max_tokens)
-                if None not in answers[cell_index]:
-                    cell = job.cells[cell_index]
-                    results.add(cell.task, cell.method, cell.budget, cell.task.measure(answers[cell_index]))
+                if len(answers[cell_index]) == len(of_cells[cell_index]):
+                    cell, in_order = (
+                        job.cells[cell_index],
+                        [answer for _, answer in sorted(answers[cell_index].items())],
+                    )
+                    results.add(cell.task, cell.method, cell.budget, cell.task.measure(in_order))
             case EngineFinished():
                 seconds = round(time.monotonic() - start, 1)
                 results.finish_engine(
@@ -146,13 +152,13 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
 
 
 def _check_budget(policy: Policy, request: EvalRequest, block_size: int) -> None:
+    """Raises ValueError unless ``policy`` allows the budget of ``request``."""
     budget, prompt_tokens = request.kv_budget, len(request.token_ids)
     policy.request_limits({REQUEST_BUDGET_KEY: budget}, prompt_tokens, block_size)
     least = policy.min_budget(block_size)
-    if (
-        isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least
-    ):  # the engine would take the least
+    # Where a fraction gives fewer tokens than the least budget, the engine would take the least instead of refusing.
+    if isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least:
         raise ValueError(
-            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window {policy.window} "
-            f"+ sinks {policy.sinks} + interval {policy.interval}: raise --fractions or --lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window "
+            f"{policy.window} + sinks {policy.sinks} + interval {policy.interval}: raise --fractions or --lengths"
         )

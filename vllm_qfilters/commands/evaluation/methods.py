@@ -1,4 +1,4 @@
-"""Methods as they are named on the command line: ``qfilters:filter=static,granularity=head``."""
+"""Reads methods as the command line names them: ``qfilters:filter=static,granularity=head``."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.policy import resolve
 
-FULL = "full"  # in the place of a method: the uncompressed cache
+FULL = "full"  # stands in the place of a method for the uncompressed cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Method:
     """A method of KV compression with its options.
 
     Attributes:
-        label: as it was named.
+        label: the text that named it.
         name: one of ``vllm_qfilters.methods.catalog.METHODS``.
         options: fields of ``KVCompressionConfig`` that are not at their defaults.
     """

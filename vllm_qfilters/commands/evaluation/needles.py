@@ -1,4 +1,4 @@
-"""Prompts that hide a fact in a long context and ask for it at their end."""
+"""Makes prompts that hide a fact in a long context and ask for it at their end."""
 
 import dataclasses
 import random
@@ -158,10 +158,13 @@ class Needle:
 
 
 class PromptFrame:
-    """What surrounds the user's words: the model's chat template if it has one, else nothing.
+    """Surrounds the user's words with the model's chat template, if the model has one.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
+
+    Attributes:
+        head: token ids that stand before the user's words.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -181,21 +184,22 @@ class PromptFrame:
         return self._tokenizer.decode([token])
 
     def tail(self, question: str, answer_start: str) -> list[int]:
-        """The question, the end of the user's words, and the beginning of the answer, which the model is to
-        continue.
+        """Returns the token ids of the question, of what stands behind the user's words, and of the beginning of the
+        answer, which the model is to continue.
         """
         return self.encode(question + (self._tail or "\n") + answer_start)
 
 
 def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
-    """One number within a text.
+    """Hides one number within a text.
 
     Args:
-        frame: of the prompt.
+        frame: surrounds the prompt.
         filler: token ids of a text, ``length`` at least.
-        length: of the prompt, in tokens.
-        depth: of the number in the text, 0 at its beginning to 1 at its end; moved back to the end of a sentence.
-        rng: for the number and the part of the text.
+        length: tokens of the prompt.
+        depth: where in the text the number stands, from 0 at its beginning to 1 at its end; it is moved back to the end
+            of a sentence.
+        rng: chooses the number and the part of the text.
 
     Raises:
         ValueError: ``length`` is too short for the question.
@@ -208,16 +212,16 @@ def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float
 
 
 def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
-    """``NUM_KEYS`` named numbers within a text, evenly; before the question nothing tells which one it will ask for.
+    """Hides ``NUM_KEYS`` named numbers within a text, evenly. Before the question nothing tells which one it asks for.
 
-    Args, Raises: as for :func:`passkey`; ``depth`` is the place among the numbers.
+    Arguments and errors are those of :func:`passkey`, but ``depth`` is the place among the numbers.
     """
     names = rng.sample([f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS], NUM_KEYS)
     numbers = [str(number) for number in rng.sample(range(10_000, 100_000), NUM_KEYS)]
     head = "There are numbers of things hidden in the text below. Find and remember them.\n\n"
     facts = [
         (index / (NUM_KEYS - 1), f"\nThe number of the {name} is {number}.\n")
-        for index, (name, number) in enumerate(zip(names, numbers))
+        for index, (name, number) in enumerate(zip(names, numbers, strict=True))
     ]
     asked = round(depth * (NUM_KEYS - 1))
     tail = frame.tail(f"\n\nWhat is the number of the {names[asked]}?", f"The number of the {names[asked]} is")
@@ -225,7 +229,7 @@ def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: flo
 
 
 def is_answered(text: str, answer: str) -> bool:
-    """The first number in ``text`` is ``answer``, exactly."""
+    """Returns whether the first number in ``text`` is exactly ``answer``."""
     number = re.search(r"\d+", text)
     return number is not None and number.group() == answer
 
@@ -239,7 +243,7 @@ def _hide(
     tail: Sequence[int],
     rng: random.Random,
 ) -> list[int]:
-    """A prompt of exactly ``length`` tokens: ``head``, a part of ``filler`` with ``facts`` at their depths,
+    """Returns a prompt of exactly ``length`` tokens: ``head``, a part of ``filler`` with ``facts`` at their depths, and
     ``tail``.
     """
     token_ids = frame.head + frame.encode(head)
@@ -261,7 +265,7 @@ def _hide(
 
 
 def _sentence_end(frame: PromptFrame, text: Sequence[int], place: int) -> int:
-    """The last end of a sentence at or shortly before ``place``, or else ``place``."""
+    """Returns the last end of a sentence at or shortly before ``place``, or else ``place``."""
     if place == len(text):
         return place
     for end in range(place, max(0, place - _SENTENCE_END_REACH), -1):

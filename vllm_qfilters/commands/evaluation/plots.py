@@ -1,6 +1,5 @@
-"""Plots of results, PNG files beside them. Needs matplotlib."""
+"""Draws plots of results as PNG files beside the file of results. Needs matplotlib."""
 
-import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ from vllm_qfilters.commands.evaluation.results import Results
 
 
 def draw(results: Results) -> list[pathlib.Path]:
-    """Draws what there are measurements for; returns the files."""
+    """Draws a plot of each kind that there are measurements for, and returns the files."""
     tasks = {name: [task for task in results.tasks() if kind(results, task) == name] for name in ("loss", "retrieval")}
     tasks["loss"] = [task for task in tasks["loss"] if results.get(task, FULL, 0) is not None]
     paths = []
@@ -29,18 +28,19 @@ def draw(results: Results) -> list[pathlib.Path]:
 
 
 def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
-    """Loss increase against budget: a panel per task, a line per method."""
+    """Draws the loss increase against the budget, with a panel per task and a line per method."""
     figure, panels = pyplot.subplots(
         1, len(tasks), figsize=(6.5 * len(tasks) + 3.5, 5), squeeze=False, layout="constrained"
     )
     colors, lines = _colors(results, tasks), {}
-    for panel, task in zip(panels[0], tasks):
+    for panel, task in zip(panels[0], tasks, strict=True):
         full = results.get(task, FULL, 0)
+        assert full is not None, "draw() chooses tasks whose full cache is measured"
         for method in results.methods(task):
             cells = [
                 cell for budget in results.budgets(task) if (cell := results.get(task, method, budget)) is not None
             ]
-            means, errors = zip(*(loss_increase(cell, full) for cell in cells))
+            means, errors = zip(*(loss_increase(cell, full) for cell in cells), strict=True)
             x = [cell["budget"] for cell in cells]
             lines[method] = panel.errorbar(x, means, yerr=errors, color=colors[method], marker="o", capsize=3)
         budgets = results.budgets(task)
@@ -58,16 +58,16 @@ def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
 
 
 def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
-    """Share found by depth and budget: a row of heat maps per task, one per method."""
+    """Draws the share found by depth and budget, with a row of heat maps per task and one map per method."""
     columns = list(_colors(results, tasks))
     size = (2.6 * len(columns) + 1.5, 2.4 * len(tasks) + 0.8)
     figure, panels = pyplot.subplots(len(tasks), len(columns), figsize=size, squeeze=False, layout="constrained")
-    for row, task in zip(panels, tasks):
+    for row, task in zip(panels, tasks, strict=True):
         depths = results.settings(task)["depths"]
         budgets = [0, *reversed(results.budgets(task))]
-        for panel, method in zip(row, columns):
+        for panel, method in zip(row, columns, strict=True):
             cells = [results.get(task, FULL if budget == 0 else method, budget) for budget in budgets]
-            shares = [list(_by_depth(cell, len(depths))) for cell in cells]
+            shares = [list(_shares_by_depth(cell, len(depths))) for cell in cells]
             image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             labels = ["full" if budget == 0 else f"{budget:g}" for budget in budgets]
             panel.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize="x-small")
@@ -80,7 +80,7 @@ def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
     return figure
 
 
-def _by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
+def _shares_by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
     if cell is None:
         yield from [float("nan")] * num_depths
     else:
@@ -88,9 +88,10 @@ def _by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
 
 
 def _colors(results: Results, tasks: list[str]) -> dict[str, tuple[float, ...]]:
-    """Of every method there is in one of ``tasks``."""
+    """Returns a color for every method that one of ``tasks`` was measured with."""
     methods = dict.fromkeys(method for task in tasks for method in results.methods(task))
-    return dict(zip(methods, itertools.cycle(colormaps["tab20"].colors)))
+    colormap = colormaps["tab20"]
+    return {method: colormap(index % colormap.N) for index, method in enumerate(methods)}
 
 
 def _model_name(results: Results) -> str:

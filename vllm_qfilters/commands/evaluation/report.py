@@ -1,4 +1,4 @@
-"""Tables of results, in plain text."""
+"""Makes tables of results, in plain text."""
 
 import itertools
 import math
@@ -16,29 +16,34 @@ Cell = dict[str, Any]
 
 
 def report(results: Results) -> str:
-    """Every task's tables."""
+    """Returns the tables of every task."""
     return "\n\n".join(
         itertools.chain.from_iterable(_TABLES[kind(results, task)](results, task) for task in results.tasks())
     )
 
 
 def kind(results: Results, task: str) -> str:
-    """Of the measurements of a task: loss, retrieval or generation."""
+    """Returns what a task measures: loss, retrieval or generation."""
     settings = results.settings(task)
     return "loss" if "loss_from" in settings else "retrieval" if "depths" in settings else "generation"
 
 
 def loss_increase(cell: Cell, over: Cell, text: str | None = None) -> Estimate:
-    """Nats per token, of all sequences or of those from one text, paired: blocks of the same tokens are the
-    observations.
+    """Returns how much the loss of a cell exceeds that of another, in nats per token.
 
-    The error takes blocks for independent; neighbours are not quite, so it is somewhat too small.
+    The observations are pairs: blocks of the same tokens in both cells. The error takes blocks for independent, which
+    neighbours are not quite, so it is somewhat too small.
+
+    Args:
+        text: counts the sequences of this text alone; by default those of all texts.
     """
     return paired_increase(_blocks(cell, text), _blocks(over, text))
 
 
 def ratio_to_reference(results: Results, task: str, cell: Cell) -> float | None:
-    """Of loss increases at the same budget; None without the reference, or where that costs nothing."""
+    """Returns the loss increase of a cell divided by that of ``REFERENCE`` at the same budget. It is None if the
+    reference is not measured, or costs nothing.
+    """
     full, reference = results.get(task, FULL, 0), results.get(task, REFERENCE, cell["budget"])
     if full is None or reference is None:
         return None
@@ -47,17 +52,17 @@ def ratio_to_reference(results: Results, task: str, cell: Cell) -> float | None:
 
 
 def found(cell: Cell) -> Estimate:
-    """Share of the trials of a retrieval cell."""
+    """Returns the share of the trials of a retrieval cell whose needle was found."""
     return share(cell["found"], cell["trials"])
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left, the others to the right."""
+    """Returns a table whose first column is aligned to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     aligned = [
         "  ".join(
-            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
         ).rstrip()
         for line in lines
     ]

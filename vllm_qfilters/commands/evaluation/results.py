@@ -1,4 +1,4 @@
-"""The file of results: what was measured, cell by cell, written after each one so that a run can be continued."""
+"""Keeps what was measured in a file, which is written after every cell so that a run can be continued."""
 
 import json
 import os
@@ -20,25 +20,24 @@ class Results:
     settings of each task.
 
     Args:
-        path: of the file; what is there already is continued.
-        model: name of the model.
+        path: the file; if it exists, it is continued.
+        model: the name of the model.
 
     Raises:
-        ValueError: the file is of another model, or is no such file.
+        ValueError: the file holds results of another model, or is no file of results.
     """
 
     def __init__(self, path: pathlib.Path, model: str) -> None:
         self.path = path
-        self._values = {"version": _VERSION, "model": model, "runs": [], "tasks": {}, "engines": [], "cells": []}
-        if path.exists():
-            self._values = _read(path, model)
+        empty = {"version": _VERSION, "model": model, "runs": [], "tasks": {}, "engines": [], "cells": []}
+        self._values: dict[str, Any] = _read(path, model) if path.exists() else empty
 
     @property
     def model(self) -> str:
         return self._values["model"]
 
     def check_settings(self, tasks: Iterable[Task]) -> None:
-        """Raises ValueError if cells of a task are there, and were measured with other settings than it has now."""
+        """Raises ValueError if there are cells of a task that were measured with other settings than it has now."""
         for task in tasks:
             before, now = self._values["tasks"].get(task.name), json.loads(json.dumps(task.settings))
             if before is not None and before != now:
@@ -48,27 +47,27 @@ class Results:
                 )
 
     def start_run(self, run: Mapping[str, Any]) -> None:
-        """Of what is added from now on; ``run`` says where and how it is measured."""
+        """Begins a run, which all cells added from now on belong to; ``run`` says where and how it measures."""
         self._values["runs"].append(dict(run))
 
     def start_engine(self, method: str, configuration: Mapping[str, Any]) -> None:
-        """Of the cells added from now on; ``configuration`` as the engine has it."""
+        """Begins an engine, which all cells added from now on belong to; ``configuration`` is what it reports."""
         self._values["engines"].append({"method": method, "run": len(self._values["runs"]) - 1, **configuration})
 
     def finish_engine(self, **measured: Any) -> None:
-        """Adds to the engine what was measured over its whole life, and writes the file."""
+        """Adds to the present engine what was measured over its whole life, and writes the file."""
         self._values["engines"][-1].update(measured)
         self._write()
 
     def get(self, task: str, method: str, budget: int | float) -> dict[str, Any] | None:
-        """The cell; the full cache is ``FULL`` with a budget of 0."""
+        """Returns a cell, or None if it is not measured yet; the full cache is ``FULL`` with a budget of 0."""
         return next((cell for cell in self._cells(task) if (cell["method"], cell["budget"]) == (method, budget)), None)
 
     def add(self, task: Task, method: str, budget: int | float, measured: Mapping[str, Any]) -> None:
         """Adds a cell, and writes the file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         assert (method == FULL) == (budget == 0)
         self._values["tasks"][task.name] = dict(task.settings)
@@ -85,11 +84,11 @@ class Results:
         return self._values["tasks"][task]
 
     def methods(self, task: str) -> list[str]:
-        """In the order they were measured, without the full cache."""
+        """Returns the methods measured on ``task`` in the order they were measured, without the full cache."""
         return list(dict.fromkeys(cell["method"] for cell in self._cells(task) if cell["method"] != FULL))
 
     def budgets(self, task: str) -> list[int | float]:
-        """Rising, without the full cache."""
+        """Returns the budgets measured on ``task``, the smallest first, without that of the full cache."""
         return sorted({cell["budget"] for cell in self._cells(task)} - {0})
 
     def _cells(self, task: str) -> Iterable[dict[str, Any]]:
@@ -102,7 +101,7 @@ class Results:
 
 
 def _encode(values: Mapping[str, Any]) -> str:
-    """A line per run, engine, task and cell."""
+    """Encodes as JSON with one line per run, engine, task and cell."""
     parts = []
     for key, value in values.items():
         if isinstance(value, list):

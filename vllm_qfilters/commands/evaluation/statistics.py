@@ -1,4 +1,4 @@
-"""Numbers from measurements: plain Python, no engine."""
+"""Computes numbers from measurements, in plain Python."""
 
 import math
 import statistics
@@ -14,32 +14,32 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of independent ``values``.
+    """Returns the mean of independent ``values``.
 
     Raises:
-        statistics.StatisticsError: there is none.
+        statistics.StatisticsError: there are no values.
     """
     mean = statistics.fmean(values)
     return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
 def paired_increase(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Of ``values`` over ``baseline``, measured on the same things in the same order."""
+    """Returns how much ``values`` exceed ``baseline``, both measured on the same things in the same order."""
     return estimate([value - base for value, base in zip(values, baseline, strict=True)])
 
 
 def block_means(values: Sequence[float], block_size: int) -> list[float]:
-    """Means of consecutive blocks of ``block_size``; the last may be shorter."""
+    """Returns the means of consecutive blocks of ``block_size`` values; the last block may be shorter."""
     return [statistics.fmean(values[start : start + block_size]) for start in range(0, len(values), block_size)]
 
 
 def share(successes: int, trials: int) -> Estimate:
-    """Of successes among ``trials``, with the binomial standard error."""
+    """Returns the share of successes among ``trials``, with the binomial standard error."""
     mean = successes / trials
     return Estimate(mean, math.sqrt(mean * (1 - mean) / trials))
 
 
 def repeated_ngrams(token_ids: Sequence[int], size: int = 4) -> float:
-    """Share of n-grams that occurred before; 0 for a text shorter than one."""
+    """Returns the share of n-grams that occurred before in the same text; 0 for a text shorter than one n-gram."""
     ngrams = [tuple(token_ids[start : start + size]) for start in range(len(token_ids) - size + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

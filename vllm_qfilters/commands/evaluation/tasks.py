@@ -1,10 +1,9 @@
-"""What is measured: a task makes the requests of a cell, and a measurement of what the engine answers.
+"""Defines what is measured: a task makes the requests of a cell, and a measurement of what the engine answers.
 
 A cell is one task, method and budget. Tasks know token ids and answers, not engines.
 """
 
 import dataclasses
-import hashlib
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from typing import Any, Protocol
 from vllm_qfilters.commands.evaluation import needles
 from vllm_qfilters.commands.evaluation.needles import Needle, PromptFrame
 from vllm_qfilters.commands.evaluation.statistics import block_means, repeated_ngrams
-from vllm_qfilters.commands.evaluation.texts import TextSequence
+from vllm_qfilters.commands.evaluation.texts import TextSequence, digest
 
 BLOCK_TOKENS = 128  # consecutive positions whose mean loss counts as one observation
 _ANSWER_TOKENS = 12
 _NEEDLES = {"passkey": needles.passkey, "kv": needles.key_value}
-_GENERATION_PROMPTS = (
+_INSTRUCTIONS = (
     "Write a long story about a lighthouse keeper who finds a letter in a bottle.",
     "Explain in detail how a refrigerator works, from the compressor to the thermostat.",
     "Write a travel diary of two weeks in a country of your choice, day by day.",
@@ -32,13 +31,13 @@ _GENERATION_PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvalRequest:
-    """What the engine is to do.
+    """Asks the engine for a generation, or for the losses of a prompt.
 
     Attributes:
         token_ids: the prompt.
         kv_budget: tokens, a fraction of the prompt, or 0 for the full cache.
-        max_tokens: to generate.
-        wants_losses: of the prompt's tokens.
+        max_tokens: how many tokens are generated at most.
+        wants_losses: whether the losses of the prompt's tokens are asked for.
         sampling: further fields of vLLM's ``SamplingParams``.
     """
 
@@ -51,11 +50,13 @@ class EvalRequest:
 
 @dataclasses.dataclass(frozen=True)
 class EvalAnswer:
-    """What the engine did.
+    """Holds what the engine answered to a request.
 
     Attributes:
-        token_ids, text, finish_reason: of what it generated.
-        losses: nats, of the prompt's tokens from the second on; empty unless asked for.
+        token_ids: the tokens it generated.
+        text: the same as text.
+        finish_reason: why it stopped there, as vLLM names reasons.
+        losses: the loss of each prompt token from the second on, in nats; empty unless asked for.
     """
 
     token_ids: list[int]
@@ -65,34 +66,44 @@ class EvalAnswer:
 
 
 class Task(Protocol):
-    """Attributes:
-    name: in results.
-    budgets: of its cells, beside 0, the full cache.
-    cuts: options of ``KVCompressionConfig`` that the task itself sets: where prompts are cut.
-    settings: what its results depend on beside model, method and budget, as JSON.
-    max_length: most tokens of a request, generated ones included.
-    """
+    """Something to measure, on every method and budget."""
 
-    name: str
-    budgets: Sequence[int | float]
-    cuts: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    max_length: int
+    @property
+    def name(self) -> str:
+        """The name in results."""
 
-    def requests(self, budget: int | float) -> list[EvalRequest]: ...
+    @property
+    def budgets(self) -> Sequence[int | float]:
+        """The budgets of its cells, without 0, which stands for the full cache."""
+
+    @property
+    def cuts(self) -> Mapping[str, Any]:
+        """The options of ``KVCompressionConfig`` that the task itself sets, which say where prompts are cut."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the results depend on beside model, method and budget, as JSON."""
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a request, generated ones included."""
+
+    def requests(self, budget: int | float) -> list[EvalRequest]:
+        """Makes the requests of a cell."""
 
     def measure(self, answers: Sequence[EvalAnswer]) -> dict[str, Any]:
-        """Of answers to :meth:`requests`, in their order; JSON."""
+        """Measures the answers to :meth:`requests`, which come in their order; returns JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossTask:
-    """The loss over the last tokens of sequences, read as prompts that are cut after every ``chunk`` tokens.
+    """Measures the loss over the last tokens of sequences, read as prompts that are cut after every ``chunk`` tokens.
 
     ``streaming`` cuts often and measures far behind the first cut; ``prompt`` cuts once, where its measuring begins.
 
     Attributes:
-        chunk: tokens; a multiple of the block size.
+        sequences: the prompts.
+        chunk: tokens between two cuts; a multiple of the block size.
         loss_from: index of the first token whose loss counts.
     """
 
@@ -112,7 +123,7 @@ class LossTask:
         return max(len(sequence.token_ids) for sequence in self.sequences) + 1
 
     def requests(self, budget: int | float) -> list[EvalRequest]:
-        # A fraction is one of the tokens up to the measured ones, not of the sequence.
+        # A fraction counts the tokens up to the measured ones, not the whole sequence.
         tokens = round(budget * self.loss_from) if isinstance(budget, float) else budget
         return [EvalRequest(sequence.token_ids, tokens, wants_losses=True) for sequence in self.sequences]
 
@@ -127,10 +138,10 @@ class LossTask:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """Share of prompts whose hidden number is found.
+    """Measures the share of prompts whose hidden number is found.
 
     Attributes:
-        needles: with the depth of each.
+        needles: the prompts, each with the depth of its hidden number.
     """
 
     name: str
@@ -156,13 +167,21 @@ class RetrievalTask:
             "depths": [
                 {"depth": depth, "found": sum(found), "trials": len(found)} for depth, found in by_depth.items()
             ],
-            "answers": [[needle.answer, answer.text] for (_, needle), answer in zip(self.needles, answers)],
+            "answers": [
+                [needle.answer, answer.text] for (_, needle), answer in zip(self.needles, answers, strict=True)
+            ],
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationTask:
-    """Whether long generations go round in circles, and whether they end."""
+    """Measures whether long generations go round in circles, and whether they end.
+
+    Attributes:
+        prompts: token ids of each.
+        max_tokens: how many tokens are generated at most.
+        seed: the seed of the first prompt's sampling; the others follow.
+    """
 
     budgets: Sequence[int | float]
     prompts: Sequence[list[int]]
@@ -202,7 +221,17 @@ def retrieval_task(
     seed: int,
     budgets: Sequence[float],
 ) -> RetrievalTask:
-    """The task ``passkey`` or ``kv``: arguments as for :func:`needles.passkey`, ``trials`` per depth.
+    """Makes the task ``passkey`` or ``kv``.
+
+    Args:
+        name: which of them.
+        tokenizer: the model's tokenizer.
+        filler: the text that numbers are hidden in.
+        length: tokens of a prompt.
+        depths: where in the text numbers stand, from 0 at its beginning to 1 at its end.
+        trials: prompts per depth.
+        seed: chooses the numbers and the parts of the text.
+        budgets: fractions of the prompt.
 
     Raises:
         ValueError: ``filler`` or ``length`` is too short.
@@ -226,7 +255,7 @@ def retrieval_task(
         "depths": list(depths),
         "trials_per_depth": trials,
         "seed": seed,
-        "filler": hashlib.sha256(filler.encode()).hexdigest()[:16],
+        "filler": digest(filler),
     }
     return RetrievalTask(f"{name}-{length}", budgets, made, settings)
 
@@ -234,11 +263,11 @@ def retrieval_task(
 def generation_task(
     tokenizer: Any, num_prompts: int, max_tokens: int, seed: int, budgets: Sequence[int]
 ) -> GenerationTask:
-    """Of budgets, those that a generation can outgrow."""
-    if num_prompts > len(_GENERATION_PROMPTS):
-        raise ValueError(f"there are {len(_GENERATION_PROMPTS)} prompts to generate from, not {num_prompts}")
+    """Makes the task ``generation``; budgets that no generation can outgrow are left out."""
+    if num_prompts > len(_INSTRUCTIONS):
+        raise ValueError(f"there are {len(_INSTRUCTIONS)} prompts to generate from, not {num_prompts}")
     frame = PromptFrame(tokenizer)
-    prompts = [frame.head + frame.tail(prompt, "") for prompt in _GENERATION_PROMPTS[:num_prompts]]
+    prompts = [frame.head + frame.tail(prompt, "") for prompt in _INSTRUCTIONS[:num_prompts]]
     longest = max(map(len, prompts)) + max_tokens
     settings = {"prompts": num_prompts, "tokens": max_tokens, "seed": seed}
     return GenerationTask([budget for budget in budgets if budget < longest], prompts, max_tokens, seed, settings)

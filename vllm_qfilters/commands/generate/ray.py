@@ -1,10 +1,10 @@
-"""``vllm-qfilters generate --ray N``: a batch goes to whichever of N engines is free, each a Ray actor, on one machine
+"""``vllm-qfilters generate --ray N``: gives each batch to a free one of N engines, which are Ray actors on one machine
 or many.
 
-An actor whose process dies, or whose engine raises what is no refusal, is started anew by Ray, on another machine if
-need be, and gets its batch again. Answers are handed on in the order of the batches, each once: what an actor said
-before it died is lost with it. Runs in the process of the command, :class:`Engine` in processes of Ray's: all machines
-need this package installed.
+Ray starts an actor anew, on another machine if need be, when its process dies or its engine raises what is no refusal;
+the actor then gets its batch again. Answers are handed on in the order of the batches, each once: what an actor said
+before it died is lost with it. This module runs in the process of the command, :class:`Engine` in processes of Ray, so
+that all machines need this package installed.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,8 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 from vllm_qfilters.commands.arguments import UsageError
 from vllm_qfilters.commands.generate.offline import Answer, GenerateBatch, GenerateBatches, Request
 
-TRIES = 3  # of one batch, before it is taken for the reason why engines die
-_AHEAD = 4  # batches per engine that may be finished, and not yet written, before the oldest one is
+TRIES = 3  # how often a batch is tried before it is taken for the reason why engines die
+_AHEAD = 4  # how many batches per engine may be finished before the oldest unfinished one is
 
 Batch = Sequence[Request]
 StartEngine = Callable[[], contextlib.AbstractContextManager[GenerateBatch]]
@@ -54,17 +55,17 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
     long.
 
     Args:
-        start: starts an engine in the actor, and ends it; must be picklable.
-        num_engines: actors, at most; fewer where there are fewer batches.
+        start: starts an engine in the actor, and ends it; it must be picklable.
+        num_engines: how many actors there are at most; there are fewer if there are fewer batches.
         gpus_per_engine: 0 on CPUs, whose cores the engines then share out.
 
     Raises:
-        UsageError: the cluster has no room for them; when generating also, that an engine does not start, or that
-            engines died ``TRIES`` times on one batch.
+        UsageError: the cluster has no room for the engines. Generating raises it too, if an engine does not start, or
+            if engines died ``TRIES`` times on one batch.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster started here: it tells nobody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
     environment = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "HF_"))}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process per engine: no part of it survives the other
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # with one process per engine no part of it survives another
     with _connection():
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = cores_per_engine(nodes, num_engines, gpus_per_engine)
@@ -78,7 +79,7 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
             max_task_retries=TRIES - 1,
             runtime_env={"env_vars": environment},
         )
-        engines: list[ray.actor.ActorHandle] = []
+        engines: list[Any] = []  # actor handles
 
         def generate(batches: Sequence[Batch]) -> Iterator[Sequence[Answer]]:
             engines.extend(actor.remote(start) for _ in range(min(num_engines, len(batches))))
@@ -92,18 +93,20 @@ def ray_engines(start: StartEngine, num_engines: int, gpus_per_engine: int) -> I
 
 
 def cores_per_engine(nodes: Sequence[Mapping[str, float]], num_engines: int, gpus_per_engine: int) -> int:
-    """Cores for each engine: one beside its GPUs, without GPUs as many as all can have.
+    """Returns the cores for each engine: one beside its GPUs, or without GPUs as many as all engines can have.
 
     Args:
         nodes: the resources of each machine, as Ray names them.
+        num_engines: how many engines need room.
+        gpus_per_engine: 0 on CPUs.
 
     Raises:
-        UsageError: not all engines fit; Ray would wait for the missing ones, and the command with it.
+        UsageError: not all engines fit. Ray would wait for the missing ones, and the command with it.
     """
 
     def room(cores: int) -> int:
         by_gpus = (node.get("GPU", 0) // gpus_per_engine if gpus_per_engine else num_engines for node in nodes)
-        return sum(int(min(node.get("CPU", 0) // cores, engines)) for node, engines in zip(nodes, by_gpus))
+        return sum(int(min(node.get("CPU", 0) // cores, engines)) for node, engines in zip(nodes, by_gpus, strict=True))
 
     most = 1 if gpus_per_engine else int(sum(node.get("CPU", 0) for node in nodes)) // num_engines
     for cores in range(most, 0, -1):
@@ -115,7 +118,7 @@ def cores_per_engine(nodes: Sequence[Mapping[str, float]], num_engines: int, gpu
 
 @contextlib.contextmanager
 def _connection() -> Iterator[None]:
-    """To the cluster this process is connected with already, or for this long."""
+    """Keeps this process connected with a cluster; if it is not yet, it connects for this long."""
     if ray.is_initialized():
         yield
     else:
@@ -123,10 +126,18 @@ def _connection() -> Iterator[None]:
             yield
 
 
-def _generate(engines: Sequence["ray.actor.ActorHandle"], batches: Sequence[Batch]) -> Iterator[Sequence[Answer]]:
-    """The answers to each batch, in order."""
-    idle, running, finished = list(engines), {}, {}
-    begun = 0
+def _generate(engines: Sequence[Any], batches: Sequence[Batch]) -> Iterator[Sequence[Answer]]:
+    """Yields the answers to each batch, in order.
+
+    Args:
+        engines: handles of the actors.
+        batches: all batches.
+    """
+    idle, begun = list(engines), 0
+    running: dict[
+        ray.ObjectRef, tuple[int, Any]
+    ] = {}  # by the answers to come: the number of the batch, and its engine
+    finished: dict[int, Sequence[Answer]] = {}  # by the number of the batch
     for index in range(len(batches)):
         while index not in finished:
             while idle and begun < min(len(batches), index + _AHEAD * len(engines)):
@@ -147,6 +158,6 @@ def _answers(done: "ray.ObjectRef", batch: Batch) -> Sequence[Answer]:
         raise error.cause from None
     except RayError as error:
         raise UsageError(
-            f"input lines {batch[0].line} to {batch[-1].line}: their engine died {TRIES} times, its output above says why; the "
-            "output has what comes before them, and the same command continues it"
+            f"input lines {batch[0].line} to {batch[-1].line}: their engine died {TRIES} times, its output above says "
+            "why; the output has what comes before them, and the same command continues it"
         ) from error

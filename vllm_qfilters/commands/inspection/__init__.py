@@ -1,1 +1,4 @@
-"""``vllm-qfilters inspect``: what the cache kept of a prompt, as a page to look at."""
+"""``vllm-qfilters inspect``: shows on a page what the cache kept of a prompt.
+
+:mod:`command` asks the engine, :mod:`page` renders what it answered.
+"""

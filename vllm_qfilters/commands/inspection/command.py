@@ -1,4 +1,4 @@
-"""The subcommand ``vllm-qfilters inspect``: runs a prompt on the engine and shows what the workers kept of it."""
+"""The command ``vllm-qfilters inspect``: runs a prompt on the engine and shows what the workers kept of it."""
 
 import argparse
 import pathlib
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_qfilters.commands.arguments import UsageError, at_least
+from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
+from vllm_qfilters.commands.engine import one_line, read_engine_args, start_engine
 from vllm_qfilters.commands.inspection.page import Inspection, render
 from vllm_qfilters.policy import Policy
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 STANDARD_INPUT = pathlib.Path("-")
-ENGINE_DEFAULTS = {"kv_compression": "qfilters", "enforce_eager": True, "max_num_seqs": 1}
+
+USAGE = "MODEL --prompt-file FILE [-o FILE]"
+ENGINE_DEFAULTS: dict[str, Any] = {"kv_compression": "qfilters", "enforce_eager": True, "max_num_seqs": 1}
 DESCRIPTION = (
     "Runs a prompt with a compressed KV cache, and writes one HTML page that shows which of its\n"
     "tokens the cache still holds: every token shaded by how many layers and KV heads kept it,\n"
@@ -33,7 +36,8 @@ EXAMPLES = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``inspect``."""
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt itself, instead of --prompt-file")
     text = "UTF-8 text of the prompt; - reads standard input"
     parser.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help=text)
@@ -50,15 +54,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=at_least(2),
         default=2,
         metavar="N",
-        help="tokens to generate before the look, which then stand behind the prompt; default %(default)s: as decoding begins",
+        help="tokens to generate before the look, which then stand behind the prompt; default %(default)s: "
+        "as decoding begins",
     )
 
 
+def run(args: argparse.Namespace) -> int:
+    """Shows on a page which tokens of a prompt the cache kept."""
+    from vllm.exceptions import VLLMClientError
+
+    prompt = read_prompt(args)
+    check_writable(args.output)
+    with start_engine(read_engine_args(args)) as llm:
+        token_ids = llm.get_tokenizer().encode(prompt)
+        most = llm.model_config.max_model_len - args.max_tokens
+        if len(token_ids) > most:
+            raise UsageError(
+                f"the prompt has {len(token_ids)} tokens, and {most} fit beside --max-tokens {args.max_tokens}: "
+                "shorten it, or raise --max-model-len where the model allows it"
+            )
+        try:
+            found = inspect(llm, token_ids, args.max_tokens)
+        except (ValueError, VLLMClientError) as error:
+            raise UsageError(one_line(error)) from error
+    print(write(found, args.output))
+    return 0
+
+
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt that ``args`` name.
+    """Reads the prompt that ``args`` name.
 
     Raises:
-        UsageError: none or two are named, or it cannot be read, or is empty.
+        UsageError: no prompt or two are named, or it cannot be read, or is empty.
     """
     if (args.prompt is None) == (args.prompt_file is None):
         raise UsageError("which prompt? Give one of --prompt TEXT and --prompt-file FILE")
@@ -81,8 +108,8 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
 
     Args:
         llm: an idle engine with KV compression.
-        token_ids: of the prompt.
-        max_tokens: to generate, 2 at least: a prompt is last cut when the first of them is computed.
+        token_ids: the prompt.
+        max_tokens: tokens to generate, 2 at least: a prompt is last cut when the first of them is computed.
 
     Raises:
         ValueError: the engine refuses the prompt.
@@ -100,10 +127,11 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     vllm_config = llm.llm_engine.vllm_config
     has_tokenizer = not vllm_config.model_config.skip_tokenizer_init
     policy, block_size = Policy.from_vllm_config(vllm_config), vllm_config.cache_config.block_size
+    assert policy is not None, "the engine was started with KV compression"
     limits = policy.request_limits(None, len(token_ids), block_size)
-    options = {
-        name: value for name, value in policy.to_dict().items() if name != "endpoint"
-    }  # changes nothing of what is kept
+    assert limits is not None, "only a request's own budget switches compression off"
+    # The endpoint is left out, as it changes nothing of what is kept.
+    options = {name: value for name, value in policy.to_dict().items() if name != "endpoint"}
     window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
     return Inspection(
         texts=token_texts(llm.get_tokenizer(), computed) if has_tokenizer else [""] * len(computed),
@@ -118,15 +146,15 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
 
 
 def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[np.ndarray, int]:
-    """Puts what the ranks answered together.
+    """Puts together what the ranks answered.
 
     Args:
         ranks: what ``take_kept_tokens`` of each worker returned, after one request.
-        num_tokens: of the sequence.
+        num_tokens: tokens of the sequence.
 
     Returns:
         What is kept, shape ``[num_layers, num_kv_heads, num_tokens]``, bool, and the position of the last eviction, or
-        0.
+        0 without one.
     """
     num_layers = 1 + max(layer for rank in ranks for layer in rank["layers"])
     num_heads = max(rank["first_kv_head"] + rank["num_kv_heads"] for rank in ranks)
@@ -141,10 +169,11 @@ def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[np.nd
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; nothing, where a character goes on in the next one."""
-    texts, before, start = [], 0, 0
+    """Returns what each token adds to the text; a token whose last character goes on in the next one adds nothing."""
+    texts: list[str] = []
+    before = start = 0
     for end in range(1, len(token_ids) + 1):
-        # With the token before, since some tokenizers drop the space a text begins with.
+        # The token before is decoded too, since some tokenizers drop the space a text begins with.
         shown, text = tokenizer.decode(token_ids[before:start]), tokenizer.decode(token_ids[before:end])
         if text.endswith("\ufffd") and end - start < 4:
             texts.append("")
@@ -155,7 +184,7 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
 
 
 def write(inspection: Inspection, path: pathlib.Path) -> str:
-    """Writes the page, and returns what to say of it."""
+    """Writes the page, and returns what the command says about it."""
     path.write_text(render(inspection), encoding="utf-8")
     num_tokens = inspection.kept.shape[2]
     said = f"{path} shows {num_tokens} tokens, of which every layer and head holds {inspection.resident_tokens}"

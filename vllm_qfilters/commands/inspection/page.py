@@ -1,4 +1,4 @@
-"""Renders an inspection as one HTML page that needs nothing beside it. Knows neither vLLM nor PyTorch."""
+"""Renders an inspection as one HTML page that needs no other file. Knows neither vLLM nor PyTorch."""
 
 import base64
 import dataclasses
@@ -13,16 +13,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What the cache held of a sequence.
+    """Holds what the cache kept of a sequence.
 
     Attributes:
-        texts: of the tokens it has computed, one each; empty where a token is a part of a character.
+        texts: the text of each token that was computed; empty where a token is a part of a character.
         prompt_tokens: how many of them, from the first on, are the prompt.
-        kept: shape ``[num_layers, num_kv_heads, num_tokens]``, bool.
-        sinks: first tokens that cannot be evicted.
-        window: tokens that could not be evicted when tokens were last.
+        kept: which tokens are resident; shape ``[num_layers, num_kv_heads, num_tokens]``, bool.
+        sinks: the number of first tokens that cannot be evicted.
+        window: positions of the tokens that could not be evicted when tokens were evicted last.
         budget: tokens; None if compression is off.
-        model: its name.
+        model: the name of the model.
         configuration: name and value of what was configured.
     """
 
@@ -37,7 +37,7 @@ class Inspection:
 
     @property
     def resident_tokens(self) -> int:
-        """The same in every layer and head."""
+        """Counts the resident tokens, which are as many in every layer and head."""
         return int(self.kept[0, 0].sum())
 
     @property
@@ -46,7 +46,7 @@ class Inspection:
 
 
 def render(inspection: Inspection) -> str:
-    """The page. Without scripts it still shows the share of all layers and heads that kept each token."""
+    """Returns the page. Without scripts it still shows the share of all layers and heads that kept each token."""
     num_layers, num_heads, num_tokens = inspection.kept.shape
     heads_differ = bool((inspection.kept != inspection.kept[:, :1]).any())
     is_generated = inspection.prompt_tokens < num_tokens
@@ -55,7 +55,7 @@ def render(inspection: Inspection) -> str:
         "heads": num_heads,
         "tokens": num_tokens,
         "texts": list(inspection.texts),
-        # Per layer the heads one behind the other, a bit per token from the highest of each byte on.
+        # For each layer there are its heads, one behind the other, with a bit per token, the highest of a byte first.
         "kept": [base64.b64encode(np.packbits(layer, axis=-1).tobytes()).decode() for layer in inspection.kept],
     }
     parts = {
@@ -85,8 +85,9 @@ def _summary(inspection: Inspection) -> str:
     lines = [
         f"<p><strong>{inspection.prompt_tokens}</strong> tokens of prompt"
         + (f" and <strong>{generated}</strong> generated ones" if generated else "")
-        + f": each of {num_layers} layers x {num_heads} KV heads holds <strong>{inspection.resident_tokens}</strong> of them "
-        f"({inspection.resident_tokens / num_tokens:.0%}), <strong>{inspection.evicted_tokens}</strong> are evicted.</p>"
+        + f": each of {num_layers} layers x {num_heads} KV heads holds "
+        f"<strong>{inspection.resident_tokens}</strong> of them ({inspection.resident_tokens / num_tokens:.0%}), "
+        f"<strong>{inspection.evicted_tokens}</strong> are evicted.</p>"
     ]
     if not inspection.evicted_tokens:
         why = "compression is off" if inspection.budget is None else f"the budget is {inspection.budget} tokens"
@@ -96,8 +97,8 @@ def _summary(inspection: Inspection) -> str:
         all_pairs = num_layers * num_heads
         by_all, by_none = int((counts == all_pairs).sum()), int((counts == 0).sum())
         lines.append(
-            f"<p>{by_all} tokens are kept everywhere, {by_none} nowhere, {num_tokens - by_all - by_none} by some; the stronger "
-            "the shade, the more layers and heads kept a token.</p>"
+            f"<p>{by_all} tokens are kept everywhere, {by_none} nowhere, {num_tokens - by_all - by_none} by some; "
+            "the stronger the shade, the more layers and heads kept a token.</p>"
         )
     return "\n".join(lines)
 
@@ -124,6 +125,6 @@ def _token(inspection: Inspection, index: int, count: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """Line ends and control characters shown, so that every token has something to shade."""
+    """Replaces line ends and control characters by signs, so that every token has something to shade."""
     controls = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     return text.translate(controls).replace("\n", "\u21b5\n") or "\u00b7"
