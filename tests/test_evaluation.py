@@ -240,6 +240,47 @@ def test_generation():
     assert measured["finished"] == 1 and measured["lengths"] == [9, 9]
 
 
+def test_loops_are_found_in_the_last_third():
+    task = tasks.generation_task(CharacterTokenizer(), 3, 100, 7, [64])
+    beginning, end = [*[1] * 20, *range(100, 110)], list(range(200, 215))
+    token_ids = [beginning + end, list(range(30)) + [1, 2, 3] * 5, [1] * 5]
+    measured = task.measure([EvalAnswer(generated, "", "length", []) for generated in token_ids])
+    assert measured["repeated_4grams_last_third"] == [0, 0.75, 0], "12 4-grams of 15 tokens, 3 of them different"
+    assert measured["loops"] == 1
+    assert measured["repeated_4grams"][0] > 0.3, "that the beginning repeats counts there alone"
+
+
+CONTEXTS = [Text(name, "".join(f"{name}{number:04} " for number in range(300))) for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_generations_behind_a_context_each_have_a_text_of_their_own(has_template):
+    task = tasks.generation_task(CharacterTokenizer(has_template), 16, 100, 7, [64, 400], CONTEXTS, 50, 1.0)
+    assert len(task.prompts) == 16 and task.budgets == [64] and task.max_length < 400
+    pieces = set()
+    for index, prompt in enumerate(task.prompts):
+        before, _, instruction = decode(prompt).removeprefix("<user>").partition("\n\n")
+        assert len(before) == 50 and before in CONTEXTS[index % 2].content
+        pieces.add(before)
+        assert instruction.startswith(tasks._INSTRUCTIONS[index % 8])
+        assert prompt[0] == CharacterTokenizer.BOS and prompt.count(CharacterTokenizer.BOS) == 1
+    assert len(pieces) == 16
+    assert {request.sampling["temperature"] for request in task.requests(64)} == {1.0}
+
+
+def test_without_a_context_generations_are_those_of_before():
+    tokenizer = CharacterTokenizer()
+    task = tasks.generation_task(tokenizer, 8, 100, 7, [64], CONTEXTS)
+    assert [decode(prompt) for prompt in task.prompts] == [
+        f"<user>{instruction}</user>\n<assistant>" for instruction in tasks._INSTRUCTIONS
+    ]
+    assert task.requests(64)[0].sampling == {"temperature": 0.7, "top_p": 0.95, "seed": 7}
+    with pytest.raises(ValueError, match="there are 8 prompts to generate from, not 9"):
+        tasks.generation_task(tokenizer, 9, 100, 7, [64], CONTEXTS)
+    with pytest.raises(ValueError, match="a has 1800 tokens, 1 sequences of 2000 are to come from it"):
+        tasks.generation_task(tokenizer, 2, 100, 7, [64], CONTEXTS, 2000)
+
+
 def test_engine_options():
     method = Method.parse("qfilters:window=0.25")
     assert engine_options(method, loss_task(), BLOCK) == {
@@ -359,6 +400,37 @@ def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
     path.write_text("my notes")
     with pytest.raises(ValueError, match="is not JSON"):
         Results(path, "model")
+
+
+@pytest.mark.parametrize(
+    "changed, names",
+    [({"context": 60}, "context"), ({"temperature": 1.0}, "temperature"), ({"texts": CONTEXTS[:1]}, "texts")],
+)
+def test_generations_with_another_context_or_temperature_are_refused(tmp_path, changed, names):
+    def task(**options):
+        return tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64], **options)
+
+    options = {"context": 50, "temperature": 0.5, "texts": CONTEXTS}
+    results = run(tmp_path / "r.json", FakeEngine(), METHODS[:1], [task(**options)])
+    assert "generation: share of repeated 4-grams" in report(results) and " 2/2 2 0/2" in report(results)
+    results.check_settings([task(**options)])
+    with pytest.raises(ValueError, match=rf"has generation with other settings \({names}\)"):
+        results.check_settings([task(**{**options, **changed})])
+
+
+def test_generations_of_before_there_was_a_context_are_continued(tmp_path):
+    path = tmp_path / "r.json"
+    run(path, FakeEngine(), METHODS[:1], [tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
+    values = json.loads(path.read_text())
+    values["tasks"]["generation"] = {"prompts": 2, "tokens": 100, "seed": 7}
+    for cell in values["cells"]:
+        del cell["loops"], cell["repeated_4grams_last_third"]
+    path.write_text(json.dumps(values))
+    results = Results(path, "model")
+    results.check_settings([tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
+    assert "full cache 0.000 2/2 2 -" in report(results)
+    with pytest.raises(ValueError, match=r"has generation with other settings \(context, texts\)"):
+        results.check_settings([tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64], CONTEXTS, 50)])
 
 
 def test_report(tmp_path):

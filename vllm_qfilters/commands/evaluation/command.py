@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
+from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable, temperature
 from vllm_qfilters.commands.engine import read_engine_args
 from vllm_qfilters.commands.evaluation import tasks, texts
 from vllm_qfilters.commands.evaluation.engine import EngineError, run_engine
@@ -121,7 +121,9 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
                 trials, filler = (args.depths, args.trials, seed), read[0].content
                 chosen.append(tasks.retrieval_task(name, tokenizer, filler, length, *trials, fractions))
     if "generation" in args.tasks:
-        chosen.append(tasks.generation_task(tokenizer, args.generations, args.generation_tokens, seed, budgets))
+        lengths = (args.generations, args.generation_tokens)
+        options = {"context": args.generation_context, "temperature": args.generation_temperature}
+        chosen.append(tasks.generation_task(tokenizer, *lengths, seed, budgets, read, **options))
     for task in chosen:
         most = model_config.max_model_len
         if task.max_length > most:
@@ -207,6 +209,13 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--generations", **_COUNT, default=4, help="number of prompts of generation; default %(default)s")
     add("--generation-tokens", **_COUNT, default=512, help="most tokens of a generation; default %(default)s")
+    context = "tokens of the texts, taken in turn, before each prompt of generation; default %(default)s"
+    add("--generation-context", type=at_least(0), metavar="N", default=0, help=context)
+    sampling: dict[str, Any] = {
+        "default": tasks.GENERATION_TEMPERATURE,
+        "help": "of sampling in generation; default %(default)s",
+    }
+    add("--generation-temperature", type=temperature, metavar="T", **sampling)
 
 
 def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:

@@ -128,12 +128,13 @@ def _generation_tables(results: Results, task: str) -> Iterable[str]:
             return "-"
         count = len(cell["lengths"])
         repeated, length = statistics.fmean(cell["repeated_4grams"]), statistics.fmean(cell["lengths"])
-        return f"{repeated:.3f} {cell['finished']}/{count} {length:.0f}"
+        loops = f"{cell['loops']}/{count}" if "loops" in cell else "-"  # earlier cells lack it
+        return f"{repeated:.3f} {cell['finished']}/{count} {length:.0f} {loops}"
 
     budgets = results.budgets(task)
     rows = [[m, *(numbers(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
     full = numbers(results.get(task, FULL, 0))
-    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length; full cache {full}"
+    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length, loops; full cache {full}"
     return [table(title, ["", *map(str, budgets)], rows)]
 
 

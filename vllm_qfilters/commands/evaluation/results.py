@@ -10,6 +10,8 @@ from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.tasks import Task
 
 _VERSION = 1
+# What files that were written before a task had these settings were measured with.
+_EARLIER_SETTINGS = {"generation": {"context": 0, "temperature": 0.7}}
 
 
 class Results:
@@ -125,4 +127,7 @@ def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no file of results of this version: choose another --output, or delete it")
     if values["model"] != model:
         raise ValueError(f"{path} has results of {values['model']}, not of {model}: choose another --output")
+    for task, settings in _EARLIER_SETTINGS.items():
+        if task in values["tasks"]:
+            values["tasks"][task] = {**settings, **values["tasks"][task]}
     return values

@@ -4,6 +4,7 @@ A cell is one task, method and budget. Tasks know token ids and answers, not eng
 """
 
 import dataclasses
+import itertools
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,11 @@ from typing import Any, Protocol
 from vllm_qfilters.commands.evaluation import needles
 from vllm_qfilters.commands.evaluation.needles import Needle, PromptFrame
 from vllm_qfilters.commands.evaluation.statistics import block_means, repeated_ngrams
-from vllm_qfilters.commands.evaluation.texts import TextSequence, digest
+from vllm_qfilters.commands.evaluation.texts import Text, TextSequence, digest, pieces
 
 BLOCK_TOKENS = 128  # consecutive positions whose mean loss counts as one observation
+GENERATION_TEMPERATURE = 0.7
+LOOP_SHARE = 0.3  # a text goes round in circles if more 4-grams of its last third than this occurred there before
 _ANSWER_TOKENS = 12
 _NEEDLES = {"passkey": needles.passkey, "kv": needles.key_value}
 _INSTRUCTIONS = (
@@ -180,12 +183,14 @@ class GenerationTask:
     Attributes:
         prompts: token ids of each.
         max_tokens: how many tokens are generated at most.
+        temperature: the temperature of sampling.
         seed: the seed of the first prompt's sampling; the others follow.
     """
 
     budgets: Sequence[int | float]
     prompts: Sequence[list[int]]
     max_tokens: int
+    temperature: float
     seed: int
     settings: Mapping[str, Any]
     name: str = "generation"
@@ -196,15 +201,18 @@ class GenerationTask:
         return max(map(len, self.prompts)) + self.max_tokens
 
     def requests(self, budget: int | float) -> list[EvalRequest]:
-        sampling = {"temperature": 0.7, "top_p": 0.95}
+        sampling = {"temperature": self.temperature, "top_p": 0.95}
         return [
             EvalRequest(prompt, budget, self.max_tokens, sampling={**sampling, "seed": self.seed + index})
             for index, prompt in enumerate(self.prompts)
         ]
 
     def measure(self, answers: Sequence[EvalAnswer]) -> dict[str, Any]:
+        last_thirds = [repeated_ngrams(_last_third(answer.token_ids)) for answer in answers]
         return {
             "repeated_4grams": [round(repeated_ngrams(answer.token_ids), 5) for answer in answers],
+            "repeated_4grams_last_third": [round(share, 5) for share in last_thirds],
+            "loops": sum(share > LOOP_SHARE for share in last_thirds),
             "lengths": [len(answer.token_ids) for answer in answers],
             "finished": sum(answer.finish_reason == "stop" for answer in answers),
             "texts": [answer.text for answer in answers],
@@ -261,13 +269,52 @@ def retrieval_task(
 
 
 def generation_task(
-    tokenizer: Any, num_prompts: int, max_tokens: int, seed: int, budgets: Sequence[int]
+    tokenizer: Any,
+    num_prompts: int,
+    max_tokens: int,
+    seed: int,
+    budgets: Sequence[int],
+    texts: Sequence[Text] = (),
+    context: int = 0,
+    temperature: float = GENERATION_TEMPERATURE,
 ) -> GenerationTask:
-    """Makes the task ``generation``; budgets that no generation can outgrow are left out."""
-    if num_prompts > len(_INSTRUCTIONS):
-        raise ValueError(f"there are {len(_INSTRUCTIONS)} prompts to generate from, not {num_prompts}")
+    """Makes the task ``generation``.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        num_prompts: how many generations there are; without a context no more than there are instructions.
+        max_tokens: how many tokens are generated at most.
+        seed: the seed of the first generation; the others follow.
+        budgets: tokens; those that no generation can outgrow are left out.
+        texts: the texts to take contexts from, in turn.
+        context: tokens of text that stand before each instruction, another piece before each; 0 for none.
+        temperature: the temperature of sampling.
+
+    Raises:
+        ValueError: there are too few instructions without a context, or the texts are too short.
+    """
+    if num_prompts > len(_INSTRUCTIONS) and not context:
+        raise ValueError(
+            f"there are {len(_INSTRUCTIONS)} prompts to generate from, not {num_prompts}: ask for fewer, or give "
+            "--generation-context"
+        )
     frame = PromptFrame(tokenizer)
-    prompts = [frame.head + frame.tail(prompt, "") for prompt in _INSTRUCTIONS[:num_prompts]]
+    instructions = itertools.islice(itertools.cycle(_INSTRUCTIONS), num_prompts)
+    settings: dict[str, Any] = {"prompts": num_prompts, "tokens": max_tokens, "seed": seed}
+    settings |= {"context": context, "temperature": temperature}
+    if context:
+        settings["texts"] = {text.name: digest(text.content) for text in texts[:num_prompts]}
+        before = [piece.token_ids for piece in pieces(texts, tokenizer, num_prompts, context)]
+        prompts = [
+            [*frame.head, *token_ids, *frame.tail(f"\n\n{instruction}", "")]
+            for token_ids, instruction in zip(before, instructions, strict=True)
+        ]
+    else:
+        prompts = [frame.head + frame.tail(instruction, "") for instruction in instructions]
     longest = max(map(len, prompts)) + max_tokens
-    settings = {"prompts": num_prompts, "tokens": max_tokens, "seed": seed}
-    return GenerationTask([budget for budget in budgets if budget < longest], prompts, max_tokens, seed, settings)
+    outgrown = [budget for budget in budgets if budget < longest]
+    return GenerationTask(outgrown, prompts, max_tokens, temperature, seed, settings)
+
+
+def _last_third(token_ids: Sequence[int]) -> Sequence[int]:
+    return token_ids[len(token_ids) - len(token_ids) // 3 :]

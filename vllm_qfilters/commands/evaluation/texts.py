@@ -129,6 +129,13 @@ def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: i
     return _cut(texts, tokenizer, num_sequences, num_tokens, leading_tokens(tokenizer))
 
 
+def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: int) -> list[TextSequence]:
+    """Cuts pieces for the middle of a prompt. They are cut as :func:`cut` cuts sequences, but nothing is put before
+    them.
+    """
+    return _cut(texts, tokenizer, num_pieces, num_tokens, [])
+
+
 def _cut(
     texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: int, start: list[int]
 ) -> list[TextSequence]:
