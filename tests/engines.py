@@ -1,8 +1,10 @@
 """Engines shared by the tests, and a window into them."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
+from collections.abc import Iterator
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
@@ -142,6 +144,22 @@ class Engine:
                     finished[output.request_id] = output
             on_step()
         raise AssertionError(f"still running after {max_steps} steps")
+
+    @contextlib.contextmanager
+    def attended_lengths(self) -> Iterator[list[int]]:
+        """Yields a list that holds what attention last saw as the lengths of the step's sequences."""
+        builder, seen = self.runner.attn_groups[0][0].metadata_builders[0], []
+
+        def build(*args, **kwargs):
+            metadata = type(builder).build(builder, *args, **kwargs)
+            seen[:] = metadata.seq_lens.tolist()
+            return metadata
+
+        builder.build = build
+        try:
+            yield seen
+        finally:
+            del builder.build
 
     def drop_everything(self) -> None:
         """Aborts what a failed test left behind, and forgets cached prefixes."""

@@ -26,7 +26,7 @@ from vllm_qfilters.core.page_scheduler import QFiltersPageScheduler
 from vllm_qfilters.core.scheduler import QFiltersScheduler
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.messages import QFiltersModelRunnerOutput
-from vllm_qfilters.worker.lengths import EvictedTokens
+from vllm_qfilters.worker.lengths import ResidentLengths
 
 BLOCK, NUM_BLOCKS, BUDGET, CHUNK = 2, 800, 48, 32
 COMPACTIONS = 50_000  # per granularity
@@ -40,24 +40,24 @@ class Worker:
         self.rng = rng
         self.pages: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
-        self.evicted = EvictedTokens()
+        self.lengths = ResidentLengths()
         self.num_compactions = self.evicted_tokens = 0
 
     def step(self, output: SchedulerOutput) -> None:
         ended = set(output.finished_req_ids) | set(output.preempted_req_ids or ())
-        self.evicted.forget(ended)
+        self.lengths.forget(ended)
         for req_id in ended:
             self.pages.pop(req_id, None)
             self.computed.pop(req_id, None)
         for row in output.compaction.compactions:
             assert row.position == self.computed[row.req_id]
-            assert row.resident_tokens == row.position - self.evicted._evicted.get(row.req_id, 0)
+            assert row.resident_tokens == row.position - self.lengths._evicted.get(row.req_id, 0)
             before, after = self.pages[row.req_id], list(row.block_ids)
             assert len(before) - len(after) == row.evicted_tokens // BLOCK > 0
             copied = {page for _, page in row.copied_pages}
             assert [page for page in after if page not in copied] == [page for page in before if page in after]
             self.pages[row.req_id] = after
-            self.evicted.add(row.req_id, row.evicted_tokens)
+            self.lengths.add(row.req_id, row.evicted_tokens)
             self.num_compactions += 1
             self.evicted_tokens += row.evicted_tokens
         for new in output.scheduled_new_reqs:
@@ -70,7 +70,7 @@ class Worker:
             self.computed[req_id] = computed
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             self.computed[req_id] += num_tokens
-            resident = self.computed[req_id] - self.evicted._evicted.get(req_id, 0)
+            resident = self.computed[req_id] - self.lengths._evicted.get(req_id, 0)
             assert resident <= len(self.pages[req_id]) * BLOCK < resident + BLOCK
 
     def answer(self, output: SchedulerOutput, samples: dict[str, bool]) -> ModelRunnerOutput:
@@ -219,4 +219,4 @@ def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, 
     assert scheduler.compression_stats.compactions >= COMPACTIONS
     assert simulation.preemptions > 20, "the cache was not small enough to preempt"
     assert remembered[1] <= remembered[0] + 16, "something grows"
-    assert not simulation.worker.evicted._evicted and not simulation.worker.pages
+    assert not simulation.worker.lengths._evicted and not simulation.worker.pages

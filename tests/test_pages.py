@@ -97,13 +97,14 @@ def test_step_table_of_one_request(engines):
             resident = pages.resident_tokens(request)
             seen.append((request.num_computed_tokens, resident, len(block_ids)))
             assert pool.get_num_free_blocks() == free_at_start - len(block_ids)
-            assert int(engine.runner.seq_lens[0]) == resident, "worker and scheduler disagree"
+            assert attended[0] == resident, "worker and scheduler disagree"
             table = engine.runner.input_batch.block_table[0]
             held = table.num_blocks_per_row[0]
             assert table.block_table.np[0, :held].tolist() == block_ids
             sink_pages.add(block_ids[0])
 
-    engine.run(look)
+    with engine.attended_lengths() as attended:
+        engine.run(look)
     assert seen == TABLE[: len(seen)] and len(seen) >= len(TABLE) - 1
     assert len(sink_pages) == 1
     assert engine.scheduler.compression_stats.freed_pages - freed_before == 2 + 4 + 1 + 1 + 1

@@ -46,7 +46,7 @@ class Watch:
         assert pool.get_num_free_blocks() + len(holders) == pool.num_gpu_blocks - 1
         assert set(pages.evicted) <= set(pages.req_to_blocks)
         self.decoding = {(r.request_id, r.num_preemptions) for r in scheduler.running if not r.is_prefill_chunk}
-        worker = self.engine.runner.evicted._evicted
+        worker = self.engine.runner.lengths._evicted
         for request in scheduler.running:
             assert worker.get(request.request_id, 0) == pages.evicted.get(request.request_id, 0)
         self.preempted.update(external(r.request_id) for r in scheduler.requests.values() if r.num_preemptions)

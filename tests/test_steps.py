@@ -34,10 +34,11 @@ def test_step_table_of_one_request(engines):
             resident = pages.resident_tokens(request)
             seen.append((request.num_computed_tokens, resident, held))
             assert pool.get_num_free_blocks() == free_at_start - held
-            assert int(engine.runner.seq_lens[0]) == resident, "worker and scheduler disagree"
+            assert attended[0] == resident, "worker and scheduler disagree"
             assert engine.runner.input_batch.block_table[0].num_blocks_per_row[0] == held
 
-    finished = engine.run(look)
+    with engine.attended_lengths() as attended:
+        finished = engine.run(look)
     assert seen == TABLE[: len(seen)] and len(seen) >= len(TABLE) - 1
     (output,) = finished.values()
     assert len(output.outputs[0].token_ids) == 70
@@ -125,10 +126,10 @@ def test_more_queries_are_observed_than_tokens_are_held(engines):
     """The prompt's last 64 queries are kept; when its end is cut, 32 tokens up to them are left."""
     engine = engines.get(budget=40, window=0, sinks=4, interval=32, chunk=64, observed=64)
     scores = []
-    resident_scores = engine.runner.compactor.scorer.resident_scores
-    engine.runner.compactor.scorer.resident_scores = lambda tokens: scores.append(resident_scores(tokens)) or scores[-1]
+    method = engine.runner.compactor.method
+    method.scores = lambda *arguments: scores.append(type(method).scores(method, *arguments)) or scores[-1]
     engine.add(random_prompt(130, seed=9), max_tokens=80)
     engine.run()
-    del engine.runner.compactor.scorer.resident_scores
+    del method.scores
     assert len(scores) >= 3 and all(bool(found.isfinite().all()) for found in scores)
     engine.assert_idle()

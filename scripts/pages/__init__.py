@@ -1,0 +1,1 @@
+"""The pages that scripts/make_docs.py writes: what was measured, and what can be set."""

@@ -1,0 +1,121 @@
+"""The page docs/options.md: the options and methods, from the configuration and the catalogue of methods."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from scripts.pages.markdown import plain_table
+from vllm_qfilters.config import PREFILLS, REQUEST_BUDGET_KEY, SCOPES, KVCompressionConfig
+from vllm_qfilters.methods.catalog import METHODS, OPTIONS_OF_SOME, QFILTERS, Entry
+from vllm_qfilters.policy import resolve
+
+HEAD = f"""# Options
+
+A server takes them behind `--kv-compression METHOD`, as one JSON object (`--kv-compression-config '{{"budget": 1024}}'`)
+or one by one (`--kv-compression-config.budget 1024`). In Python they are arguments of `kv_compression(METHOD, ...)`.
+A request sets its own budget as `{REQUEST_BUDGET_KEY}` in `vllm_xargs` (over HTTP) or in `SamplingParams.extra_args`, and
+0 switches compression off for that request. An option that nothing would read is refused. The [glossary](glossary.md)
+explains the words.
+
+`scripts/make_docs.py` made this page from `vllm_qfilters/config.py`, `vllm_qfilters/policy.py` and
+`vllm_qfilters/methods/catalog.py`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n\n".join([HEAD.rstrip(), "## The options", _options(), "## The methods", _methods()]) + "\n"
+
+
+def described() -> dict[str, str]:
+    """What the docstring of the configuration says of each option."""
+    text = inspect.getdoc(KVCompressionConfig) or ""
+    section = text.partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "`").split()) for name, text in found}
+
+
+def default(option: str) -> str:
+    """What an option becomes if nobody gives it, as JSON has it."""
+    value = getattr(resolve(KVCompressionConfig()), option)
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _options() -> str:
+    texts = described()
+    rows = [
+        [f"`{field.name}`", default(field.name), _type(field.type), _sentence(texts[field.name]), _read_by(field.name)]
+        for field in dataclasses.fields(KVCompressionConfig)
+        if field.name != "method"
+    ]
+    return plain_table(["option", "default", "type", "meaning", "read by"], rows)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _type(kind: Any) -> str:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    return " or ".join(names[kind] for kind in kinds if kind is not types.NoneType)
+
+
+def _read_by(option: str) -> str:
+    """Which methods and settings read an option, the latter as the policy says."""
+    text = "all methods"
+    if option in OPTIONS_OF_SOME:
+        filters = [name for name, entry in QFILTERS.items() if option in entry.options]
+        of_filter = "" if len(filters) in (0, len(QFILTERS)) else f" with `filter` {_any_of(filters)}"
+        others = [name for name, entry in METHODS.items() if option in entry.options and name != "qfilters"]
+        text = ", ".join([f"`qfilters`{of_filter}"] * bool(filters) + [f"`{name}`" for name in others])
+    readers = {
+        (scope, prefill)
+        for scope, prefill in itertools.product(SCOPES, PREFILLS)
+        if option in resolve(KVCompressionConfig(scope=scope, prefill=prefill)).to_dict()
+    }
+    if 0 < len(readers) < len(SCOPES) * len(PREFILLS):
+        settings = (f"`scope` `{scope}` and `prefill` `{prefill}`" for scope, prefill in sorted(readers))
+        text += f", with {' or '.join(settings)}"
+    return text
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def _methods() -> str:
+    named = {f"`qfilters`, `filter` `{name}`": entry for name, entry in QFILTERS.items()}
+    named |= {f"`{name}`": entry for name, entry in METHODS.items() if name != "qfilters"}
+    rows = [
+        [
+            name,
+            _sentence(entry.summary),
+            ", ".join(f"`{option}`" for option in sorted(entry.options)) or "none",
+            "yes" if entry.scores_are_final else "no",
+            _sentence(_needs(entry)),
+        ]
+        for name, entry in named.items()
+    ]
+    header = ["method", "which tokens stay", "options of its own", "works with `granularity` `page`", "needs"]
+    return plain_table(header, rows)
+
+
+def _needs(entry: Entry) -> str:
+    needs = []
+    if entry.needs_query_statistics:
+        needs.append("filters from a calibration")
+    elif entry.needs_filters:
+        needs.append("filters, published or from a calibration")
+    observed = entry.observed_queries(resolve(KVCompressionConfig()).observed)
+    if observed:
+        queries = "the last query" if observed == 1 else f"the last {observed} queries"
+        whose = "of the prompt and of what is generated" if entry.follows_decoding else "of the prompt"
+        needs.append(f"memory for {queries} {whose} of every sequence")
+    return "; ".join(needs) or "nothing"

@@ -1,0 +1,287 @@
+"""The generated parts of README.md and docs/budget.md: results, plots, hits in the prefix cache, quality."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from scripts.pages.markdown import NOT_MEASURED, number, table
+from scripts.pages.results import File, Values, by_variant
+from vllm_qfilters.commands.evaluation.methods import FULL
+from vllm_qfilters.commands.evaluation.report import kind, loss_increase
+from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.scheduler import QFiltersScheduler
+from vllm_qfilters.policy import resolve
+
+COLUMNS = {"plain": "plain vLLM", "qfilters": "qfilters", "streaming": "StreamingLLM"}  # by variant
+PREFIX_CACHE_PAGE = 16  # tokens: the block size of vLLM on GPUs
+_COMPARED = ("qfilters", "streaming")
+_TASKS = {  # what a task of `vllm-qfilters eval` is, with the tokens of its prompts
+    "streaming": "long texts",
+    "prompt": "text after a prompt of {} tokens",
+    "passkey": "one number in {} tokens",
+    "kv": "one of several numbers in {} tokens",
+}
+HISTORY = 30_000  # tokens of a conversation, as an example
+_MISSING_ROWS = (
+    "ms per step",
+    "requests per second",
+    "loss over the full cache",
+    "hidden numbers found",
+    "long answers that turn in circles",
+    "seconds to the next turn's first token",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table of results.
+
+    Attributes:
+        label: what was measured.
+        values: by column, None where nothing was measured.
+        shown: how a value is printed.
+        most_is_best: whether the greatest value is printed in bold, and not the least.
+    """
+
+    label: str
+    values: dict[str, float | None]
+    shown: Callable[[float], str] = number
+    most_is_best: bool = False
+
+    def cells(self) -> list[str]:
+        """The label and the values; the best ones are bold."""
+        measured = {value for value in self.values.values() if value is not None}
+        best = None if len(measured) < 2 else max(measured) if self.most_is_best else min(measured)
+        return [self.label, *(self._cell(self.values.get(column), best) for column in COLUMNS)]
+
+    def _cell(self, value: float | None, best: float | None) -> str:
+        if value is None:
+            return NOT_MEASURED
+        return f"**{self.shown(value)}**" if value == best else self.shown(value)
+
+
+def parts(files: Sequence[File], all_files: Sequence[File]) -> dict[str, str]:
+    """The generated parts of all pages by name, except for where their plots lie.
+
+    Args:
+        files: the results that README shows.
+        all_files: all results.
+    """
+    return {"results": results(files), "prefix-cache": prefix_cache(), "quality": quality(all_files)}
+
+
+def plots(folder: pathlib.Path, link: str) -> str:
+    """The two plots side by side; the files are drawn with the results."""
+    titles = {"readme-loss": "loss against budget", "readme-decode": "milliseconds per step against context"}
+    shown = [
+        f'<img src="{link}/{name}.png" width="49%" alt="{title}">' if (folder / f"{name}.png").exists() else ""
+        for name, title in titles.items()
+    ]
+    return "\n".join(filter(None, shown)) or f"Plots: {NOT_MEASURED}."
+
+
+def results(files: Sequence[File]) -> str:
+    """The table of one machine and one budget, and where it comes from."""
+    budget = resolve(KVCompressionConfig()).budget
+    assert isinstance(budget, int)
+    rows = _case_rows(files, budget) + _quality_rows(files, budget) + _follow_up_rows(files)
+    if not rows:
+        rows = [Row(label, {}) for label in _MISSING_ROWS]
+    models = {pathlib.Path((file.values.get("options") or file.values)["model"]).name for file in files}
+    header = [", ".join([*sorted(models), f"budget {number(budget)}"]), *COLUMNS.values()]
+    return "\n\n".join(filter(None, [table(header, [row.cells() for row in rows]), _origin(files)]))
+
+
+def prefix_cache() -> str:
+    """How long a hit in the prefix cache can be, asked of the scheduler itself."""
+    budgets = [1024, 2048, 4096, 8192]
+    hits = {budget: longest_hit(KVCompressionConfig(budget=budget)) for budget in budgets}
+    kept = {longest_hit(KVCompressionConfig(**options)) for options in ({"prefill": "full"}, {"scope": "decode"})}
+    (whole,) = kept
+    policy = resolve(KVCompressionConfig(), block_size=PREFIX_CACHE_PAGE)
+    usual = hits[int(policy.budget)]
+    return (
+        f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is\n"
+        f"{_listed(hits.values())} tokens (pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}): the default budget "
+        f"reads {number(HISTORY - usual)} tokens of a history of\n{number(HISTORY)} again on every turn. `prefill: full` and "
+        f"`scope: decode` keep the prompt's prefix: they read {number(HISTORY - whole)} again, and the last answer."
+    )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " / ".join(map(number, numbers))
+
+
+def longest_hit(config: KVCompressionConfig) -> int:
+    """Most tokens of a prompt of ``HISTORY`` tokens that the scheduler takes from the prefix cache."""
+    policy = resolve(config, block_size=PREFIX_CACHE_PAGE)
+    limits = {"request": policy.request_limits(None, HISTORY, PREFIX_CACHE_PAGE)}
+    scheduler: Any = SimpleNamespace(
+        compression=policy, block_size=PREFIX_CACHE_PAGE, pages=SimpleNamespace(limits=limits)
+    )
+    # A long answer, so that the sequence outgrows its budget also where the prompt is kept beside it.
+    request: Any = SimpleNamespace(request_id="request", num_prompt_tokens=HISTORY, max_tokens=HISTORY)
+    hit = QFiltersScheduler._longest_prefix_cache_hit(scheduler, request)
+    assert hit is not None
+    return hit
+
+
+def quality(files: Sequence[File]) -> str:
+    """What Q-Filters and StreamingLLM cost in loss and in hidden numbers, model by model."""
+    found = []
+    for file in files:
+        if file.is_quality:
+            measured = Results(file.path, file.values["model"])
+            for of_kind, unit in (("loss", "increase of the loss"), ("retrieval", "hidden numbers found")):
+                tasks = [task for task in measured.tasks() if kind(measured, task) == of_kind]
+                for kind_of_budget in (int, float):
+                    found.append(_quality_table(measured, tasks, kind_of_budget, unit))
+    return "\n\n".join(filter(None, found)) or NOT_MEASURED
+
+
+def _quality_table(measured: Results, tasks: Sequence[str], kind_of_budget: type, unit: str) -> str:
+    """A row per task and method; budgets are all numbers of tokens or all fractions of the prompt."""
+    tasks = [task for task in tasks if any(isinstance(budget, kind_of_budget) for budget in measured.budgets(task))]
+    given = {b for task in tasks for b in measured.budgets(task) for m in _COMPARED if measured.get(task, m, b)}
+    budgets = sorted(given)
+    rows = [
+        [
+            f"{_TASKS[task.partition('-')[0]].format(task.partition('-')[2])}{_of(measured, task)}, {method}",
+            *(_quality_cell(measured, task, method, b) for b in budgets),
+        ]
+        for task in tasks
+        for method in _COMPARED
+        if method in measured.methods(task)
+    ]
+    if not rows:
+        return ""
+    header = [number(b) if kind_of_budget is int else f"{b:g} of the prompt" for b in budgets]
+    return table([f"{pathlib.Path(measured.model).name}: {unit}", *header], rows)
+
+
+def _of(measured: Results, task: str) -> str:
+    full = measured.get(task, FULL, 0)
+    is_retrieval = kind(measured, task) == "retrieval"
+    return f" (full cache: {full['found']} of {full['trials']})" if is_retrieval and full is not None else ""
+
+
+def _quality_cell(measured: Results, task: str, method: str, budget: float) -> str:
+    cell, full = measured.get(task, method, budget), measured.get(task, FULL, 0)
+    if cell is None or full is None:
+        return ""
+    if kind(measured, task) == "loss":
+        return "{:.3f} ± {:.3f}".format(*loss_increase(cell, full))
+    return str(cell["found"])
+
+
+def _case(files: Sequence[File], name: str) -> File | None:
+    return next((file for file in files if file.values.get("case") == name), None)
+
+
+def _medians(file: File, key: str, variants: dict[str, str], context: int | None = None) -> dict[str, float | None]:
+    """A number by column, the median of the rounds; with ``context`` the number there."""
+    measured = by_variant(file.rounds)
+
+    def median(variant: str) -> float | None:
+        rounds = measured.get(variant)
+        if not rounds:
+            return None
+        return statistics.median((n if context is None else n["contexts"][str(context)])[key] for n in rounds)
+
+    return {column: median(variant) for column, variant in variants.items()}
+
+
+def _case_rows(files: Sequence[File], budget: int) -> list[Row]:
+    rows = []
+    decode, throughput = _case(files, "decode"), _case(files, "throughput")
+    if decode is not None:
+        options = decode.values["options"]
+        variants = {column: column if column == "plain" else f"{column} {budget}" for column in COLUMNS}
+        for context in (max(options["contexts"]), min(options["contexts"])):
+            label = f"ms per step, {options['sequences']} sequences of {number(context)} tokens"
+            rows.append(Row(label, _medians(decode, "mean_step_ms", variants, context)))
+    if throughput is not None:
+        options = throughput.values["options"]
+        label = f"requests per second, cache of {options['cache']:.0%} of the demand"
+        rows.append(Row(label, _medians(throughput, "requests_per_s", _same()), most_is_best=True))
+    return rows
+
+
+def _follow_up_rows(files: Sequence[File]) -> list[Row]:
+    file = _case(files, "follow_up")
+    if file is None:
+        return []
+    history = number(file.values["options"]["history"])
+    return [
+        Row(f"s to the next turn's first token, history of {history}", _medians(file, "second_ttft_s", _same())),
+        Row("tokens of this history read again", _medians(file, "read_again_tokens", _same())),
+    ]
+
+
+def _quality_rows(files: Sequence[File], budget: int) -> list[Row]:
+    rows = []
+    for file in files:
+        if not file.is_quality:
+            continue
+        measured = Results(file.path, file.values["model"])
+        for task in measured.tasks():
+            full = measured.get(task, FULL, 0)
+            cells = {"plain": full, **{m: _cell_at(measured, task, m, budget) for m in ("qfilters", "streaming")}}
+            if full is not None:
+                rows.append(_quality_row(kind(measured, task), measured.settings(task), cells, full))
+    return rows
+
+
+def _quality_row(of_kind: str, settings: Values, cells: dict[str, Values | None], full: Values) -> Row:
+    def each(measure: Callable[[Values], float]) -> dict[str, float | None]:
+        return {column: None if cell is None else measure(cell) for column, cell in cells.items()}
+
+    if of_kind == "loss":
+        label = "loss over the full cache, nats per token"
+        return Row(
+            label,
+            each(lambda cell: loss_increase(cell, full).mean),
+            shown=lambda value: f"{value:.3f}" if value else "0",
+        )
+    if of_kind == "retrieval":
+        label = f"hidden numbers found of {full['trials']}, prompts of {number(settings['length'])}"
+        return Row(label, each(lambda cell: cell["found"]), most_is_best=True)
+    label = f"answers of {number(settings['tokens'])} tokens that turn in circles, of {len(full['lengths'])}"
+    return Row(label, each(lambda cell: cell["loops"]))
+
+
+def _cell_at(measured: Results, task: str, method: str, budget: int) -> Values | None:
+    """The cell of a budget in tokens, or of the fraction of the prompt that comes to as many."""
+    length = measured.settings(task).get("length", 0)
+    for given in measured.budgets(task):
+        if (round(given * length) if isinstance(given, float) else given) == budget:
+            return measured.get(task, method, given)
+    return None
+
+
+def _same() -> dict[str, str]:
+    return {column: column for column in COLUMNS}
+
+
+def _origin(files: Sequence[File]) -> str:
+    """Machine, versions, commit and rounds, and what is wrong with them."""
+    if not files:
+        return ""
+    runs = [run for file in files for run in file.runs]
+
+    def each(name: str) -> str:
+        return " / ".join(dict.fromkeys(str(run.get(name, "unknown")) for run in runs))
+
+    rounds = {len(file.rounds) for file in files if file.rounds}
+    text = f"{each('cpu')} ({each('isa')}), vLLM {each('vllm')}, commit {each('commit')}"
+    if rounds:
+        text += f", medians of {' / '.join(map(str, sorted(rounds)))} rounds"
+    remarks = dict.fromkeys(remark for file in files for remark in file.remarks)
+    if len({run["commit"] for run in runs}) > 1:
+        remarks["several commits"] = None
+    warning = f" **{', '.join(remarks)}**" if remarks else ""
+    return f"{text}. The best of each row is bold.{warning}"
