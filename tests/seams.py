@@ -20,6 +20,13 @@ PATCHED = {
 
 # Methods that subclasses of ours override; tests/test_compat.py finds those that are missing here.
 OVERRIDDEN = {
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.flashinfer:FlashInferBackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
@@ -98,11 +105,9 @@ OVERRIDDEN = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache": (
         "self kv_cache_config is_profiling kv_cache_allocation_context"
     ),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": "self input_batch",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs": (
         "self scheduler_output batch_req_state batch_desc num_active_loras"
     ),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample": "self hidden_states input_batch grammar_output",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.update_requests": "self scheduler_output",
     "vllm.v1.worker.gpu_worker:Worker.__init__": "self vllm_config local_rank rank distributed_init_method is_driver_worker",
@@ -133,9 +138,6 @@ CALLED = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": "self engine_client state args",
     "vllm.plugins:load_general_plugins": "",
     "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
-        "self common_prefix_len common_attn_metadata fast_build"
-    ),
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks": "self block_ids",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
@@ -149,13 +151,28 @@ CALLED = {
     "vllm.v1.metrics.buckets:histogram_buckets": "family max_model_len overrides",
     "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row": "self block_ids row_idx",
     "vllm.v1.worker.block_table:MultiGroupBlockTable.clear_row": "self row_idx",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping": "self num_reqs query_start_loc positions",
+    "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping": "self num_reqs query_start_loc positions",
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": (
+        "self idx_mapping query_start_loc positions num_tokens_padded out"
+    ),
     "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids": "self req_index new_block_ids overwrite",
     "vllm.v1.worker.utils:select_common_block_size": "kv_manager_block_size backends kv_cache_specs",
 }
 
 # Read, of objects of vLLM.
 ATTRIBUTES = [
+    "vllm.v1.attention.backend:CommonAttentionMetadata.seq_lens",
+    "vllm.v1.attention.backend:CommonAttentionMetadata.seq_lens_cpu_upper_bound",
+    "vllm.v1.attention.backend:CommonAttentionMetadata.max_seq_len",
+    "vllm.v1.attention.backend:CommonAttentionMetadata._num_computed_tokens_cache",
+    "vllm.v1.worker.utils:AttentionGroup.metadata_builders",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.block_tables",
+    "vllm.v1.worker.gpu.block_table:BlockTables.block_table_ptrs",
+    "vllm.v1.worker.gpu.block_table:BlockTables.block_table_strides",
+    "vllm.v1.worker.gpu.block_table:BlockTables.block_sizes_tensor",
+    "vllm.v1.worker.gpu.block_table:BlockTables.slot_mapping_enabled",
+    "vllm.v1.worker.gpu.block_table:BlockTables.slot_mappings",
+    "vllm.v1.worker.gpu.block_table:BlockTables.cp_size",
     "vllm.config.model:ModelConfig.is_mm_prefix_lm",
     "vllm.config.model:ModelConfig.rswa_window",
     "vllm.config:VllmConfig.additional_config",
@@ -192,18 +209,12 @@ ATTRIBUTES = [
     "vllm.v1.request:Request.num_prompt_tokens",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.discard_request_mask",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.input_batch",
-    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.optimistic_seq_lens_cpu",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.positions",
-    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.query_start_loc",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.requests",
-    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.seq_lens",
     "vllm.v1.worker.gpu.block_table:BlockTables.block_tables",
     "vllm.v1.worker.gpu.input_batch:InputBatch.idx_mapping_np",
     "vllm.v1.worker.gpu.input_batch:InputBatch.num_computed_tokens_np",
     "vllm.v1.worker.gpu.input_batch:InputBatch.num_scheduled_tokens",
-    "vllm.v1.worker.gpu.input_batch:InputBatch.positions",
-    "vllm.v1.worker.gpu.input_batch:InputBatch.seq_lens",
-    "vllm.v1.worker.gpu.input_batch:InputBatch.seq_lens_cpu_upper_bound",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.block_tables",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.input_buffers",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.req_states",

@@ -171,7 +171,7 @@ class Simulation:
         for request in self.scheduler.running:
             req_id = request.request_id
             assert self.worker.pages[req_id] == [block.block_id for block in pages.req_to_blocks[req_id]]
-            assert self.worker.evicted._evicted.get(req_id, 0) == pages.evicted.get(req_id, 0)
+            assert self.worker.lengths._evicted.get(req_id, 0) == pages.evicted.get(req_id, 0)
         stats = self.scheduler.compression_stats
         assert (stats.compactions, stats.evicted_tokens) == (self.worker.num_compactions, self.worker.evicted_tokens)
         assert stats.freed_pages > 0

@@ -16,7 +16,6 @@ from vllm_qfilters.commands.generate import offline
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.chat_utils import ChatCompletionMessageParam
 
 USAGE = "MODEL --input FILE --output FILE"
 DESCRIPTION = (
@@ -154,7 +153,7 @@ def _enqueue(llm: "LLM", request: offline.Request, params: "SamplingParams") -> 
     if request.prompt is not None:
         llm.enqueue(request.prompt, params, use_tqdm=False)
     else:
-        messages = cast("list[ChatCompletionMessageParam]", request.messages)
+        messages = cast("Any", request.messages)
         llm.enqueue_chat(messages, params, use_tqdm=False)
 
 
