@@ -122,10 +122,9 @@ class Engine:
 
     def add(self, prompt, max_tokens=64, kv_budget=None, **params) -> str:
         """Adds a request without running it; returns its id."""
-        extra = None if kv_budget is None else {"kv_budget": kv_budget}
-        params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, extra_args=extra, **params
-        )
+        if kv_budget is not None:
+            params["extra_args"] = {"kv_budget": kv_budget}
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **params)
         request_id = f"test-{next(self._ids)}"
         self.llm.llm_engine.add_request(request_id, TokensPrompt(prompt_token_ids=prompt), params)
         return request_id

@@ -168,6 +168,8 @@ class Simulation:
         assert all(block.ref_cnt == holders[block.block_id] for block in pool.blocks if not block.is_null)
         assert pool.get_num_free_blocks() == NUM_BLOCKS - 1 - len(holders)
         assert set(pages.evicted) <= set(pages.req_to_blocks) and set(pages.limits) <= set(self.scheduler.requests)
+        assert set(pages.evicted) <= {request.request_id for request in self.scheduler.running}
+        assert all(tokens > 0 for tokens in pages.evicted.values())
         for request in self.scheduler.running:
             req_id = request.request_id
             assert self.worker.pages[req_id] == [block.block_id for block in pages.req_to_blocks[req_id]]

@@ -1,13 +1,18 @@
 """What we patch and subclass in vLLM, and that installing this package changes nothing by itself."""
 
+import argparse
 import ast
 import importlib.util
+import json
 import pathlib
 import zipfile
 
 import pytest
 
 from tests import seams
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.methods.catalog import METHODS
+from vllm_qfilters.policy import resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -94,11 +99,27 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
     assert arguments.scheduler_cls.endswith("QFiltersScheduler") and arguments.worker_cls.endswith("QFiltersCPUWorker")
 
 
+def test_the_help_lists_the_catalogue():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    said = "".join(argparse.ArgumentParser.format_help(parser).split())  # vLLM's own says less, and both wrap
+    for name, entry in METHODS.items():
+        assert "".join(f"{name}: {entry.summary}".split()) in said
+    defaults = resolve(KVCompressionConfig()).to_dict()
+    assert "".join(json.dumps({name: defaults[name] for name in defaults if name != "method"}).split()) in said
+
+
 @pytest.mark.parametrize(
     "flags, reason",
     [
         (["--kv-compression-config.budget", "1024"], "does nothing without --kv-compression"),
         (["--kv-compression", "qfilters", "--kv-compression-config.budgt", "1"], "unknown KV compression option budgt"),
+        (
+            ["--kv-compression", "streaming", "--kv-compression-config.rank", "4"],
+            "rank=4 does nothing with method 'streaming': drop it, or choose method 'qfilters'",
+        ),
         (
             ["--kv-compression", "qfilters", "--kv-compression-config.method", "knorm"],
             "the method is named by --kv-compression",

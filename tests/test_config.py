@@ -504,6 +504,64 @@ def test_page_granularity_needs_scores_that_are_final(options, refusal):
     policy_of(**options)
 
 
+DOES_NOTHING = {
+    # id: (options, what the message must name)
+    **{
+        f"{method}-{name}": (
+            {"method": method, name: value},
+            (f"{name}={value!r} does nothing with method {method!r}:", "drop it, or choose method 'qfilters'"),
+        )
+        for method, entry in METHODS.items()
+        for name, value in dict(filter="static", rank=8, observed=32, filters="auto").items()
+        if name not in entry.options
+    },
+    **{
+        f"{filter}-{name}": (
+            {"filter": filter, name: 0},
+            (f"{name}=0 does nothing with filter {filter!r}:", "drop it, or choose filter 'expected'"),
+        )
+        for filter in ("static", "rotary")
+        for name in ("rank", "observed")
+    },
+    "page-observed": (
+        dict(granularity="page", observed=8),
+        ("observed=8 does nothing with filter 'static' (the default in page granularity):",),
+    ),
+    "scope-decode-chunk": (
+        dict(scope="decode", chunk=2048),
+        ("chunk=2048 does nothing with scope 'decode'", "drop it, or choose scope 'all'"),
+    ),
+    "scope-decode-prefill-interval": (
+        dict(scope="decode", prefill_interval=64),
+        ("prefill_interval=64 does nothing with scope 'decode'", "drop it, or choose scope 'all'"),
+    ),
+    "prefill-full-chunk": (
+        dict(prefill="full", chunk=2048),
+        ("chunk=2048 does nothing with prefill 'full'", "drop it, or choose prefill 'chunked'"),
+    ),
+    "prefill-full-prefill-interval": (
+        dict(prefill="full", prefill_interval=64),
+        ("prefill_interval=64 does nothing with prefill 'full'", "drop it, or choose prefill 'chunked'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOES_NOTHING)
+def test_an_option_that_does_nothing_is_refused_naming_it_and_what_to_do(case):
+    options, parts = DOES_NOTHING[case]
+    with pytest.raises(ValueError) as refusal:
+        policy_of(**options)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+def test_every_option_of_some_is_read_by_a_method_that_is_not_told_to_drop_it():
+    for entry in (*METHODS.values(), *QFILTERS.values()):
+        assert entry.options <= OPTIONS_OF_SOME == {"filter", "filters", "rank", "observed"}
+    policy = policy_of(filter="expected", rank=3, observed=5, filters="a/b")
+    assert (policy.filter, policy.rank, policy.observed, policy.filters) == ("expected", 3, 5, "a/b")
+
+
 def test_the_filter_is_the_first_that_the_granularity_can_use():
     assert [policy_of(granularity=granularity).filter for granularity in GRANULARITIES] == ["expected"] * 2 + ["static"]
     assert policy_of(method="knorm").filter is None

@@ -18,7 +18,7 @@ from tests.models import random_prompt
 from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
-from vllm_qfilters.frontend.support import check_request, check_supported, warn_of_slow_dtype
+from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
 from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
@@ -57,6 +57,32 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
     engine.add(random_prompt(10, seed=0), max_tokens=2, kv_budget=130)
     engine.run()
     engine.assert_idle()
+
+
+@pytest.mark.parametrize("key", ["kv_buget", "kv-budget", "KV_BUDGET", "kvBudget", "kv_window", "k_budget", "budget"])
+def test_a_misspelt_kv_budget_is_refused_with_the_right_name(key, engines):
+    engine = engines.get(**OPTIONS)
+    with pytest.raises(VLLMValidationError, match=f"unknown extra argument '{key}': .* is given as 'kv_budget'"):
+        engine.add(random_prompt(10, seed=0), extra_args={key: 100})
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize(
+    "key", ["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id", "token_budget"]
+)
+def test_extra_arguments_of_others_pass(key):
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None))
+    params = SamplingParams(extra_args={key: 1, "kv_budget": 512})
+    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=None)
+    check_request(policy_of(), config, request)
+
+
+def test_the_front_end_resolves_the_policy_once_for_all_requests(engines, monkeypatch):
+    engine = engines.get(**OPTIONS)
+    engine.add(random_prompt(10, seed=0), max_tokens=1)
+    monkeypatch.setattr(Policy, "from_vllm_config", lambda vllm_config: pytest.fail("resolved again"))
+    engine.add(random_prompt(10, seed=1), max_tokens=1)
+    engine.run()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +181,23 @@ def test_what_is_not_supported_is_refused_by_name(name, value, reason):
     setattr(getattr(config, path[0]) if path else config, attribute, value)
     with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
         check_supported(compression, config)
+
+
+def test_a_refusal_that_cannot_be_evaluated_hides_no_other():
+    config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
+    del config.model_config.use_mla  # as if vLLM had renamed it
+    with pytest.raises(AttributeError, match="use_mla"):
+        check_supported(compression, config)
+    config.parallel_config.use_ubatching = True
+    with pytest.raises(ValueError, match="KV compression does not support microbatches"):
+        check_supported(compression, config)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.message[:30])
+def test_no_refusal_applies_to_what_is_supported(refusal):
+    start = Start(policy_of(method="random_once", interval=32, chunk=128), supported_config())
+    assert not refusal.applies(start)
+    assert refusal.message.format(start=start)
 
 
 @pytest.mark.parametrize("has_avx512", [True, False])

@@ -142,8 +142,8 @@ class QFiltersManager(FullAttentionManager):
         limits = self.limits[request_id]
         shared = [blocks[i].block_id for i in indices if blocks[i].ref_cnt > 1]
         self._released.extend(blocks[i] for i in indices)
-        for i in reversed(indices):
-            del blocks[i]
+        is_out = indices if isinstance(indices, range) else frozenset(indices)
+        blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         return RequestCompaction(

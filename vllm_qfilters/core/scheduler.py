@@ -121,11 +121,12 @@ class QFiltersScheduler(AsyncScheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            evicted = [self.pages.evicted.get(request.request_id, 0) for request in self.running]
-            computed_tokens = sum(request.num_computed_tokens for request in self.running)
-            self.compression_stats.resident_tokens = computed_tokens - sum(evicted)
-            self.compression_stats.compressed_requests = sum(tokens > 0 for tokens in evicted)
-            self.compression_stats.saved_pages = sum(evicted) // self.block_size
+            # Only running sequences have evicted tokens: the others gave up their pages, and the count with them.
+            evicted_tokens = sum(self.pages.evicted.values())
+            computed_tokens = sum([request.num_computed_tokens for request in self.running])
+            self.compression_stats.resident_tokens = computed_tokens - evicted_tokens
+            self.compression_stats.compressed_requests = len(self.pages.evicted)
+            self.compression_stats.saved_pages = evicted_tokens // self.block_size
             if self.compression.endpoint:
                 self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
             attach_stats(stats, self.compression_stats.take_news(self._sent_stats))

@@ -1,38 +1,31 @@
 """Every place where vLLM is patched, because it offers no seam there. All patches are idempotent and inert without the
-flag.
+flag. The targets are of vLLM 0.32; tests/test_compat.py fails when one of their signatures changes.
 
-==============================  ==========================================================
-==================================== target (vLLM 0.32)              what and why no seam
-        dies when ==============================  ==========================================================
-        ====================================
-EngineArgs.add_cli_args,        adds ``--kv-compression`` and ``--kv-compression-config``;  vLLM lets a plugin add
-arguments EngineArgs.from_cli_args        plugins are loaded before the parser is built, but cannot
-                                add arguments to it
-EngineArgs.create_engine_config refuses what cannot work before any process is started;     platforms or plugins are
-asked about
-                                a worker's error is buried under those of its parents       a finished VllmConfig
-InputProcessor.process_inputs   refuses a bad ``kv_budget`` with a 400 at the door;
-``LogitsProcessor.validate_params``
-                                ``LogitsProcessor.validate_params`` sees neither the        sees the VllmConfig, or
-                                platforms let configuration nor the prompt, and is off in speculative     plugins
-                                validate requests decoding
-StatLoggerManager.__init__      puts our counters under ``/metrics``; stat logger plugins   SchedulerStats has a field
-for
-                                are announced in the log of every server, also where the    extensions, or stat loggers
-                                can be feature is off, and offline engines do not load them        named in the
-                                configuration
-load_endpoint_plugins           lets ``endpoint`` add a route to the API server; entry      endpoint plugins can be
-named in the (vllm.plugins)                  points of that group are warned of in the log of every      configuration
-                                server where VLLM_PLUGINS is not set
-==============================  ==========================================================
-====================================
-
-tests/test_compat.py fails when one of these signatures changes.
+``EngineArgs.add_cli_args``, ``EngineArgs.from_cli_args``
+    add ``--kv-compression`` and ``--kv-compression-config``: plugins are loaded before the parser is built, but cannot
+    add arguments to it. They go when vLLM lets a plugin add arguments.
+``EngineArgs.create_engine_config``
+    refuses what cannot work before any process is started: a worker's error is buried under those of its parents. It
+    goes when platforms or plugins are asked about a finished VllmConfig.
+``InputProcessor.process_inputs``
+    refuses a bad ``kv_budget`` with a 400 at the door: ``LogitsProcessor.validate_params`` sees neither the
+    configuration nor the prompt, and is off in speculative decoding. It goes when ``validate_params`` sees the
+    VllmConfig, or platforms let plugins validate requests.
+``StatLoggerManager.__init__``
+    puts our counters under ``/metrics``: stat logger plugins are announced in the log of every server, also where the
+    feature is off, and offline engines do not load them. It goes when SchedulerStats has a field for extensions, or stat
+    loggers can be named in the configuration.
+``vllm.plugins.load_endpoint_plugins``
+    lets ``endpoint`` add a route to the API server: entry points of that group are warned of in the log of every server
+    where VLLM_PLUGINS is not set. It goes when endpoint plugins can be named in the configuration.
 """
 
 import argparse
 import functools
+import inspect
 import json
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import vllm.plugins
@@ -48,6 +41,8 @@ from vllm_qfilters.frontend.support import check_request, check_supported, warn_
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.policy import Policy, resolve
 
+Function = Callable[..., Any]
+
 _MARK = "_kv_compression_patched"
 
 
@@ -55,18 +50,27 @@ def apply_patches() -> None:
     """Applies all patches once per process."""
     if getattr(EngineArgs, _MARK, False):
         return
-    EngineArgs.add_cli_args = staticmethod(_with_cli_args(EngineArgs.add_cli_args))
-    EngineArgs.from_cli_args = classmethod(_with_kv_compression(EngineArgs.from_cli_args.__func__))
-    EngineArgs.create_engine_config = _with_config_check(EngineArgs.create_engine_config)
-    InputProcessor.process_inputs = _with_request_check(InputProcessor.process_inputs)
-    StatLoggerManager.__init__ = _with_stat_logger(StatLoggerManager.__init__)
-    vllm.plugins.load_endpoint_plugins = _with_endpoint(vllm.plugins.load_endpoint_plugins)
+    _patch(EngineArgs, "add_cli_args", _with_cli_args)
+    _patch(EngineArgs, "from_cli_args", _with_kv_compression)
+    _patch(EngineArgs, "create_engine_config", _with_config_check)
+    _patch(InputProcessor, "process_inputs", _with_request_check)
+    _patch(StatLoggerManager, "__init__", _with_stat_logger)
+    _patch(vllm.plugins, "load_endpoint_plugins", _with_endpoint)
     setattr(EngineArgs, _MARK, True)
 
 
-def _with_cli_args(add_cli_args):
+def _patch(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
+    """Puts a function around one of ``owner``, which stays a static or class method if it is one."""
+    original = inspect.getattr_static(owner, name)
+    if isinstance(original, staticmethod | classmethod):
+        setattr(owner, name, type(original)(wrap(original.__func__)))
+    else:
+        setattr(owner, name, wrap(original))
+
+
+def _with_cli_args(add_cli_args: Function) -> Function:
     @functools.wraps(add_cli_args)
-    def wrapper(parser):
+    def wrapper(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
             "KVCompressionConfig", "Bounds the KV cache of every sequence (vllm-qfilters)."
@@ -79,23 +83,25 @@ def _with_cli_args(add_cli_args):
             + "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
             + ". Off unless given.",
         )
+        defaults = resolve(KVCompressionConfig()).to_dict()
+        del defaults["method"]
         group.add_argument(
             "--kv-compression-config",
             type=_json_object,
             default=None,
-            help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: "
-            f"{json.dumps({k: v for k, v in resolve(KVCompressionConfig()).to_dict().items() if k != 'method'})}. "
-            "A request sets its own budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
+            help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: {json.dumps(defaults)}; "
+            "interval, chunk and prefill_interval are rounded up to the block size unless given. A request sets its own "
+            "budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
         )
         return parser
 
     return wrapper
 
 
-def _with_kv_compression(from_cli_args):
+def _with_kv_compression(from_cli_args: Function) -> Function:
     @functools.wraps(from_cli_args)
-    def wrapper(cls, args: argparse.Namespace):
-        engine_args = from_cli_args(cls, args)
+    def wrapper(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args: EngineArgs = from_cli_args(cls, args)
         method, options = getattr(args, "kv_compression", None), getattr(args, "kv_compression_config", None)
         if method is not None:
             apply_kv_compression(engine_args, method, options or {})
@@ -118,10 +124,10 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _with_config_check(create_engine_config):
+def _with_config_check(create_engine_config: Function) -> Function:
     @functools.wraps(create_engine_config)
-    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any):
-        vllm_config = create_engine_config(self, *args, **kwargs)
+    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config: VllmConfig = create_engine_config(self, *args, **kwargs)
         policy = Policy.from_vllm_config(vllm_config)
         if policy is not None:
             check_supported(policy, vllm_config)
@@ -131,11 +137,16 @@ def _with_config_check(create_engine_config):
     return wrapper
 
 
-def _with_request_check(process_inputs):
+def _with_request_check(process_inputs: Function) -> Function:
+    # Resolved at the first request of an engine: its block size is settled by then, and stays.
+    policies: weakref.WeakKeyDictionary[InputProcessor, Policy | None] = weakref.WeakKeyDictionary()
+
     @functools.wraps(process_inputs)
-    def wrapper(self: InputProcessor, *args: Any, **kwargs: Any):
+    def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        policy = Policy.from_vllm_config(self.vllm_config)
+        if self not in policies:
+            policies[self] = Policy.from_vllm_config(self.vllm_config)
+        policy = policies[self]
         if policy is not None:
             check_request(policy, self.vllm_config, request)
         return request
@@ -143,9 +154,9 @@ def _with_request_check(process_inputs):
     return wrapper
 
 
-def _with_stat_logger(init):
+def _with_stat_logger(init: Function) -> Function:
     @functools.wraps(init)
-    def wrapper(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+    def wrapper(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
         if KVCompressionConfig.from_vllm_config(vllm_config) is not None:
             self.stat_loggers.insert(0, KVCompressionStatLogger(vllm_config, self.engine_indexes))
@@ -153,14 +164,12 @@ def _with_stat_logger(init):
     return wrapper
 
 
-def _with_endpoint(load_endpoint_plugins):
+def _with_endpoint(load_endpoint_plugins: Function) -> Function:
     @functools.wraps(load_endpoint_plugins)
-    def wrapper(supported_tasks=None):
-        from vllm_qfilters.frontend.endpoint import (
-            KVCompressionEndpoint,
-        )  # the API server alone has a web framework at hand
+    def wrapper(supported_tasks: Any = None) -> list[Any]:
+        from vllm_qfilters.frontend.endpoint import KVCompressionEndpoint  # the API server alone has a web framework
 
-        loaded = load_endpoint_plugins(supported_tasks)
+        loaded: list[Any] = load_endpoint_plugins(supported_tasks)
         is_eligible = set(KVCompressionEndpoint.required_tasks) & set(supported_tasks or ())
         return [*loaded, KVCompressionEndpoint()] if is_eligible else loaded
 

@@ -47,14 +47,15 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
             name: Histogram(PREFIX + name, text, labels, buckets=buckets) for name, text in HISTOGRAMS.items()
         }
         self.sequences: dict[int, list[RunningSequence]] = {index: [] for index in engine_indexes}
-        # Labelled here, so that every metric shows from the start, at 0.
-        self._metrics = {
-            index: {
-                name: metric.labels(model.served_model_name, str(index))
-                for name, metric in {**counters, **gauges, **histograms}.items()
-            }
-            for index in engine_indexes
-        }
+        # By engine and name. Labelled here, so that every metric shows from the start, at 0.
+        self._counters: dict[int, dict[str, Counter]] = {}
+        self._gauges: dict[int, dict[str, Gauge]] = {}
+        self._histograms: dict[int, dict[str, Histogram]] = {}
+        for index in engine_indexes:
+            values = model.served_model_name, str(index)
+            self._counters[index] = {name: metric.labels(*values) for name, metric in counters.items()}
+            self._gauges[index] = {name: metric.labels(*values) for name, metric in gauges.items()}
+            self._histograms[index] = {name: metric.labels(*values) for name, metric in histograms.items()}
 
     def record(
         self,
@@ -66,14 +67,13 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
         news = detach_stats(scheduler_stats)
         if news is None:
             return
-        metrics = self._metrics[engine_idx]
-        for name in COUNTERS:
-            metrics[name].inc(getattr(news, name))
-        for name in GAUGES:
-            metrics[name].set(getattr(news, name))
-        for name in HISTOGRAMS:
+        for name, counter in self._counters[engine_idx].items():
+            counter.inc(getattr(news, name))
+        for name, gauge in self._gauges[engine_idx].items():
+            gauge.set(getattr(news, name))
+        for name, histogram in self._histograms[engine_idx].items():
             for observed in getattr(news, name):
-                metrics[name].observe(observed)
+                histogram.observe(observed)
         self.sequences[engine_idx] = [RunningSequence(*row) for row in news.sequences]
 
     def log_engine_initialized(self) -> None:

@@ -1,8 +1,11 @@
 """What KV compression does not work with yet: refused by name, at start or at the request, saying what to change."""
 
-from typing import Any
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -10,13 +13,145 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import FP8_CACHE_DTYPES
+from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, find_filters
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.policy import Policy
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
+
+# Keys of a request's extra arguments that begin like ours and are vLLM's.
+_KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+_ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What an engine is about to be started with. The messages of :data:`REFUSALS` are formatted with it."""
+
+    policy: Policy
+    config: VllmConfig
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model_config
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel_config
+
+    @property
+    def cache(self) -> CacheConfig:
+        return self.config.cache_config
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        return self.config.speculative_config
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self.parallel.worker_cls == CPU_WORKER_CLS
+
+    @property
+    def has_fp8_caches(self) -> bool:
+        if self.is_on_cpu:
+            return cpu.has_fp8_caches()
+        return bool(current_platform.is_cuda() and current_platform.has_device_capability(89))
+
+    @property
+    def why_no_fp8_caches(self) -> str:
+        if not self.is_on_cpu or self.has_fp8_caches:
+            return ""
+        return f" on this CPU ({cpu.isa()}): fp8 caches need AVX-512 or AMX"
+
+    @property
+    def cache_dtypes(self) -> str:
+        return "auto or fp8" if self.has_fp8_caches else "auto"
+
+    @property
+    def has_unsupported_cache_dtype(self) -> bool:
+        dtype = self.cache.cache_dtype
+        return is_quantized_kv_cache(dtype) and not (self.has_fp8_caches and dtype in FP8_CACHE_DTYPES)
+
+
+class Refusal(NamedTuple):
+    """``applies`` to a start that cannot work; ``message`` says with what, and what to change."""
+
+    applies: Callable[[Start], bool]
+    message: str
+
+
+REFUSALS = (
+    Refusal(
+        lambda start: start.model.runner_type == "pooling", "pooling models, which keep no KV cache while decoding"
+    ),
+    Refusal(lambda start: start.model.is_encoder_decoder, "encoder-decoder models"),
+    Refusal(lambda start: start.model.use_mla, "MLA (latent attention) models"),
+    Refusal(lambda start: start.model.uses_mrope, "models with M-RoPE positions"),
+    Refusal(
+        lambda start: start.model.rswa_window is not None,
+        "models whose generated tokens alone attend to a sliding window (R-SWA)",
+    ),
+    Refusal(lambda start: start.config.kv_transfer_config is not None, "KV connectors; drop --kv-transfer-config"),
+    Refusal(
+        lambda start: start.config.ec_transfer_config is not None,
+        "encoder-cache connectors; drop --ec-transfer-config",
+    ),
+    Refusal(
+        lambda start: (
+            start.config.kv_events_config is not None and start.config.kv_events_config.enable_kv_cache_events
+        ),
+        "KV cache events; drop --kv-events-config",
+    ),
+    Refusal(
+        lambda start: start.speculative is not None and not start.is_on_cpu,
+        "speculative decoding on GPUs yet; drop --speculative-config",
+    ),
+    Refusal(
+        lambda start: start.speculative is not None and start.speculative.method != "ngram",
+        "speculative decoding by models that draft and other methods; use ngram",
+    ),
+    Refusal(
+        lambda start: start.speculative is not None and start.parallel.pipeline_parallel_size > 1,
+        "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1",
+    ),
+    Refusal(
+        lambda start: start.parallel.pipeline_parallel_size > 1 and start.policy.evicts_whole_pages,
+        "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'",
+    ),
+    Refusal(
+        lambda start: start.has_unsupported_cache_dtype,
+        "--kv-cache-dtype {start.cache.cache_dtype}{start.why_no_fp8_caches}; use {start.cache_dtypes}",
+    ),
+    Refusal(
+        lambda start: (
+            start.parallel.decode_context_parallel_size > 1 or start.parallel.prefill_context_parallel_size > 1
+        ),
+        "context parallelism; use --decode-context-parallel-size 1",
+    ),
+    Refusal(
+        lambda start: start.is_on_cpu and start.config.use_v2_model_runner,
+        "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER",
+    ),
+    Refusal(
+        lambda start: start.parallel.worker_cls == GPU_WORKER_CLS and not start.config.use_v2_model_runner,
+        "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support",
+    ),
+    Refusal(
+        lambda start: start.parallel.data_parallel_size > 1 and start.model.is_moe,
+        "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1",
+    ),
+    Refusal(lambda start: start.parallel.use_ubatching, "microbatches; drop --enable-dbo"),
+    Refusal(
+        lambda start: start.policy.endpoint and start.parallel._api_process_count > 1,
+        "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1",
+    ),
+    Refusal(
+        lambda start: start.model.original_max_model_len == -1,
+        "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number",
+    ),
+)
 
 
 def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
@@ -25,58 +160,9 @@ def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: names the feature and what to change; also for filters that are given and do not fit.
     """
-    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    speculative, on_cpu = vllm_config.speculative_config, parallel.worker_cls == CPU_WORKER_CLS
-    if on_cpu:
-        has_fp8 = cpu.has_fp8_caches()
-        where = "" if has_fp8 else f" on this CPU ({cpu.isa()}): fp8 caches need AVX-512 or AMX"
-    else:
-        has_fp8 = current_platform.is_cuda() and current_platform.has_device_capability(89)
-        where = ""
-    refused = {
-        "pooling models, which keep no KV cache while decoding": model.runner_type == "pooling",
-        "encoder-decoder models": model.is_encoder_decoder,
-        "MLA (latent attention) models": model.use_mla,
-        "models with M-RoPE positions": model.uses_mrope,
-        "models whose generated tokens alone attend to a sliding window (R-SWA)": model.rswa_window is not None,
-        "KV connectors; drop --kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "encoder-cache connectors; drop --ec-transfer-config": vllm_config.ec_transfer_config is not None,
-        "KV cache events; drop --kv-events-config": vllm_config.kv_events_config is not None
-        and vllm_config.kv_events_config.enable_kv_cache_events,
-        "speculative decoding on GPUs yet; drop --speculative-config": speculative is not None and not on_cpu,
-        "speculative decoding by models that draft and other methods; use ngram": (
-            speculative is not None and speculative.method != "ngram"
-        ),
-        "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1": (
-            speculative is not None and parallel.pipeline_parallel_size > 1
-        ),
-        "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'": (
-            parallel.pipeline_parallel_size > 1 and policy.evicts_whole_pages
-        ),
-        f"--kv-cache-dtype {cache.cache_dtype}{where}; use auto" + (" or fp8" if has_fp8 else ""): (
-            is_quantized_kv_cache(cache.cache_dtype) and not (has_fp8 and cache.cache_dtype in FP8_CACHE_DTYPES)
-        ),
-        "context parallelism; use --decode-context-parallel-size 1": parallel.decode_context_parallel_size > 1
-        or parallel.prefill_context_parallel_size > 1,
-        "model runner V2 on CPUs; unset VLLM_USE_V2_MODEL_RUNNER": (on_cpu and vllm_config.use_v2_model_runner),
-        "model runner V1 on GPUs; unset VLLM_USE_V2_MODEL_RUNNER and drop what vLLM's log says V2 does not support": (
-            parallel.worker_cls == GPU_WORKER_CLS and not vllm_config.use_v2_model_runner
-        ),
-        "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1": (
-            parallel.data_parallel_size > 1 and model.is_moe
-        ),
-        "microbatches; drop --enable-dbo": parallel.use_ubatching,
-        "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1": (
-            policy.endpoint and parallel._api_process_count > 1
-        ),
-        "--max-model-len auto, which looks for the longest context the cache holds uncompressed; give a number": (
-            model.original_max_model_len == -1
-        ),
-    }
-    for what, is_refused in refused.items():
-        if is_refused:
-            raise ValueError(f"KV compression does not support {what}")
-    policy.check_block_size(cache.block_size)
+    refuse(Start(policy, vllm_config), REFUSALS)
+    policy.check_block_size(vllm_config.cache_config.block_size)
+    model = vllm_config.model_config
     if policy.filters is not None and policy.filters != AUTO:
         find_filters(policy.filters, ModelIdentity.from_model_config(model))
     if isinstance(policy.budget, int) and policy.budget >= model.max_model_len:
@@ -86,6 +172,22 @@ def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
             policy.budget,
             model.max_model_len,
         )
+
+
+def refuse(start: Start, refusals: Iterable[Refusal]) -> None:
+    """Raises ValueError for the first refusal that applies. One that cannot be evaluated hides no other: what it raised
+    is raised if none applies."""
+    failure: Exception | None = None
+    for refusal in refusals:
+        try:
+            applies = refusal.applies(start)
+        except Exception as error:
+            failure = failure or error
+            continue
+        if applies:
+            raise ValueError(f"KV compression does not support {refusal.message.format(start=start)}")
+    if failure is not None:
+        raise failure
 
 
 def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
@@ -113,18 +215,26 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         request: vLLM's ``EngineCoreRequest``; its ``max_tokens`` is resolved.
 
     Raises:
-        VLLMValidationError: its ``kv_budget`` is no budget, or lets it grow beyond the whole cache (HTTP 400).
+        VLLMValidationError: its ``kv_budget`` is misspelt or no budget, or lets it grow beyond the whole cache (HTTP
+            400).
     """
     params = request.sampling_params
     if params is None:
         return
     if request.resumable:
         raise VLLMValidationError("KV compression does not support streaming input sessions")
+    for key in params.extra_args or ():
+        if _is_misspelt(key):
+            raise VLLMValidationError(
+                f"unknown extra argument {key!r}: the budget of a request is given as {REQUEST_BUDGET_KEY!r}, e.g. "
+                f'"vllm_xargs": {{"{REQUEST_BUDGET_KEY}": 1024}}'
+            )
     prompt_tokens = (
         len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
     )
+    block_size = vllm_config.cache_config.block_size
     try:
-        limits = policy.request_limits(params.extra_args, prompt_tokens, vllm_config.cache_config.block_size)
+        limits = policy.request_limits(params.extra_args, prompt_tokens, block_size)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
     if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
@@ -137,9 +247,17 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         return
     length = min(prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
     resident = length if limits is None else limits.max_resident_tokens(length)
-    needed, usable = cdiv(resident, vllm_config.cache_config.block_size), num_blocks - 1  # one is vLLM's null block
+    needed, usable = cdiv(resident, block_size), num_blocks - 1  # one is vLLM's null block
     if needed > usable:
         raise VLLMValidationError(
             f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: set a "
             "smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
         )
+
+
+def _is_misspelt(key: str) -> bool:
+    """Whether a key of a request's extra arguments is none that anybody reads, and looks like ours."""
+    if key == REQUEST_BUDGET_KEY or key in _KEYS_OF_VLLM:
+        return False
+    lower = key.lower()
+    return lower.startswith("kv") or bool(difflib.get_close_matches(lower, [REQUEST_BUDGET_KEY], cutoff=_ALIKE))
