@@ -88,7 +88,7 @@ class ResidentLengths:
         """``lengths``, on the host, of the step's requests and padding behind them."""
         assert self.of_step is not None
         lengths = lengths.clone()
-        lengths[: len(self.of_step)] -= torch.from_numpy(self.of_step)
+        lengths[: len(self.of_step)].sub_(torch.from_numpy(self.of_step))
         return lengths
 
 
