@@ -1,3 +1,4 @@
+import collections
 import os
 import sys
 import tempfile
@@ -25,8 +26,32 @@ import pytest
 
 from tests import models
 from tests.engines import Engines
+from tests.interpreted_runs import InterpretedRuns
 from vllm_qfilters import cpu
 from vllm_qfilters.kernels import IMPLEMENTATION
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-cases", action="store_true", help="run every case of tests that are marked as sampled")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sampled(every): one in so many cases is run, all of them with --all-cases")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out cases of sampled tests: many of a kind, of which each change is seen by a few."""
+    if config.getoption("--all-cases"):
+        return
+    seen, kept, left_out = collections.Counter(), [], []
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        name = item.nodeid.partition("[")[0]
+        (kept if marker is None or seen[name] % marker.args[0] == 0 else left_out).append(item)
+        seen[name] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_report_header():
@@ -84,3 +109,18 @@ def exaone_filters(tiny_exaone, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exaone_engines(tiny_exaone, exaone_filters):
     return Engines(tiny_exaone, exaone_filters[0])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_runs(request, tmp_path_factory):
+    """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their own,
+    since Triton's interpreter takes long, and one thread.
+    """
+    if not any(item.path.name == "test_gpu_engine.py" for item in request.session.items):
+        yield None
+        return
+    names = ("tiny_model", "tiny_filters", "tiny_exaone", "exaone_filters")
+    folder = tmp_path_factory.mktemp("calibrated")
+    runs = InterpretedRuns(folder, **{name: request.getfixturevalue(name) for name in names})
+    yield runs
+    runs.stop()

@@ -58,6 +58,7 @@ def make_step(num_tokens: int, num_heads: int, head_size: int, block_size: int, 
     return key if is_strided else key.contiguous(), score_plane, slots
 
 
+@pytest.mark.sampled(7)
 @needs_library
 @pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "qkv"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,6 +158,7 @@ def test_score_and_store_refuses(case):
         cpp.score_and_store(**(step | changes))
 
 
+@pytest.mark.sampled(4)
 @needs_library
 @pytest.mark.parametrize("shared_by_heads", [False, True], ids=["head", "layer"])
 @pytest.mark.parametrize("num_heads", [1, 3, 8], ids="H{}".format)
@@ -250,6 +252,7 @@ WIDE_EVICTIONS = {
 }
 
 
+@pytest.mark.sampled(6)
 @needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("case", SEQUENCES | WIDE_EVICTIONS)
@@ -357,6 +360,7 @@ def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) 
     return means, scale * torch.randn(num_layers, num_heads, rank, head_size, generator=generator)
 
 
+@pytest.mark.sampled(3)
 @needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
@@ -432,6 +436,7 @@ def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer(
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.sampled(5)
 @needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("num_newer", [0, 1, 40])
@@ -483,6 +488,7 @@ def test_observed_attention_refuses(queries, message):
         cpp.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
 
 
+@pytest.mark.sampled(4)
 @needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("lies_side_by_side", [False, True])

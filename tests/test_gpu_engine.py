@@ -1,81 +1,27 @@
 """The GPU path from the scheduler to the kernels, on a CPU: model runner V2 and TRITON_ATTN under Triton's interpreter.
-Pipeline stages are processes that send to one another with gloo in place of NCCL."""
 
-import json
-import subprocess
-import sys
+Pipeline stages are processes that send to one another with gloo in place of NCCL.
+"""
 
 import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt, tiny_identity
+from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC
+from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters, load
 
-LLM = dict(
-    block_size=32,
-    num_gpu_blocks_override=32,
-    kv_cache_memory_bytes=1 << 26,
-    max_model_len=512,
-    max_num_batched_tokens=128,
-)
-EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
-PAGES = dict(EVICTING, budget=128, granularity="page")
-STATIC = dict(EVICTING, granularity="head", filter="static")
-LONG = random_prompt(150, seed=1)
-# Two at once, both evict; then one that begins like the first.
-BATCHES = [
-    [dict(prompt=LONG, max_tokens=12), dict(prompt=random_prompt(100, seed=2), max_tokens=12)],
-    [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
-]
-# The last two hold the first two pages in common, and take out the second one in the same step, at their first token.
-SHARING = dict(EVICTING, window=48)
-SHARED_PREFIX = [
-    [dict(prompt=LONG[:64] + random_prompt(63, seed=seed), max_tokens=max_tokens) for seed in seeds]
-    for max_tokens, seeds in ((1, (7,)), (4, (8, 9)))
-]
-SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
-# Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
-CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
-CALIBRATION = [random_prompt(40, seed=6)]
-
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    """By number of pipeline stages, where the engines leave their filters."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    return {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_model, tiny_filters, calibrated, tiny_exaone, exaone_filters):
-    calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in calibrated.items()}
-    wanted = [
-        dict(compression=None, llm=LLM, requests=SHORT),
-        dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
-        dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=calibration[1]),
-        dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
-        dict(compression=PAGES, llm=LLM, requests=BATCHES),
-        dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
-        dict(
-            compression=EVICTING, llm=dict(LLM, pipeline_parallel_size=2), requests=BATCHES, calibration=calibration[2]
-        ),
-        dict(
-            compression=dict(EVICTING, filters=str(exaone_filters[0])),
-            llm=LLM,
-            requests=BATCHES,
-            model=str(tiny_exaone),
-        ),
-    ]
-    job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
-    command = [sys.executable, "-m", "tests.interpreted_engine"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
-    results = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("[{"))
-    )  # the rest is vLLM's log
+def runs(interpreted_runs):
+    results = interpreted_runs.results()
     assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
     return results
+
+
+@pytest.fixture(scope="module")
+def calibrated(interpreted_runs):
+    return interpreted_runs.calibrated
 
 
 def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):

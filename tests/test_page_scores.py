@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from tests.test_layout import Geometry, make_cache
-from vllm_qfilters.kernels import page_scores
+from vllm_qfilters.kernels import CPU_OPS
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
 from vllm_qfilters.plan import CompactionPlan
 from vllm_qfilters.worker.page_scorer import PageScorer
@@ -62,7 +62,7 @@ def test_a_head_whose_scores_never_varied_has_no_say():
     _, cache = make_cache(GEOMETRY)
     mean, std = make_statistics()
     std[1, 0] = 0
-    scorer = PageScorer(page_scores, cache.scores, mean, std, lambda values: values)
+    scorer = PageScorer(CPU_OPS.page_scores, cache.scores, mean, std, lambda values: values)
     scorer.score_filled_pages(step(PAGES))
     found = torch.tensor(scorer.attach(make_output()).page_scores)
     assert bool(found.isfinite().all())
@@ -75,7 +75,7 @@ def test_a_head_whose_scores_never_varied_has_no_say():
 def test_scores_travel_with_the_output_of_their_step(is_async):
     _, cache = make_cache(GEOMETRY)
     mean, std = make_statistics()
-    scorer = PageScorer(page_scores, cache.scores, mean, std, lambda values: values / 2)
+    scorer = PageScorer(CPU_OPS.page_scores, cache.scores, mean, std, lambda values: values / 2)
     expected = [score / 2 for score in by_loops(cache.scores, PAGES, mean, std)]
     scorer.score_filled_pages(step(PAGES))
     output = scorer.attach(Later() if is_async else make_output())

@@ -1,0 +1,99 @@
+"""What ``tests/test_gpu_engine.py`` has run under Triton's interpreter: jobs of ``tests/interpreted_engine.py``."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from tests.models import random_prompt
+
+LLM = dict(
+    block_size=32,
+    num_gpu_blocks_override=32,
+    kv_cache_memory_bytes=1 << 26,
+    max_model_len=512,
+    max_num_batched_tokens=128,
+)
+EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
+PAGES = dict(EVICTING, budget=128, granularity="page")
+STATIC = dict(EVICTING, granularity="head", filter="static")
+LONG = random_prompt(150, seed=1)
+# Two at once, both evict; then one that begins like the first.
+BATCHES = [
+    [dict(prompt=LONG, max_tokens=12), dict(prompt=random_prompt(100, seed=2), max_tokens=12)],
+    [dict(prompt=LONG[:96] + random_prompt(30, seed=3), max_tokens=8)],
+]
+# The last two hold the first two pages in common, and take out the second one in the same step, at their first token.
+SHARING = dict(EVICTING, window=48)
+SHARED_PREFIX = [
+    [dict(prompt=LONG[:64] + random_prompt(63, seed=seed), max_tokens=max_tokens) for seed in seeds]
+    for max_tokens, seeds in ((1, (7,)), (4, (8, 9)))
+]
+SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
+# Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
+CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
+CALIBRATION = [random_prompt(40, seed=6)]
+
+
+class InterpretedRuns:
+    """All runs in one process, which starts at once and gives way to the tests beside it.
+
+    Args:
+        folder: for the filters that runs calibrate.
+        tiny_model, tiny_filters, tiny_exaone, exaone_filters: the fixtures of these names.
+
+    Attributes:
+        calibrated: by number of pipeline stages, where the engines leave their filters.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, tiny_model, tiny_filters, tiny_exaone, exaone_filters) -> None:
+        self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
+        calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
+        wanted = [
+            dict(compression=None, llm=LLM, requests=SHORT),
+            dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
+            dict(
+                compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=calibration[1]
+            ),
+            dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
+            dict(compression=PAGES, llm=LLM, requests=BATCHES),
+            dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
+            dict(
+                compression=EVICTING,
+                llm=dict(LLM, pipeline_parallel_size=2),
+                requests=BATCHES,
+                calibration=calibration[2],
+            ),
+            dict(
+                compression=dict(EVICTING, filters=str(exaone_filters[0])),
+                llm=LLM,
+                requests=BATCHES,
+                model=str(tiny_exaone),
+            ),
+        ]
+        job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
+        self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))
+        self._input.write(json.dumps(job))
+        self._input.seek(0)
+        self._process = subprocess.Popen(
+            ["nice", sys.executable, "-m", "tests.interpreted_engine"],
+            stdin=self._input,
+            stdout=self._output,
+            stderr=self._log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def results(self) -> list[dict]:
+        """Waits for the runs; one result each."""
+        status = self._process.wait()
+        self._log.seek(0)
+        assert status == 0, self._log.read()[-6000:]
+        self._output.seek(0)
+        lines = self._output.read().splitlines()  # the rest is vLLM's log
+        return json.loads(next(line for line in lines if line.startswith("[{")))
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
