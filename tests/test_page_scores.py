@@ -54,7 +54,7 @@ class Later(AsyncModelRunnerOutput):
 def test_a_page_scores_the_mean_of_its_normalised_scores():
     _, cache = make_cache(GEOMETRY)
     mean, std = make_statistics()
-    found = page_scores(cache.scores, torch.tensor(PAGES), mean, std)
+    found = CPU_OPS.page_scores(cache.scores, torch.tensor(PAGES), mean, std)
     torch.testing.assert_close(found, torch.tensor(by_loops(cache.scores, PAGES, mean, std)), atol=1e-4, rtol=1e-5)
 
 
