@@ -100,7 +100,7 @@ def watch(target, method: str) -> list:
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
-    """From now on, what attention and captured graphs read must be what the scheduler thinks, and in persistent buffers.
+    """From now on, what attention and captured graphs read must be what the scheduler thinks, in persistent buffers.
 
     The batch of vLLM's runner keeps counting positions.
     """
@@ -208,7 +208,10 @@ def run(
             outputs.append(
                 {
                     "token_ids": list(completion.token_ids),
-                    "logprobs": [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)],
+                    "logprobs": [
+                        step[token].logprob
+                        for token, step in zip(completion.token_ids, completion.logprobs, strict=True)
+                    ],
                     "cached_tokens": output.num_cached_tokens,
                 }
             )

@@ -113,8 +113,10 @@ def test_what_every_layer_slides_over_costs_nothing(granularity, tmp_path_factor
         torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(plain), atol=2e-4, rtol=0)
 
 
-LLM = dict(kv_cache_memory_bytes=1 << 28, num_gpu_blocks_override=128, max_model_len=2048, max_num_batched_tokens=256, block_size=32,
-           skip_tokenizer_init=True)  # fmt: skip
+LLM = dict(
+    kv_cache_memory_bytes=1 << 28, num_gpu_blocks_override=128, max_model_len=2048, max_num_batched_tokens=256,
+    block_size=32, skip_tokenizer_init=True,
+)  # fmt: skip
 REQUESTS = [dict(prompt=random_prompt(length, seed=length), max_tokens=60, prompt_logprobs=0) for length in (500, 17)]
 
 

@@ -63,7 +63,9 @@ class Worker:
         for new in output.scheduled_new_reqs:
             self.pages[new.req_id], self.computed[new.req_id] = list(new.block_ids[0]), new.num_computed_tokens
         cached = output.scheduled_cached_reqs
-        for req_id, new_pages, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens):
+        for req_id, new_pages, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
             if req_id in cached.resumed_req_ids:
                 self.pages[req_id] = []
             self.pages[req_id] += new_pages[0] if new_pages else []
@@ -85,8 +87,8 @@ class Simulation:
     def __init__(self, model, granularity: str, log_stats: bool, seed: int = 0) -> None:
         options = dict(budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity)
         args = EngineArgs(
-            str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048, max_num_seqs=64,
-            max_num_batched_tokens=512, **kv_compression("random_once", **options),
+            str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048,
+            max_num_seqs=64, max_num_batched_tokens=512, **kv_compression("random_once", **options),
         )  # fmt: skip
         config = args.create_engine_config()
         config.cache_config.num_gpu_blocks = NUM_BLOCKS

@@ -1,6 +1,7 @@
 """Eviction counts, over whole lives of sequences: prompts read in steps of any size, then one token at a time."""
 
 import dataclasses
+import itertools
 import math
 
 from hypothesis import assume, given, settings
@@ -147,7 +148,7 @@ def test_in_steady_state_each_eviction_is_one_interval_and_they_are_one_interval
     assert len(decode_cuts) >= 4
     assert {evicted for _, evicted in decode_cuts[1:]} == {case.limits.interval}
     positions = [position for position, _ in decode_cuts[1:]]
-    assert {later - earlier for earlier, later in zip(positions, positions[1:])} == {case.limits.interval}
+    assert {later - earlier for earlier, later in itertools.pairwise(positions)} == {case.limits.interval}
 
 
 @settings(deadline=None)

@@ -61,7 +61,7 @@ def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
     assert found["vllm.plugins:DEFAULT_PLUGINS_GROUP"] == "is 'vllm.plugins', not 'vllm.general_plugins'"
     assert found["vllm.v1.core.sched.async_scheduler:AsyncScheduler"] == "moved to vllm.v1.elsewhere"
     assert found["vllm.v1.request:Request"] == "is gone"
-    with pytest.raises(ValueError, match="has no vllm/__init__.py"):
+    with pytest.raises(ValueError, match=r"has no vllm/__init__\.py"):
         check_vllm.Sources(tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_a_bad_kv_budget_is_refused(kv_budget, reason, engines):
 def test_a_kv_budget_of_too_few_pages_is_refused(engines):
     engine = engines.get(**dict(OPTIONS, budget=192), granularity="page")
     with pytest.raises(
-        VLLMValidationError, match="kv_budget=129: at least 130 tokens .* interval 32, in whole pages of 32"
+        VLLMValidationError, match=r"kv_budget=129: at least 130 tokens .* interval 32, in whole pages of 32"
     ):
         engine.add(random_prompt(10, seed=0), kv_budget=129)
     engine.add(random_prompt(10, seed=0), max_tokens=2, kv_budget=130)
@@ -108,7 +108,8 @@ def test_the_front_end_resolves_the_policy_once_for_all_requests(engines, monkey
             dict(
                 hf_overrides={"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
             ),
-            r"budget=128: at least 163 tokens are needed for window 32 \(at least 127, which the model's sliding windows reach back\)",
+            r"budget=128: at least 163 tokens are needed for window 32 \(at least 127, which the model's sliding "
+            r"windows reach back\)",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -132,12 +133,12 @@ def supported_config() -> SimpleNamespace:
     """
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, original_max_model_len=4096,
-            max_model_len=4096, is_moe=True, rswa_window=None,
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, rswa_window=None,
+            original_max_model_len=4096, max_model_len=4096, is_moe=True,
         ),
         parallel_config=SimpleNamespace(
-            pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
-            worker_cls=CPU_WORKER_CLS, data_parallel_size=1,
+            pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
+            use_ubatching=False, worker_cls=CPU_WORKER_CLS, data_parallel_size=1,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
         kv_transfer_config=None,
@@ -261,7 +262,8 @@ def test_pages_in_pipelines_are_refused_by_name():
 
 
 @pytest.mark.parametrize("is_mm_prefix_lm, mm_features, kv_budget, is_refused", [
-    (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False), (False, ["image"], None, False),
+    (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False),
+    (False, ["image"], None, False),
 ])  # fmt: skip
 def test_images_that_are_attended_to_in_both_directions_are_refused(
     is_mm_prefix_lm, mm_features, kv_budget, is_refused
@@ -316,7 +318,7 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
 
 def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():
     with pytest.raises(
-        ValueError, match="observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"
+        ValueError, match=r"observed=32: .* use cudagraph_mode FULL_AND_PIECEWISE, .* or set observed to 0"
     ):
         check_cuda_graphs(policy_of(), CUDAGraphMode.FULL)
     check_cuda_graphs(policy_of(observed=0), CUDAGraphMode.FULL)

@@ -21,7 +21,7 @@ class QFiltersSchedulerOutput(SchedulerOutput):
         pages_to_score: pages this step fills, whose scores are wanted back; page granularity alone.
     """
 
-    compaction: CompactionPlan = CompactionPlan()
+    compaction: CompactionPlan = dataclasses.field(default_factory=CompactionPlan)
     pages_to_score: tuple[int, ...] = ()
 
     @classmethod

@@ -301,12 +301,13 @@ def _check_page_scores(config: KVCompressionConfig, entry: Entry) -> None:
     if "filter" in entry.options:
         final = (name for name, of_filter in catalog.QFILTERS.items() if of_filter.scores_are_final)
         raise ValueError(
-            f"filter={config.filter!r} scores a token by where its sequence stands, but the score of a page is final when the "
-            f"page is full: with granularity 'page' use filter {_any_of(final)}, or choose granularity 'layer' or 'head'"
+            f"filter={config.filter!r} scores a token by where its sequence stands, but the score of a page is final "
+            f"when the page is full: with granularity 'page' use filter {_any_of(final)}, or choose granularity "
+            "'layer' or 'head'"
         )
     raise ValueError(
-        f"method={config.method!r} scores a token anew at every cut, by its whole sequence, but the score of a page is final "
-        "when the page is full: choose granularity 'layer' or 'head'"
+        f"method={config.method!r} scores a token anew at every cut, by its whole sequence, but the score of a page is "
+        "final when the page is full: choose granularity 'layer' or 'head'"
     )
 
 

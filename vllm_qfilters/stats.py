@@ -63,8 +63,8 @@ class KVCompressionStats:
 
     def __str__(self) -> str:
         return (
-            f"KV compression: {self.compactions} compactions in {self.compaction_seconds:.3g} s, {self.evicted_tokens} tokens "
-            f"evicted, {self.freed_pages} pages freed; now {self.resident_tokens} tokens resident, "
+            f"KV compression: {self.compactions} compactions in {self.compaction_seconds:.3g} s, {self.evicted_tokens} "
+            f"tokens evicted, {self.freed_pages} pages freed; now {self.resident_tokens} tokens resident, "
             f"{self.compressed_requests} running requests compressed, {self.saved_pages} pages saved"
         )
 

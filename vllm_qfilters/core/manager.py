@@ -107,10 +107,10 @@ class QFiltersManager(FullAttentionManager):
             if len(replaced) > self.block_pool.get_num_free_blocks():
                 return None
         private = self.block_pool.get_new_blocks(len(replaced))
-        copied_pages = tuple((i, block.block_id) for i, block in zip(replaced, private))
+        copied_pages = tuple((i, block.block_id) for i, block in zip(replaced, private, strict=True))
 
         self._released.extend(blocks[i] for i in replaced)
-        for i, block in zip(replaced, private):
+        for i, block in zip(replaced, private, strict=True):
             blocks[i] = block
         return self._take_out(request, range(first_out, after_out), window, copied_pages)
 

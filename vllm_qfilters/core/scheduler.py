@@ -225,7 +225,8 @@ class QFiltersScheduler(AsyncScheduler):
         self._vllm_scheduler()._update_after_schedule(scheduler_output)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
-        return self._vllm_scheduler()._update_request_with_output(request, *args, **kwargs)
+        updated: tuple[list[int], bool] = self._vllm_scheduler()._update_request_with_output(request, *args, **kwargs)
+        return updated
 
     def _vllm_scheduler(self) -> Any:
         """What would schedule in our place: only under async scheduling do placeholders stand in for tokens still to

@@ -13,8 +13,8 @@ flag. The targets are of vLLM 0.32; tests/test_compat.py fails when one of their
     VllmConfig, or platforms let plugins validate requests.
 ``StatLoggerManager.__init__``
     puts our counters under ``/metrics``: stat logger plugins are announced in the log of every server, also where the
-    feature is off, and offline engines do not load them. It goes when SchedulerStats has a field for extensions, or stat
-    loggers can be named in the configuration.
+    feature is off, and offline engines do not load them. It goes when SchedulerStats has a field for extensions, or
+    stat loggers can be named in the configuration.
 ``vllm.plugins.load_endpoint_plugins``
     lets ``endpoint`` add a route to the API server: entry points of that group are warned of in the log of every server
     where VLLM_PLUGINS is not set. It goes when endpoint plugins can be named in the configuration.
@@ -90,8 +90,8 @@ def _with_cli_args(add_cli_args: Function) -> Function:
             type=_json_object,
             default=None,
             help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: {json.dumps(defaults)}; "
-            "interval, chunk and prefill_interval are rounded up to the block size unless given. A request sets its own "
-            "budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
+            "interval, chunk and prefill_interval are rounded up to the block size unless given. A request sets its "
+            "own budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
         )
         return parser
 
@@ -107,7 +107,8 @@ def _with_kv_compression(from_cli_args: Function) -> Function:
             apply_kv_compression(engine_args, method, options or {})
         elif options is not None:
             raise ValueError(
-                "--kv-compression-config does nothing without --kv-compression METHOD: add it, e.g. --kv-compression qfilters"
+                "--kv-compression-config does nothing without --kv-compression METHOD: add it, e.g. --kv-compression "
+                "qfilters"
             )
         return engine_args
 

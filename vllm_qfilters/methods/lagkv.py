@@ -40,4 +40,5 @@ class LagKV(PerSequence):
         partitions = vectors.unflatten(1, (-1, self.LAG))  # [num_kv_heads, num_partitions, LAG, head_size]
         low, high = partitions[:, 1:].amin(2, keepdim=True), partitions[:, 1:].amax(2, keepdim=True)
         scaled = (partitions[:, :-1] - low) / (high - low).clamp(min=1e-12)
-        return scaled.std(-1).softmax(-1).flatten(1)
+        spread: torch.Tensor = scaled.std(-1).softmax(-1).flatten(1)
+        return spread
