@@ -1,13 +1,12 @@
 """Replicas of a server with compressed KV caches, behind one port, with Ray Serve.
 
     pip install 'vllm-qfilters[serve]'
-    python examples/ray_serve.py --replicas 2 --port 8000 MODEL --kv-compression qfilters --kv-compression-config.budget
-    1024
+    python examples/ray_serve.py --replicas 2 --port 8000 MODEL --kv-compression qfilters \\
+        --kv-compression-config.budget 1024
 
 Every replica is a whole server with an engine of its own, and takes the flags of ``vllm serve``. Ray Serve balances
-requests over them, and replaces a replica whose engine died. On a cluster (RAY_ADDRESS) replicas are put where there
-are GPUs for them; filters given as a file must be there on each machine. ``/metrics`` is answered by any one of the
-replicas.
+requests over the replicas, and replaces one whose engine died. On a cluster (RAY_ADDRESS) it puts them where there are
+GPUs for them. A file of filters must exist on each machine. Any one of the replicas answers ``/metrics``.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def parse(flags: list[str]) -> argparse.Namespace:
-    """As ``vllm serve`` does."""
+    """Reads the flags as ``vllm serve`` does."""
     load_general_plugins()
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(flags)
     args.model = args.model_tag or args.model
@@ -35,10 +34,10 @@ def parse(flags: list[str]) -> argparse.Namespace:
     return args
 
 
-@serve.deployment(max_ongoing_requests=256, health_check_period_s=2)  # three that fail: it is replaced
+@serve.deployment(max_ongoing_requests=256, health_check_period_s=2)  # replaced after three that fail
 @serve.ingress()
 class Replica:
-    """vLLM's OpenAI server without its HTTP socket: that is Ray Serve's."""
+    """vLLM's OpenAI server without its HTTP socket, which is Ray Serve's."""
 
     async def __init__(self, flags: list[str]) -> None:
         args = parse(flags)
@@ -47,15 +46,14 @@ class Replica:
         tasks = await self._engine.get_supported_tasks()
         self._app = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, self._app.state, args, tasks)
-        self._app.state.server = (
-            types.SimpleNamespace()
-        )  # that vLLM tells to end when its engine dies: Ray Serve sees to that
+        # vLLM tells this server to end when its engine dies. Ray Serve sees to that instead.
+        self._app.state.server = types.SimpleNamespace()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def check_health(self) -> None:
-        """Raises where the engine is dead: the replica is then replaced."""
+        """Raises if the engine is dead, whereupon Ray Serve replaces the replica."""
         await self._engine.check_health()
 
     async def __del__(self) -> None:
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options, flags = parser.parse_known_args()
-    args = parse(flags)  # what is wrong with them is said here, and not by every replica
+    args = parse(flags)  # here, so that not every replica says what is wrong with them
     ray.init()
     if current_platform.is_cpu():
         cores = max(1, int(ray.cluster_resources()["CPU"]) // options.replicas)

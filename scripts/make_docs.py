@@ -2,8 +2,7 @@
 """Makes the pages and parts of pages that come from the code and from the files of results.
 
     python scripts/make_docs.py            # writes them
-    python scripts/make_docs.py --check    # changes nothing, prints the differences, and ends with status 1 if there are
-                                           # any
+    python scripts/make_docs.py --check    # changes nothing, prints differences, ends with status 1 if there are any
 
 Whole pages: docs/options.md from the configuration and the catalogue of methods, docs/results.md from all files of
 benchmarks/results/. Parts between ``<!-- NAME: ... -->`` and ``<!-- /NAME -->`` of README.md and docs/budget.md: from

@@ -1,6 +1,7 @@
 """What the documentation names exists, and its numbers come from the code and the files of results."""
 
 import ast
+import functools
 import json
 import pathlib
 import re
@@ -35,6 +36,7 @@ def table(name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@functools.cache
 def literals() -> str:
     """All that the package can say, f-strings as they are written."""
     files = [*(ROOT / "vllm_qfilters").rglob("*.py")]

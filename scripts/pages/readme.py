@@ -104,12 +104,14 @@ def prefix_cache() -> str:
     (whole,) = kept
     policy = resolve(KVCompressionConfig(), block_size=PREFIX_CACHE_PAGE)
     usual = hits[int(policy.budget)]
-    return (
-        f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is\n"
-        f"{_listed(hits.values())} tokens (pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}): the default budget "
-        f"reads {number(HISTORY - usual)} tokens of a history of\n{number(HISTORY)} again on every turn. `prefill: full` and "
-        f"`scope: decode` keep the prompt's prefix: they read {number(HISTORY - whole)} again, and the last answer."
+    where = f"pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}"
+    lines = (
+        f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is",
+        f"{_listed(hits.values())} tokens ({where}): the default budget reads {number(HISTORY - usual)} tokens of a",
+        f"history of {number(HISTORY)} again on every turn. `prefill: full` and `scope: decode` keep the prompt's",
+        f"prefix: they read {number(HISTORY - whole)} again, and the last answer.",
     )
+    return "\n".join(lines)
 
 
 def _listed(numbers: Iterable[int]) -> str:
