@@ -121,7 +121,7 @@ def make_batch(num_sequences: int, resident: int, evicted: int, window: int, blo
     pages = torch.randperm(num_sequences * num_pages).view(num_sequences, num_pages)
     first_out = (resident - evicted - window) // block_size
     compactions = []
-    for index, row in enumerate(pages.tolist()):
+    for row in pages.tolist():
         new_pages = row[:first_out] + row[first_out + evicted // block_size :]
         compactions.append(RequestCompaction("", resident, resident, evicted, SINKS, window, tuple(new_pages)))
     return CompactionBatch.make(compactions, range(num_sequences), pages.to(DEVICE, torch.int32))
@@ -157,11 +157,11 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
 
     def compact_pytorch():
         for index, compaction in enumerate(batch.compactions):
-            new_pages = torch.tensor(compaction.new_pages, device=DEVICE)
+            new_pages = torch.tensor(compaction.block_ids, device=DEVICE)
             kept = batch_is_kept[index]
-            reference.compact(cache, block_table[index].long(), new_pages, kept, SINKS, WINDOW)
+            REFERENCE_OPS.functions.compact(cache, block_table[index].long(), new_pages, kept, SINKS, WINDOW)
 
-    batch_is_kept = [rows.bool() for rows in batch.split(is_kept, NUM_LAYERS, NUM_KV_HEADS)]
+    batch_is_kept = [part.bool() for part in batch.split(is_kept, NUM_LAYERS, NUM_KV_HEADS)]
     of = f"{num_sequences} x {RESIDENT} tokens, {NUM_LAYERS} layers"
     key_bytes = num_heads * num_tokens * HEAD_SIZE * DTYPE.itemsize
     moved_bytes = num_heads * (2 * num_moved * row_bytes + num_tokens)

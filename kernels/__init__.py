@@ -1,8 +1,9 @@
-"""Operators on the paged KV cache: one protocol, three implementations. The folder is linked as ``vllm_qfilters.kernels``.
+"""Operators on the paged KV cache: one protocol, three implementations. The folder is linked as
+``vllm_qfilters.kernels``.
 
 ``ops`` has the protocol, ``batch`` and ``layout`` what operators read: compactions of a step, and where bytes lie.
-``reference`` is the truth in plain PyTorch, ``cpp`` the face of csrc/, ``triton`` the kernels for GPUs, imported by name
-where Triton is.
+``reference`` is the truth in plain PyTorch, ``cpp`` the face of csrc/, ``triton`` the kernels for GPUs, imported by
+name where Triton is.
 """
 
 from vllm_qfilters.kernels import cpp, reference

@@ -68,7 +68,8 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
         offsets[found[is_known]] = is_known.nonzero().flatten()
         if int(is_written.sum()) != num_elements or bool((offsets < 0).any()):
             raise RuntimeError(
-                f"the attention backend's cache writer does not place each of the {num_elements} elements of a page once "
+                f"the attention backend's cache writer does not place each of the {num_elements} elements of a page "
+                "once "
                 f"(block size {block_size}, head size {head_size}, {dtype}): its layout is not supported"
             )
         return offsets.view(block_size, head_size)
@@ -269,7 +270,10 @@ class StridedCache(_Planes):
 
 def _has_strides(cache: torch.Tensor, inner: tuple[int, ...]) -> bool:
     """Whether a page has these strides; the stride of a dimension of size 1 says nothing."""
-    return all(size == 1 or found == wanted for size, found, wanted in zip(cache.shape[1:], cache.stride()[1:], inner))
+    return all(
+        size == 1 or found == wanted
+        for size, found, wanted in zip(cache.shape[1:], cache.stride()[1:], inner, strict=True)
+    )
 
 
 def _layer_stride(kv_caches: Sequence[torch.Tensor]) -> int:

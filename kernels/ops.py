@@ -1,8 +1,8 @@
 """What methods and the compactor ask of the paged cache: one protocol, with an implementation per kind of device.
 
 :class:`vllm_qfilters.kernels.by_sequence.SequenceOps` goes through a batch sequence by sequence, with the functions of
-``reference`` (plain PyTorch, the truth) or ``cpp`` (csrc/); :class:`vllm_qfilters.kernels.triton.TritonOps` launches one
-kernel for all sequences. A result over tokens is flat: see :mod:`vllm_qfilters.kernels.batch`.
+``reference`` (plain PyTorch, the truth) or ``cpp`` (csrc/); :class:`vllm_qfilters.kernels.triton.TritonOps` launches
+one kernel for all sequences. A result over tokens is flat: see :mod:`vllm_qfilters.kernels.batch`.
 
 Conventions: a higher score means keep; a filter points along the mean query, so that ``<key, filter>`` is high for keys
 that queries like.
@@ -94,9 +94,10 @@ class Ops(Protocol):
         Args:
             stat: what to write to the first plane, computed before anything is quantised.
             key, value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
-            cache: the layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or
-                fp8; None where vLLM has written keys and values.
-            planes: the layer's, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
+            cache: the layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys
+                or fp8; None where vLLM has written keys and values.
+            planes: the layer's, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in
+                place.
             slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
             filters: shape ``[num_kv_heads, head_size]``, float32, for ``PROJECTION``.
             seed: for ``RANDOM``; another one per layer.
@@ -127,15 +128,17 @@ class Ops(Protocol):
     def expected_attention(
         self, cache: Cache, batch: CompactionBatch, means: torch.Tensor, factors: torch.Tensor, turns: Turns
     ) -> torch.Tensor:
-        """The attention that coming queries are expected to pay to each token, averaged over the query heads of a KV head.
+        """The attention that coming queries are expected to pay to each token, averaged over the query heads of a KV
+        head.
 
         For a normally distributed query of mean ``R m`` and covariance ``sum_r (R b_r)(R b_r)^T`` the expectation of
-        ``exp(<k, q>)`` is ``exp(<k, R m> + sum_r <k, R b_r>^2 / 2)``; it is normalised over the tokens of a sequence (the
-        estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+        ``exp(<k, q>)`` is ``exp(<k, R m> + sum_r <k, R b_r>^2 / 2)``; it is normalised over the tokens of a sequence
+        (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
 
         Args:
             means: ``m`` times the scale of the logits, float32, shape ``[num_layers, num_heads, head_size]``.
-            factors: ``b_r`` times that scale, float32, shape ``[num_layers, num_heads, rank, head_size]``; the rank may be 0.
+            factors: ``b_r`` times that scale, float32, shape ``[num_layers, num_heads, rank, head_size]``; the rank may
+                be 0.
 
         Returns:
             float32, flat, ``num_kv_heads`` heads, each row of sum 1.
@@ -155,8 +158,8 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """How much attention the last queries pay to each token and its neighbours (after SnapKV, arXiv 2404.14469).
 
-        The mean over queries, the query heads of a KV head, and neighbours is written to ``plane``; the peak is the most
-        that a query of the group pays to a neighbour. Tokens that came after the last query get ``NOT_OBSERVED``.
+        The mean over queries, the query heads of a KV head, and neighbours is written to ``plane``; the peak is the
+        most that a query of the group pays to a neighbour. Tokens that came after the last query get ``NOT_OBSERVED``.
 
         Args:
             observations: of different sequences.
@@ -167,8 +170,8 @@ class Ops(Protocol):
             max_over_ranks: the largest over ranks that hold other heads of the same layers; may write to its argument.
 
         Returns:
-            What the tokens of all sequences are judged by, float32, flat, ``num_kv_heads`` heads: the peak of a question,
-            else what stands in the plane.
+            What the tokens of all sequences are judged by, float32, flat, ``num_kv_heads`` heads: the peak of a
+            question, else what stands in the plane.
         """
 
     def key_distinctness(self, cache: Cache, batch: CompactionBatch, pool: int) -> torch.Tensor:
@@ -198,13 +201,15 @@ class Ops(Protocol):
         """
 
     def copy_pages(self, cache: Cache, batch: CompactionBatch) -> None:
-        """Makes private copies of pages that may not be written, planes included, and enters them in the block table."""
+        """Makes private copies of pages that may not be written, planes included, and enters them in the block
+        table.
+        """
 
     def compact(self, cache: Cache, batch: CompactionBatch, is_kept: torch.Tensor, num_selections: int) -> None:
         """Takes whole pages out of the sequences; the survivors in them fill the holes before the window.
 
-        The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order,
-        and sinks stay first. No two sequences may write the same page, nor one write what another reads:
+        The pages taken out are the last whole pages before the window. No other token moves, so the window stays in
+        order, and sinks stay first. No two sequences may write the same page, nor one write what another reads:
         :meth:`copy_pages` goes before.
 
         Args:

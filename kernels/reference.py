@@ -113,7 +113,7 @@ def observed_attention(
         mean: over queries, the query heads of a KV head, and neighbours.
         peak: the most that a query, of the query heads of a KV head, pays to a neighbour.
     """
-    num_layers, num_heads, num_queries, head_size = queries.shape
+    num_layers, _, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
     mean, peak = torch.empty(2, num_layers, num_kv_heads, num_seen, device=queries.device)

@@ -65,7 +65,7 @@ class Sources:
         stem = module.replace(".", "/")
         return next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in self._texts), None)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def tree(self, module: str) -> ast.Module | None:
         path = self.path(module)
         return None if path is None else ast.parse(self._texts[path])
@@ -76,7 +76,7 @@ class Sources:
         paths = [path for path, text in self._texts.items() if pattern.search(text)]
         return sorted(path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def find(self, module: str, name: str) -> Definition | None:
         """What ``name`` of a module is, imports followed."""
         tree = self.tree(module)

@@ -51,7 +51,8 @@ PROCESSES = ("VLLM::Worker", "VLLM::EngineCore")
 BLOCK, BUDGET, CHUNK = 32, 256, 512
 MAX_MODEL_LEN, NUM_PAGES = 4096, 48
 SMALL = {
-    "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 32,
 }  # fmt: skip
 MALFORMED = (-1, 7, 1.5, "256", "much", [256], {"budget": 256}, True, 1e400, None)
@@ -391,7 +392,8 @@ def violations(report: dict[str, Any]) -> Iterator[str]:
         yield f"in the server's log: {exception}"
     for title, kill in report["kills"].items():
         if kill["clients_told"] != kill["clients"]:
-            yield f"{title} killed: {kill['clients'] - kill['clients_told']} clients not told within {HANG_SECONDS:.0f} s"
+            not_told = kill["clients"] - kill["clients_told"]
+            yield f"{title} killed: {not_told} clients not told within {HANG_SECONDS:.0f} s"
         if kill["server_status"] is None:
             yield f"{title} killed: the server still runs after {HANG_SECONDS:.0f} s"
         if not kill["log_says_why"]:

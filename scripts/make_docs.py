@@ -18,8 +18,8 @@ from collections.abc import Mapping
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.pages import options, readme, results  # noqa: E402
-from scripts.pages.markdown import fill_in  # noqa: E402
+from scripts.pages import options, readme, results
+from scripts.pages.markdown import fill_in
 
 RESULTS = ROOT / "benchmarks" / "results"
 WITH_PARTS = ("README.md", "docs/budget.md")

@@ -113,8 +113,8 @@ def exaone_engines(tiny_exaone, exaone_filters):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_runs(request, tmp_path_factory):
-    """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their own,
-    since Triton's interpreter takes long, and one thread.
+    """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their
+    own, since Triton's interpreter takes long, and one thread.
     """
     if not any(item.path.name == "test_gpu_engine.py" for item in request.session.items):
         yield None

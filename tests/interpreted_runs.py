@@ -74,7 +74,7 @@ class InterpretedRuns:
             ),
         ]
         job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
-        self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))
+        self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
         self._input.write(json.dumps(job))
         self._input.seek(0)
         self._process = subprocess.Popen(

@@ -22,10 +22,11 @@ LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")  # L layers, B blocks, N tokens, 
 class ForbiddenReads(TorchFunctionMode):
     """Where it is entered, code may not read tensors on the host: on a GPU it would wait for it."""
 
-    READS = {
-        "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero",
+    READS = frozenset({
+        "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique",
+        "equal", "allclose", "is_nonzero",
         "__bool__", "__int__", "__float__", "__index__", "__iter__", "__contains__",
-    }  # fmt: skip
+    })  # fmt: skip
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")

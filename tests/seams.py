@@ -20,13 +20,21 @@ PATCHED = {
 
 # Methods that subclasses of ours override; tests/test_compat.py finds those that are missing here.
 OVERRIDDEN = {
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.get_builder_cls": "",
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.flashinfer:FlashInferBackend.get_builder_cls": "",
-    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.get_builder_cls": "",
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_builder_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.get_impl_cls": "",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
@@ -36,12 +44,16 @@ OVERRIDDEN = {
         "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
     ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.get_impl_cls": "",
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": (
         "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
     ),
     "vllm.v1.attention.backends.flashinfer:FlashInferBackend.get_impl_cls": "",
-    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
     "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward": (
         "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
     ),
@@ -80,7 +92,9 @@ OVERRIDDEN = {
     "vllm.v1.kv_cache_interface:FullAttentionSpec.merge": "cls specs",
     "vllm.v1.metrics.loggers:AggregateStatLoggerBase.__init__": "self vllm_config engine_indexes",
     "vllm.v1.metrics.loggers:AggregateStatLoggerBase.log_engine_initialized": "self",
-    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record": (
+        "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
+    ),
     "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": "self",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__": "self vllm_config device",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner._prepare_inputs": "self scheduler_output num_scheduled_tokens",
@@ -91,7 +105,9 @@ OVERRIDDEN = {
         "self kv_cache_config is_profiling kv_cache_allocation_context"
     ),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "self grammar_output",
-    "vllm.v1.worker.cpu_worker:CPUWorker.__init__": "self vllm_config local_rank rank distributed_init_method is_driver_worker",
+    "vllm.v1.worker.cpu_worker:CPUWorker.__init__": (
+        "self vllm_config local_rank rank distributed_init_method is_driver_worker"
+    ),
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": "self",
     "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": "self",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
@@ -110,7 +126,9 @@ OVERRIDDEN = {
     ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": "self grammar_output",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.update_requests": "self scheduler_output",
-    "vllm.v1.worker.gpu_worker:Worker.__init__": "self vllm_config local_rank rank distributed_init_method is_driver_worker",
+    "vllm.v1.worker.gpu_worker:Worker.__init__": (
+        "self vllm_config local_rank rank distributed_init_method is_driver_worker"
+    ),
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": "self",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model": "self",
     "vllm.v1.worker.gpu_worker:Worker.determine_available_memory": "self",
@@ -147,7 +165,9 @@ CALLED = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens",
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self request timestamp drop_stale_output",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered": "cls vllm_config",
-    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": "cls kvcache_spec_cls manager_class uniform_type_base_spec",
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
+        "cls kvcache_spec_cls manager_class uniform_type_base_spec"
+    ),
     "vllm.v1.metrics.buckets:histogram_buckets": "family max_model_len overrides",
     "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row": "self block_ids row_idx",
     "vllm.v1.worker.block_table:MultiGroupBlockTable.clear_row": "self row_idx",

@@ -164,5 +164,5 @@ def test_imports_point_one_way(module):
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vllm_qfilters"):
-                imported = (node.module.split(".") + [""])[1]
+                imported = ([*node.module.split("."), ""])[1]
                 assert imported in ALLOWED_IMPORTS[module], f"{file.name} imports {node.module}"

@@ -428,11 +428,13 @@ def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer(
     )
     observed = cpp.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, 13)
     cache.key_scales = scales
-    for kernels in (cpp, reference):
+    for functions in (cpp, reference):
         torch.testing.assert_close(
-            kernels.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4
+            functions.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4
         )
-        for found, wanted in zip(kernels.observed_attention(cache, pages, 75, queries, 3, 7, 13), observed):
+        for found, wanted in zip(
+            functions.observed_attention(cache, pages, 75, queries, 3, 7, 13), observed, strict=True
+        ):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -450,7 +452,9 @@ def test_observed_attention_matches_reference(group, head_size, num_seen, num_qu
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     queries = torch.randn(2, 2 * group, num_queries, head_size, generator=torch.Generator().manual_seed(num_seen))
     arguments = (cache, pages, num_tokens, queries, num_newer, 7, 13)
-    for found, expected in zip(cpp.observed_attention(*arguments), reference.observed_attention(*arguments)):
+    for found, expected in zip(
+        cpp.observed_attention(*arguments), reference.observed_attention(*arguments), strict=True
+    ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 

@@ -745,7 +745,7 @@ def test_all_ranks_together_make_the_filters_of_one(one_stage, monkeypatch, num_
     for rank in range(num_ranks):
         kv_head = rank * num_kv_heads // num_ranks
         of_rank = layers.statistics(slice(rank * num_heads, (rank + 1) * num_heads), slice(kv_head, kv_head + 1))
-        use(lambda tensor, dim: given[rank].append(tensor) or tensor)
+        use(lambda tensor, dim, rank=rank: given[rank].append(tensor) or tensor)
         make_filters(of_rank, 1, "")
     rounds = iter(zip(*given, strict=True))
     use(lambda tensor, dim: torch.cat(next(rounds), dim))

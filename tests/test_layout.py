@@ -383,7 +383,7 @@ def test_tokens_of_a_sequence_are_read_in_order_from_its_pages(geometry):
 
 
 def test_a_plane_is_written_for_the_tokens_of_a_sequence_alone(geometry):
-    buffer, cache = make_cache(geometry)
+    _buffer, cache = make_cache(geometry)
     before, pages, num_tokens = cache.planes.clone(), torch.tensor([4, 0, 2]), 2 * geometry.block_size + 3
     numbers = torch.randn(geometry.num_layers, geometry.num_kv_heads, num_tokens)
     write_plane(cache.planes[:, :, 1], pages, numbers)

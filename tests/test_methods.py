@@ -1,5 +1,5 @@
-"""Every method of the catalogue, by the same properties: on CPUs and, through the reference of the same operators, as on
-GPUs. A new method is covered by its entry alone.
+"""Every method of the catalogue, by the same properties: on CPUs and, through the reference of the same operators, as
+on GPUs. A new method is covered by its entry alone.
 """
 
 import dataclasses

@@ -62,7 +62,8 @@ def requests(folder):
 
 def test_budget_above_length_is_bit_identical_to_plain_vllm(folder, engine, requests):
     llm = dict(
-        dtype="float32", block_size=BLOCK, num_gpu_blocks_override=128, kv_cache_memory_bytes=1 << 28, max_model_len=1024,
+        dtype="float32", block_size=BLOCK, num_gpu_blocks_override=128,
+        kv_cache_memory_bytes=1 << 28, max_model_len=1024,
         max_num_batched_tokens=256, max_num_seqs=16,
     )  # fmt: skip
     plain = run_engine(folder / "model", requests, None, **llm, **llm_options(folder))

@@ -1,5 +1,6 @@
 """The real server over HTTP, with the OpenAI client, on the demo model."""
 
+import json
 import os
 import pathlib
 import threading
@@ -25,7 +26,7 @@ def serve(*flags: str) -> Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
-    config = '{"budget": %d, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": true}' % BUDGET
+    config = json.dumps({"budget": BUDGET, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": True})
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
     server = serve("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config)
     yield server

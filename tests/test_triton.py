@@ -509,7 +509,8 @@ def model_of(cache: StridedCache, ops, group: int, rank: int, num_rotations: int
 
 SCORERS = [
     "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed",
-    "expected, observed after the prompt", "expected, observed after the prompt, shared", "expected, all but one observed",
+    "expected, observed after the prompt", "expected, observed after the prompt, shared",
+    "expected, all but one observed",
     "expected, observed, fp8", "keydiff",
 ]  # fmt: skip
 
@@ -648,7 +649,7 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
 
 
 def test_warming_up_touches_the_null_page_alone():
-    buffer, _, cache = make_cache(Geometry())
+    _buffer, _, cache = make_cache(Geometry())
     before = cache.words.clone()
     Compactor(Method(Model(cache, TRITON_OPS)), cache.num_kv_heads, shared_by_heads=True).warm_up()
     assert torch.equal(cache.words[:, 1:], before[:, 1:])

@@ -19,8 +19,8 @@ def _keys_of_program(
     layer_stride,
     head_stride,
 ):
-    """The program's sequence is its first number, layer and head its second: (sequence, resident tokens, pages, keys of layer and
-    head).
+    """The program's sequence is its first number, layer and head its second: (sequence, resident tokens, pages, keys of
+    layer and head).
     """
     sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
     pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride

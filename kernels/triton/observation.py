@@ -274,7 +274,8 @@ def observe(
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
 
     Returns:
-        What the tokens of all sequences are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per
+        What the tokens of all sequences are judged by, float32, flat: ``[num_layers, num_kv_heads, resident_tokens]``
+        per
         sequence: what is in the plane, but the peak for a question.
     """
     assert cache.key_values.dtype.is_floating_point, (
@@ -284,7 +285,8 @@ def observe(
     for observation in observations:
         num_layers, num_heads, _, head_size = observation.queries.shape
         assert (num_layers, head_size) == (cache.num_layers, cache.head_size) and num_heads % cache.num_kv_heads == 0, (
-            f"queries {tuple(observation.queries.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV heads x "
+            f"queries {tuple(observation.queries.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV "
+            "heads x "
             f"{cache.head_size}"
         )
     # The queries of a launch lie in one tensor: a few sequences each, so that the copy of theirs stays small.

@@ -131,14 +131,14 @@ def score_resident(
     key_scales: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> torch.Tensor:
-    """``<k, R f> + sum_r <k, R g_r>^2 / 2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each query
-    head.
+    """``<k, R f> + sum_r <k, R g_r>^2 / 2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each
+    query head.
 
     Args:
         cache: of this rank.
         batch: the sequences.
-        filters: float32, shape ``[num_sequences or 1, num_layers, num_heads, head_size]``: for each sequence its own, or one for
-            all; ``num_heads`` a multiple of the KV heads, those of one KV head side by side.
+        filters: float32, shape ``[num_sequences or 1, num_layers, num_heads, head_size]``: for each sequence its own,
+            or one for all; ``num_heads`` a multiple of the KV heads, those of one KV head side by side.
         factors: float32, shape ``[num_sequences or 1, num_layers, num_heads, rank, head_size]``; None: none.
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
         turns: ``R``, of each sequence; None: the identity.
@@ -148,7 +148,8 @@ def score_resident(
     """
     num_filter_sets, num_layers, num_heads, head_size = filters.shape
     assert (num_layers, head_size) == (cache.num_layers, cache.head_size) and num_heads % cache.num_kv_heads == 0, (
-        f"filters {tuple(filters.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV heads x {cache.head_size}"
+        f"filters {tuple(filters.shape)} for {cache.num_layers} layers x {cache.num_kv_heads} KV heads x "
+        f"{cache.head_size}"
     )
     assert filters.is_contiguous() and num_filter_sets in (1, batch.num_sequences)
     rank = 0

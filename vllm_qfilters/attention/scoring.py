@@ -30,7 +30,9 @@ class StatsWriter(Protocol):
         key_scale: torch.Tensor | None = None,
         value_scale: torch.Tensor | None = None,
     ) -> None:
-        """:meth:`vllm_qfilters.kernels.ops.Ops.write`, with the stat, the planes and the filters of a layer bound to it."""
+        """:meth:`vllm_qfilters.kernels.ops.Ops.write`, with the stat, the planes and the filters of a layer bound to
+        it.
+        """
 
 
 class ScoringAttention(WatchedAttention):

@@ -107,8 +107,10 @@ def rotations_in_use(
         least, index = by_rank.mean(0).min(0)  # ranks agree
         if has_rotary and least > MOST_SPREAD:
             raise ValueError(
-                f"KV compression cannot tell how the queries of {layer.layer_name} turn with their position (equal ones differ by "
-                f"{float(least):.0%} of their length): choose filter 'static' with --kv-compression-config.filters, or another method"
+                f"KV compression cannot tell how the queries of {layer.layer_name} turn with their position (equal "
+                "ones differ by "
+                f"{float(least):.0%} of their length): choose filter 'static' with --kv-compression-config.filters, "
+                "or another method"
             )
         in_use.append(rotations[index])
     return in_use

@@ -181,7 +181,8 @@ def _check_sizes(path: pathlib.Path, model: ModelIdentity) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path} is not a readable safetensors file of filters: its header would have {header_bytes} bytes, theirs have "
+            f"{path} is not a readable safetensors file of filters: its header would have {header_bytes} bytes, "
+            "theirs have "
             f"{MAX_HEADER_BYTES} at most"
         )
 

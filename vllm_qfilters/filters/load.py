@@ -97,7 +97,8 @@ def _download(repository: str, most_bytes: int) -> str:
         size = get_hf_file_metadata(hf_hub_url(repository, _WEIGHTS_NAME)).size
         if size is not None and size > most_bytes:
             raise ValueError(
-                f"{repository} holds {size} bytes, filters of this model {most_bytes} at most: is it a model, and not its filters?"
+                f"{repository} holds {size} bytes, filters of this model {most_bytes} at most: is it a model, and not "
+                "its filters?"
             )
     return hf_hub_download(repository, _WEIGHTS_NAME)
 

@@ -1,1 +1,3 @@
-"""Methods of choosing which tokens stay: one file per method, one entry each in :mod:`vllm_qfilters.methods.catalog`."""
+"""Methods of choosing which tokens stay: one file per method, one entry each in
+:mod:`vllm_qfilters.methods.catalog`.
+"""

@@ -1,8 +1,9 @@
-"""What a method is: it looks at keys and values twice, as they are written and when a sequence is about to be compacted.
+"""What a method is: it looks at keys and values twice, as they are written and when a sequence is about to be
+compacted.
 
-To add a method, write a subclass of :class:`Method` in a file of its own and name it in the catalogue. The method runs on
-CPUs and GPUs alike, because it asks the operators (:class:`vllm_qfilters.kernels.ops.Ops`) for everything that depends on
-the device.
+To add a method, write a subclass of :class:`Method` in a file of its own and name it in the catalogue. The method runs
+on CPUs and GPUs alike, because it asks the operators (:class:`vllm_qfilters.kernels.ops.Ops`) for everything that
+depends on the device.
 """
 
 import dataclasses

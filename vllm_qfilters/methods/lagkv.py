@@ -9,10 +9,10 @@ class LagKV(PerSequence):
     """Keeps tokens that stand out, measured by the range of the tokens that follow.
 
     Behind the sinks the tokens are cut into partitions of ``LAG``. Keys and values of one are scaled by the minimum and
-    maximum, per channel, of the next one; the standard deviation over channels, a softmax over the partition, and the sum
-    of both for keys and values make the score. The last partition has no next one and scores highest: it is the paper's
-    window. The paper keeps the same share of every partition, here the best of all partitions stay. Needs no attention
-    weights. Cost: one read of cached keys and values per cut, in PyTorch.
+    maximum, per channel, of the next one; the standard deviation over channels, a softmax over the partition, and the
+    sum of both for keys and values make the score. The last partition has no next one and scores highest: it is the
+    paper's window. The paper keeps the same share of every partition, here the best of all partitions stay. Needs no
+    attention weights. Cost: one read of cached keys and values per cut, in PyTorch.
     """
 
     LAG = 128  # tokens, the paper's L

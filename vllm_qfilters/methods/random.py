@@ -9,7 +9,8 @@ from vllm_qfilters.methods.base import Method, RecentQueries
 
 
 class Random(Method):
-    """Draws the tokens that stay anew at every cut: a token survives n cuts with probability p^n, a soft recency window.
+    """Draws the tokens that stay anew at every cut: a token survives n cuts with probability p^n, a soft recency
+    window.
 
     The numbers follow from the position of the cut, so that a prompt is cut alike however it was scheduled, and ranks
     agree. They are drawn on the host, for CPUs and GPUs to evict the same. Cost: one number per layer, head and token.

@@ -13,8 +13,8 @@ class SnapKV(Method):
     """Keeps what the last 32 queries attend to, averaged over them and over 7 neighbouring tokens.
 
     The paper cuts prompts alone. Here every cut goes by the last queries before it, generated tokens among them (in
-    comparisons often called SnapKV-D). Cost: the queries of all running sequences are kept, and each cut reads the cached
-    keys twice; a full CUDA graph would hide the queries, so it is refused.
+    comparisons often called SnapKV-D). Cost: the queries of all running sequences are kept, and each cut reads the
+    cached keys twice; a full CUDA graph would hide the queries, so it is refused.
     """
 
     POOL = 7  # neighbours, the kernel size of the paper's experiments

@@ -42,7 +42,8 @@ def workspace_bytes(
         prompt_bytes: of the recent queries of one prompt.
     """
     tokens = max(SCORES_AT_ONCE // (num_layers * num_heads), longest_sequence)
-    # Logits with the attention expected of them; or that, what was observed, and as much again twice while they are mixed.
+    # Logits with the attention expected of them; or that, what was observed, and as much again twice while they are
+    # mixed.
     scores = 4 * num_layers * max(num_heads + num_kv_heads, 5 * num_kv_heads) * tokens
     # Which tokens stay, of each head, and the numbers of their pages.
     kept = (num_layers * num_kv_heads + 2) * cached_tokens
@@ -91,8 +92,8 @@ class Compactor:
             recent_queries: of each sequence; None where none are kept.
 
         Returns:
-            Which tokens of each sequence stay: bool or int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of one
-            head where the heads share them.
+            Which tokens of each sequence stay: bool or int8, shape ``[num_layers, num_kv_heads, resident_tokens]``, of
+            one head where the heads share them.
         """
         kept = []
         for part in self._parts(compactions):
@@ -103,9 +104,9 @@ class Compactor:
     def _parts(self, compactions: Sequence[RequestCompaction]) -> Iterator[slice]:
         """Yields those that are compacted at once: almost always all of them.
 
-        There is no room for the scores of any number of tokens. And sequences write what their queries observe beside all
-        their tokens, in the pages taken out too, before the survivors move: two that take out the same page would move
-        each other's.
+        There is no room for the scores of any number of tokens. And sequences write what their queries observe beside
+        all their tokens, in the pages taken out too, before the survivors move: two that take out the same page would
+        move each other's.
         """
         most_tokens = SCORES_AT_ONCE // (self.cache.num_layers * self.num_heads)
         first, num_tokens = 0, 0
@@ -134,7 +135,9 @@ class Compactor:
         return batch.split(is_kept, num_layers, num_heads)
 
     def _ranked_by(self, values: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
-        """What tokens are ranked by: ``values`` of each KV head, or their mean over all heads of a layer, on all ranks."""
+        """What tokens are ranked by: ``values`` of each KV head, or their mean over all heads of a layer, on all
+        ranks.
+        """
         if not self.shared_by_heads:
             return values
         shared = self.ops.mean_standardised(values, batch, self.cache.num_layers, self.cache.num_kv_heads)

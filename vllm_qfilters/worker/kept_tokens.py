@@ -45,7 +45,9 @@ class KeptTokens:
         self._keep(compaction, torch.cat((positions[..., :first_out], positions[..., after_out:]), dim=-1))
 
     def take_out_pages(self, compaction: RequestCompaction, old_block_ids: Sequence[int]) -> None:
-        """Page granularity: the pages of ``old_block_ids`` that ``compaction`` does not have any more left the sequence."""
+        """Page granularity: the pages of ``old_block_ids`` that ``compaction`` does not have any more left the
+        sequence.
+        """
         kept_pages = set(compaction.block_ids)
         is_kept = torch.tensor([block_id in kept_pages for block_id in old_block_ids])
         is_kept = is_kept.repeat_interleave(self._block_size)[: compaction.resident_tokens]

@@ -1,8 +1,8 @@
 """How many tokens sequences hold in the caches that are compressed. The only owner of that in a worker process.
 
-vLLM's model runners keep counting positions. What must count resident tokens asks here: metadata builders of our attention
-backends (:mod:`vllm_qfilters.attention.resident`) take what was evicted off the lengths that attention sees, and slots are
-shifted where they are computed. A group of layers that is not compressed has a shift of 0.
+vLLM's model runners keep counting positions. What must count resident tokens asks here: metadata builders of our
+attention backends (:mod:`vllm_qfilters.attention.resident`) take what was evicted off the lengths that attention sees,
+and slots are shifted where they are computed. A group of layers that is not compressed has a shift of 0.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class ResidentLengths:
         compressed: of each group of layers that share a cache, whether it is compressed.
 
     Attributes:
-        of_step: tokens evicted from each request of the step, in the order of the batch, shape ``[num_reqs]``, int32; None
-            where none of them has evicted any.
+        of_step: tokens evicted from each request of the step, in the order of the batch, shape ``[num_reqs]``, int32;
+            None where none of them has evicted any.
     """
 
     def __init__(self, compressed: Sequence[bool] = (True,)) -> None:

@@ -150,8 +150,8 @@ class CompressedModelRunner:
         return make(self.compression.entry, model)
 
     def apply_plan(self, scheduler_output: SchedulerOutput) -> None:
-        """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of a
-        table's row, and may zero or hand out pages that the plan gave up.
+        """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of
+        a table's row, and may zero or hand out pages that the plan gave up.
         """
         if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.compaction.compactions:
             return
@@ -206,7 +206,8 @@ class CompressedModelRunner:
             backend = layers[name].get_attn_backend()
             if backend.get_name() == "FLASHINFER" and not has_one_window:
                 raise ValueError(
-                    "KV compression keeps layers with and without a sliding window in one cache, for which attention backend "
+                    "KV compression keeps layers with and without a sliding window in one cache, for which attention "
+                    "backend "
                     "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
                 )
             compressed[name] = spec_cls.from_attention(
@@ -346,9 +347,9 @@ class CompressedModelRunner:
     def recent_queries(self, compaction: RequestCompaction) -> RecentQueries | None:
         """The last queries of a sequence so far, no more than tokens up to them are held.
 
-        Where they are those of prompts alone, they are handed out for the last time at the first eviction after the prompt.
-        None while there is room for distinct tokens: what looking costs buys nothing there, all that stays is looked at
-        again when the prompt ends.
+        Where they are those of prompts alone, they are handed out for the last time at the first eviction after the
+        prompt. None while there is room for distinct tokens: what looking costs buys nothing there, all that stays is
+        looked at again when the prompt ends.
         """
         if self.recorder is None or compaction.distinct_tokens:
             return None

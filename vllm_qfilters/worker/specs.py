@@ -18,7 +18,9 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
         if type(spec) is SlidingWindowSpec:
             if config.sliding_window < spec.sliding_window < max_model_len:
                 raise ValueError(
-                    f"KV compression keeps the {config.sliding_window} tokens that the model's configuration gives as its sliding "
+                    f"KV compression keeps the {config.sliding_window} tokens that the model's configuration "
+                    f"gives as its "
+                    "sliding "
                     f"window, but {name} has one of {spec.sliding_window}"
                 )
         elif type(spec) is not FullAttentionSpec:
@@ -31,12 +33,14 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
         if spec.dtype != first.dtype:
             raise ValueError(
-                f"KV compression needs caches of one dtype: that of {name} is {spec.dtype}, the first layer's {first.dtype}; drop "
+                f"KV compression needs caches of one dtype: that of {name} is {spec.dtype}, the first layer's "
+                f"{first.dtype}; drop "
                 "--kv-cache-dtype-skip-layers"
             )
         if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):
             raise ValueError(
-                f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x {spec.head_size}, "
+                f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x "
+                f"{spec.head_size}, "
                 f"the first layer {first.num_kv_heads} x {first.head_size}"
             )
 
@@ -49,6 +53,7 @@ def check_cuda_graphs(config: Policy, mode: CUDAGraphMode) -> None:
     """
     if config.observed_queries and mode.mixed_mode() == CUDAGraphMode.FULL:
         raise ValueError(
-            f"observed={config.observed}: the last queries of a prompt cannot be seen in a full CUDA graph: use cudagraph_mode "
+            f"observed={config.observed}: the last queries of a prompt cannot be seen in a full CUDA graph: use "
+            "cudagraph_mode "
             "FULL_AND_PIECEWISE, vLLM's default, or set observed to 0"
         )

@@ -49,8 +49,9 @@ class PerWindowMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def build(self, *args: Any, **kwargs: Any) -> QFiltersCPUAttentionMetadata:
         by_window = {}
-        for self.window_size in self.windows:
-            by_window[self.window_size] = super().build(*args, **kwargs)
+        for window in self.windows:
+            self.window_size = window
+            by_window[window] = super().build(*args, **kwargs)
         return QFiltersCPUAttentionMetadata.of_windows(by_window)
 
 

@@ -15,8 +15,8 @@ class ExpectedAttention(Method):
     The attention is expected from mean and covariance of the queries before RoPE, turned to the coming positions
     (Q-Filters' fixed statistics in the estimate of ExpectedAttention, arXiv 2510.00636). For tokens of a prompt it is
     mixed with the attention the prompt's last queries pay: what they pay on the whole, a sample of the queries to come,
-    which stays beside the tokens from then on. In the first eviction after the prompt they are its question: there it is
-    mixed with the most that any of them pays, so that what is asked for stays although few of them look at it.
+    which stays beside the tokens from then on. In the first eviction after the prompt they are its question: there it
+    is mixed with the most that any of them pays, so that what is asked for stays although few of them look at it.
 
     Cost: one read of the cached keys per cut, two more while a prompt's queries are observed.
     """

@@ -11,8 +11,8 @@ from vllm_qfilters.methods.base import Method, Model, RecentQueries
 class RotaryFilter(Method):
     """Keeps keys of large projection on the mean query of their head before RoPE, turned to the coming positions.
 
-    The mean query before RoPE is the same at all positions, that after RoPE is not. Cost: one read of the cached keys per
-    cut.
+    The mean query before RoPE is the same at all positions, that after RoPE is not. Cost: one read of the cached keys
+    per cut.
     """
 
     def __init__(self, model: Model) -> None:

@@ -9,8 +9,8 @@ from vllm_qfilters.methods.base import Method, Model
 class StaticFilter(Method):
     """Keeps keys of large projection on the filter of their head, one vector per KV head.
 
-    The projection is computed once, fused with the write of the key on GPUs, and final, so that whole pages can be scored
-    by it. Cost: one dot product per key.
+    The projection is computed once, fused with the write of the key on GPUs, and final, so that whole pages can be
+    scored by it. Cost: one dot product per key.
     """
 
     stat = TokenStat.PROJECTION
