@@ -19,9 +19,7 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
             if config.sliding_window < spec.sliding_window < max_model_len:
                 raise ValueError(
                     f"KV compression keeps the {config.sliding_window} tokens that the model's configuration "
-                    f"gives as its "
-                    "sliding "
-                    f"window, but {name} has one of {spec.sliding_window}"
+                    f"gives as its sliding window, but {name} has one of {spec.sliding_window}"
                 )
         elif type(spec) is not FullAttentionSpec:
             raise ValueError(
