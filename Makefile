@@ -27,11 +27,12 @@ endif
 
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: help install serve test eval results lock clean
+.PHONY: help install serve test lint eval results lock clean
 
 help:
 	@echo "make serve   install everything and serve the demo model with KV compression on port $(PORT)"
 	@echo "make test    install everything and run the tests"
+	@echo "make lint    check the style of Python and C++, and types"
 	@echo "make eval    measure on the demo model what compression costs in quality, into benchmarks/results/"
 	@echo "make results measure what README's table and plots show, of a clean commit, into benchmarks/results/"
 	@echo "make install install everything into $(VENV)"
@@ -56,6 +57,16 @@ serve: $(VENV)/installed $(MODEL)/config.json
 
 test: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+$(VENV)/linters: requirements/lint.txt | $(VENV)/installed
+	$(UV) -r requirements/lint.txt
+	touch $@
 
 eval: $(VENV)/installed $(MODEL)/config.json
 	@echo "measuring in $(DTYPE), which this machine is fast in"

@@ -9,8 +9,8 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("select_kept(Tensor scores, int kept, int sinks, int window) -> Tensor");
   library.def("page_scores(Tensor score_plane, Tensor pages, Tensor mean, Tensor deviation) -> Tensor");
   library.def(
-      "expected_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor means, Tensor factors) "
-      "-> Tensor");
+      "expected_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor means, "
+      "Tensor factors) -> Tensor");
   library.def(
       "observed_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor queries) "
       "-> (Tensor, Tensor)");

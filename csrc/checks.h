@@ -9,8 +9,8 @@ namespace vllm_qfilters {
 
 inline void check_pages(const at::Tensor& pages, int64_t num_blocks) {
   TORCH_CHECK(
-      pages.dim() == 1 && pages.is_contiguous() && pages.scalar_type() == at::kLong, "pages must be contiguous int64, found ",
-      pages.scalar_type(), pages.sizes());
+      pages.dim() == 1 && pages.is_contiguous() && pages.scalar_type() == at::kLong,
+      "pages must be contiguous int64, found ", pages.scalar_type(), pages.sizes());
   const int64_t* page = pages.const_data_ptr<int64_t>();
   TORCH_CHECK_INDEX(
       std::all_of(page, page + pages.size(0), [&](int64_t number) { return 0 <= number && number < num_blocks; }),
@@ -20,17 +20,17 @@ inline void check_pages(const at::Tensor& pages, int64_t num_blocks) {
 inline void check_page_table(const at::Tensor& page_table, int64_t num_blocks, int64_t block_size, int64_t num_tokens) {
   check_pages(page_table, num_blocks);
   TORCH_CHECK(
-      page_table.size(0) * block_size >= num_tokens, "the page table must have pages of ", block_size, " for ", num_tokens,
-      " tokens, found ", page_table.size(0));
+      page_table.size(0) * block_size >= num_tokens, "the page table must have pages of ", block_size, " for ",
+      num_tokens, " tokens, found ", page_table.size(0));
 }
 
 // Where the elements of keys, or of values, lie in the pages of one head.
 inline void check_offsets(const at::Tensor& offsets, int64_t block_size, int64_t page_elements) {
   TORCH_CHECK(
-      offsets.dim() == 2 && offsets.is_contiguous() && offsets.scalar_type() == at::kLong && offsets.size(0) == block_size &&
-          2 * offsets.numel() == page_elements,
-      "offsets must be contiguous int64 for ", block_size, " slots, half of the ", page_elements, " elements of a page, found ",
-      offsets.scalar_type(), offsets.sizes());
+      offsets.dim() == 2 && offsets.is_contiguous() && offsets.scalar_type() == at::kLong &&
+          offsets.size(0) == block_size && 2 * offsets.numel() == page_elements,
+      "offsets must be contiguous int64 for ", block_size, " slots, half of the ", page_elements,
+      " elements of a page, found ", offsets.scalar_type(), offsets.sizes());
 }
 
 }  // namespace vllm_qfilters

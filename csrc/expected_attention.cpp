@@ -64,8 +64,9 @@ at::Tensor expected_attention(
   check_queries(means, "means", pages, key_offsets.size(1));
   check_queries(factors, "factors", pages, key_offsets.size(1));
   at::Tensor attention = at::zeros({pages.size(0), pages.size(2), num_tokens}, means.options());
-  with_paged_keys(
-      pages, key_offsets, page_table, [&](const auto& keys) { expected_attention_of(keys, means, factors, attention); });
+  with_paged_keys(pages, key_offsets, page_table, [&](const auto& keys) {
+    expected_attention_of(keys, means, factors, attention);
+  });
   return attention;
 }
 

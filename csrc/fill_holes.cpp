@@ -52,13 +52,15 @@ void find_moves(
     }
   }
   TORCH_CHECK(!find_hole(), "fewer tokens survive in the pages taken out than there are holes outside them");
-  // Tokens that make room for sinks move later in this order than those that take their places: last first, none is lost.
+  // Tokens that make room for sinks move later in this order than those that take their places: last first, so that
+  // none is lost.
   std::reverse(moves.begin(), moves.end());
 }
 
 // Elements are only copied, so that their bytes are all that matters of their type.
 template <typename Element>
-void move_elements(Element* head_pages, int64_t page_stride, const at::Tensor& offsets, const std::vector<Move>& moves) {
+void move_elements(
+    Element* head_pages, int64_t page_stride, const at::Tensor& offsets, const std::vector<Move>& moves) {
   const int64_t head_size = offsets.size(1);
   const int64_t* offset = offsets.const_data_ptr<int64_t>();
   for (const Move& move : moves) {
@@ -95,7 +97,8 @@ void fill_holes_of(
       for (int64_t plane = 0; plane < num_planes; ++plane) {
         float* numbers = first_plane + layer * planes.stride(0) + plane * planes.stride(2) + head * planes.stride(3);
         for (const Move& move : moves) {
-          numbers[move.to.page * planes.stride(1) + move.to.slot] = numbers[move.from.page * planes.stride(1) + move.from.slot];
+          numbers[move.to.page * planes.stride(1) + move.to.slot] =
+              numbers[move.from.page * planes.stride(1) + move.from.slot];
         }
       }
     }
@@ -111,7 +114,8 @@ void fill_holes(
   TORCH_CHECK(
       pages.dim() == 4 && planes.dim() == 5 && is_kept.dim() == 3, "pages have 4 dimensions, planes 5, flags 3, found ",
       pages.dim(), ", ", planes.dim(), ", ", is_kept.dim());
-  TORCH_CHECK(pages.stride(3) == 1 && planes.stride(4) == 1, "the elements of a page and of a plane must lie side by side");
+  TORCH_CHECK(
+      pages.stride(3) == 1 && planes.stride(4) == 1, "the elements of a page and of a plane must lie side by side");
   TORCH_CHECK(
       planes.scalar_type() == at::kFloat && planes.sizes().slice(0, 2) == pages.sizes().slice(0, 2) &&
           planes.size(3) == pages.size(2),
@@ -122,7 +126,8 @@ void fill_holes(
   TORCH_CHECK(
       is_kept.is_contiguous() && is_kept.scalar_type() == at::kBool && is_kept.size(0) == pages.size(0) &&
           is_kept.size(1) == pages.size(2),
-      "flags must be contiguous and bool for the layers and heads of the pages ", pages.sizes(), ", found ", is_kept.sizes());
+      "flags must be contiguous and bool for the layers and heads of the pages ", pages.sizes(), ", found ",
+      is_kept.sizes());
   check_page_table(page_table, pages.size(1), block_size, resident);
   TORCH_CHECK(
       0 <= first_out && first_out <= after_out && after_out <= after_displaced && after_displaced <= resident,

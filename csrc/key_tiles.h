@@ -14,8 +14,8 @@ namespace vllm_qfilters {
 
 constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are projected at once
 
-// out[vector, token] = <vectors[vector], keys[token]> for kTile tokens; keys are stored dimension by dimension, key_stride tokens
-// each, and out vector by vector.
+// out[vector, token] = <vectors[vector], keys[token]> for kTile tokens; keys are stored dimension by dimension,
+// key_stride tokens each, and out vector by vector.
 void project_tile(
     const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out);
 
@@ -46,8 +46,8 @@ class PagedKeys {
         gathered_((block_size_ + kTile - 1) / kTile * kTile),
         tokens_lie_side_by_side_(offsets_.diff().eq(1).all().item<bool>()) {}
 
-  // Calls see(first, count, keys, key_stride) for page after page of the tokens of one head: keys[dim * key_stride + index] is of
-  // token first + index, and those up to the next multiple of kTile can be read, too.
+  // Calls see(first, count, keys, key_stride) for page after page of the tokens of one head: keys[dim * key_stride +
+  // index] is of token first + index, and those up to the next multiple of kTile can be read, too.
   template <typename See>
   void visit(int64_t layer, int64_t head, int64_t num_tokens, See see) const {
     std::vector<float> keys(head_size_ * gathered_, 0.0f);
@@ -60,10 +60,11 @@ class PagedKeys {
     }
   }
 
-  // Calls see(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index] is
-  // that of vectors[vector] and the key of token first + index.
+  // Calls see(first, count, products) for tile after tile of the tokens of one head: products[vector * kTile + index]
+  // is that of vectors[vector] and the key of token first + index.
   template <typename See>
-  void project(int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, See see) const {
+  void project(
+      int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, See see) const {
     std::vector<float> products(num_vectors * kTile);
     visit(layer, head, num_tokens, [&](int64_t first, int64_t count, const float* keys, int64_t key_stride) {
       for (int64_t done = 0; done < count; done += kTile) {
@@ -100,7 +101,8 @@ class PagedKeys {
   const at::Tensor offsets_;  // [head_size, block_size]
   const int64_t* page_table_;
   const int64_t block_size_, head_size_;
-  const int64_t gathered_;  // tokens whose keys are gathered at once: a whole page, which is read from its start to its end
+  // Tokens whose keys are gathered at once: a whole page, which is read from its start to its end.
+  const int64_t gathered_;
   const bool tokens_lie_side_by_side_;  // dimension by dimension, as in vLLM's "vec"
 };
 

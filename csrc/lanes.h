@@ -9,7 +9,8 @@
 #include <cstring>
 
 // One library serves every x86 CPU: the loader picks the widest of these. Sanitizers are not ready yet when it does.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define CLONE_FOR_WIDER_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONE_FOR_WIDER_VECTORS

@@ -20,7 +20,8 @@ void accumulate(const float* weights, int64_t count, float share, float* sum, fl
 }
 
 template <typename Element>
-void observed_attention_of(const PagedKeys<Element>& keys, const at::Tensor& queries, at::Tensor& mean, at::Tensor& peak) {
+void observed_attention_of(
+    const PagedKeys<Element>& keys, const at::Tensor& queries, at::Tensor& mean, at::Tensor& peak) {
   const int64_t num_kv_heads = mean.size(1), num_tokens = mean.size(2);
   const int64_t num_queries = queries.size(2), head_size = queries.size(3);
   const int64_t num_vectors = queries.size(1) / num_kv_heads * num_queries;
@@ -38,7 +39,8 @@ void observed_attention_of(const PagedKeys<Element>& keys, const at::Tensor& que
       const float* vectors = first_query + index * num_vectors * head_size;
       keys.project(index / num_kv_heads, index % num_kv_heads, num_tokens, vectors, num_vectors, keep);
       for (int64_t vector = 0; vector < num_vectors; ++vector) {
-        const int64_t seen = num_tokens - num_queries + vector % num_queries + 1;  // no query sees the tokens after its own
+        // No query sees the tokens after its own.
+        const int64_t seen = num_tokens - num_queries + vector % num_queries + 1;
         float* own = logits.data() + vector * num_tokens;
         softmax(own, seen);
         const float share = 1.0f / static_cast<float>(num_vectors);

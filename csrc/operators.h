@@ -43,8 +43,8 @@ at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] 
     const at::Tensor& means,          // [num_layers, num_heads, head_size] float32
     const at::Tensor& factors);       // [num_layers, num_heads, rank, head_size] float32
 
-// Of the last queries of a sequence, the last of which is that of the last token: the mean over queries and the query heads of
-// a KV head, and the most; no neighbours yet.
+// Of the last queries of a sequence, the last of which is that of the last token: the mean over queries and the query
+// heads of a KV head, and the most; no neighbours yet.
 std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_heads, num_tokens] float32 each
     const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
     const at::Tensor& key_offsets,    // [block_size, head_size] int64

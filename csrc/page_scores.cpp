@@ -34,8 +34,8 @@ void check_statistics(const at::Tensor& statistics, const at::Tensor& score_plan
   TORCH_CHECK(
       statistics.dim() == 2 && statistics.is_contiguous() && statistics.scalar_type() == at::kFloat &&
           statistics.size(0) == score_plane.size(0) && statistics.size(1) == score_plane.size(2),
-      "means and deviations must be contiguous and float32 for ", score_plane.size(0), " layers of ", score_plane.size(2),
-      " heads, found ", statistics.scalar_type(), statistics.sizes());
+      "means and deviations must be contiguous and float32 for ", score_plane.size(0), " layers of ",
+      score_plane.size(2), " heads, found ", statistics.scalar_type(), statistics.sizes());
 }
 
 }  // namespace
@@ -44,8 +44,8 @@ at::Tensor page_scores(
     const at::Tensor& score_plane, const at::Tensor& pages, const at::Tensor& mean, const at::Tensor& deviation) {
   TORCH_CHECK(
       score_plane.dim() == 4 && score_plane.stride(3) == 1 && score_plane.scalar_type() == at::kFloat,
-      "scores must be float32 with 4 dimensions, those of a page and head side by side, found ", score_plane.scalar_type(),
-      score_plane.sizes());
+      "scores must be float32 with 4 dimensions, those of a page and head side by side, found ",
+      score_plane.scalar_type(), score_plane.sizes());
   check_pages(pages, score_plane.size(1));
   check_statistics(mean, score_plane);
   check_statistics(deviation, score_plane);

@@ -10,7 +10,7 @@
 namespace vllm_qfilters {
 namespace {
 
-// Below this many multiplications per thread, waking one costs more than it saves. A decode step stays on its own thread.
+// Below this many multiplications per thread, waking one costs more than it saves: a decode step stays on its thread.
 constexpr int64_t kMultiplicationsPerThread = 1 << 16;
 
 constexpr float kNotObserved = -1;  // reference.NOT_OBSERVED
@@ -63,24 +63,24 @@ ALWAYS_INLINE float norm(const Element* elements, int64_t head_size) {
 struct Sizes {
   int64_t num_kv_heads;
   int64_t head_size;
-  int64_t head_stride;  // of the elements
+  int64_t head_stride;    // of the elements
   int64_t number_stride;  // from head to head in a plane
 };
 
-// What is left beside a token, for every head. One clone per type: only whole functions can be cloned for wider vectors.
-#define DEFINE_FOR(Element)                                                                                                 \
-  CLONE_FOR_WIDER_VECTORS                                                                                                   \
-  void project_token(const Element* key, const float* filters, float* numbers, const Sizes& sizes) {                        \
-    for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {                                                             \
-      numbers[head * sizes.number_stride] =                                                                                 \
-          dot(key + head * sizes.head_stride, filters + head * sizes.head_size, sizes.head_size);                           \
-    }                                                                                                                       \
-  }                                                                                                                         \
-  CLONE_FOR_WIDER_VECTORS                                                                                                   \
-  void norm_token(const Element* value, float* numbers, const Sizes& sizes) {                                               \
-    for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {                                                             \
-      numbers[head * sizes.number_stride] = norm(value + head * sizes.head_stride, sizes.head_size);                        \
-    }                                                                                                                       \
+// What is left beside a token, for every head. One clone per type: only whole functions can be cloned for wide vectors.
+#define DEFINE_FOR(Element)                                                                          \
+  CLONE_FOR_WIDER_VECTORS                                                                            \
+  void project_token(const Element* key, const float* filters, float* numbers, const Sizes& sizes) { \
+    for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {                                      \
+      numbers[head * sizes.number_stride] =                                                          \
+          dot(key + head * sizes.head_stride, filters + head * sizes.head_size, sizes.head_size);    \
+    }                                                                                                \
+  }                                                                                                  \
+  CLONE_FOR_WIDER_VECTORS                                                                            \
+  void norm_token(const Element* value, float* numbers, const Sizes& sizes) {                        \
+    for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {                                      \
+      numbers[head * sizes.number_stride] = norm(value + head * sizes.head_stride, sizes.head_size); \
+    }                                                                                                \
   }
 DEFINE_FOR(float)
 DEFINE_FOR(c10::BFloat16)
@@ -99,22 +99,25 @@ void for_each_slot(
         continue;
       }
       const int64_t block = slots[token] / block_size;
-      TORCH_CHECK_INDEX(block < num_blocks, "slot ", slots[token], " lies beyond the ", num_blocks, " blocks of ", block_size);
+      TORCH_CHECK_INDEX(
+          block < num_blocks, "slot ", slots[token], " lies beyond the ", num_blocks, " blocks of ", block_size);
       visit(token, block, slots[token] % block_size);
     }
   });
 }
 
 template <typename Element>
-void score_tokens(const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
+void score_tokens(
+    const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
   const Sizes sizes{key.size(1), key.size(2), key.stride(1), score_plane.stride(1)};
   const int64_t key_stride = key.stride(0), block_stride = score_plane.stride(0), slot_stride = score_plane.stride(2);
   const Element* keys = key.const_data_ptr<Element>();
   const float* filter = filters.const_data_ptr<float>();
   float* plane = score_plane.mutable_data_ptr<float>();
-  for_each_slot(slot_mapping, score_plane.size(0), score_plane.size(2), sizes, [&](int64_t token, int64_t block, int64_t slot) {
-    project_token(keys + token * key_stride, filter, plane + block * block_stride + slot * slot_stride, sizes);
-  });
+  for_each_slot(
+      slot_mapping, score_plane.size(0), score_plane.size(2), sizes, [&](int64_t token, int64_t block, int64_t slot) {
+        project_token(keys + token * key_stride, filter, plane + block * block_stride + slot * slot_stride, sizes);
+      });
 }
 
 template <typename Element>
@@ -137,12 +140,13 @@ void store_norms(const at::Tensor& value, at::Tensor& planes, const at::Tensor& 
 
 void check_tokens(const at::Tensor& vectors, const at::Tensor& slot_mapping) {
   TORCH_CHECK(
-      vectors.dim() == 3 && slot_mapping.dim() == 1, "keys and values have 3 dimensions, slots 1, found ", vectors.dim(), ", ",
-      slot_mapping.dim());
+      vectors.dim() == 3 && slot_mapping.dim() == 1, "keys and values have 3 dimensions, slots 1, found ",
+      vectors.dim(), ", ", slot_mapping.dim());
   TORCH_CHECK(
-      slot_mapping.size(0) <= vectors.size(0) && slot_mapping.is_contiguous() && slot_mapping.scalar_type() == at::kLong,
-      "slots must be contiguous, int64 and at most ", vectors.size(0),
-      ", found ", slot_mapping.scalar_type(), slot_mapping.sizes());
+      slot_mapping.size(0) <= vectors.size(0) && slot_mapping.is_contiguous() &&
+          slot_mapping.scalar_type() == at::kLong,
+      "slots must be contiguous, int64 and at most ", vectors.size(0), ", found ", slot_mapping.scalar_type(),
+      slot_mapping.sizes());
   TORCH_CHECK(
       vectors.stride(2) == 1, "the elements of a key or value must lie side by side, found stride ", vectors.stride(2));
 }
@@ -155,11 +159,11 @@ void score_and_store(
   TORCH_CHECK(score_plane.dim() == 3, "scores have 3 dimensions, found ", score_plane.dim());
   TORCH_CHECK(
       filters.sizes() == key.sizes().slice(1) && filters.is_contiguous() && filters.scalar_type() == at::kFloat,
-      "filters must be contiguous, float32 and of shape ", key.sizes().slice(1),
-      ", found ", filters.scalar_type(), filters.sizes());
+      "filters must be contiguous, float32 and of shape ", key.sizes().slice(1), ", found ", filters.scalar_type(),
+      filters.sizes());
   TORCH_CHECK(
-      score_plane.size(1) == key.size(1) && score_plane.scalar_type() == at::kFloat,
-      "scores must be float32 for ", key.size(1), " heads, found ", score_plane.scalar_type(), score_plane.sizes());
+      score_plane.size(1) == key.size(1) && score_plane.scalar_type() == at::kFloat, "scores must be float32 for ",
+      key.size(1), " heads, found ", score_plane.scalar_type(), score_plane.sizes());
   switch (key.scalar_type()) {
     case at::kFloat:
       return score_tokens<float>(key, filters, score_plane, slot_mapping);
@@ -176,7 +180,8 @@ void store_value_norms(const at::Tensor& value, at::Tensor& planes, const at::Te
   check_tokens(value, slot_mapping);
   TORCH_CHECK(
       planes.dim() == 4 && planes.size(2) == value.size(1) && planes.scalar_type() == at::kFloat,
-      "planes must be float32 with 4 dimensions for ", value.size(1), " heads, found ", planes.scalar_type(), planes.sizes());
+      "planes must be float32 with 4 dimensions for ", value.size(1), " heads, found ", planes.scalar_type(),
+      planes.sizes());
   switch (value.scalar_type()) {
     case at::kFloat:
       return store_norms<float>(value, planes, slot_mapping);

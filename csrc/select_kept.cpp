@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kScoresPerThread = 1 << 12;
 constexpr double kSmallestDeviation = 1e-12;
 
-// Orders like the scores, then by index; NaN is highest, as for topk. A total order: nth_element must not see NaN compared.
+// Orders like the scores, then by index; NaN is highest, as for topk. The order is total, as nth_element must not see
+// NaN compared.
 uint64_t rank(float score, int64_t index) {
   const uint32_t bits = c10::bit_cast<uint32_t>(score);
   const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -24,7 +25,8 @@ uint64_t rank(float score, int64_t index) {
 }
 
 // Marks the `count` highest of `num_candidates` scores.
-void mark_highest(const float* scores, int64_t num_candidates, int64_t count, bool* is_kept, std::vector<uint64_t>& ranks) {
+void mark_highest(
+    const float* scores, int64_t num_candidates, int64_t count, bool* is_kept, std::vector<uint64_t>& ranks) {
   if (count <= 0) {
     return;
   }
@@ -59,8 +61,8 @@ void add_standardised(
 void check_scores(const at::Tensor& scores, int64_t sinks, int64_t window) {
   TORCH_CHECK(scores.dim() == 3 && scores.scalar_type() == at::kFloat, "scores must be float32 with 3 dimensions");
   TORCH_CHECK(
-      sinks >= 0 && window >= 0 && sinks + window <= scores.size(2),
-      sinks, " sinks and a window of ", window, " do not fit into ", scores.size(2), " tokens");
+      sinks >= 0 && window >= 0 && sinks + window <= scores.size(2), sinks, " sinks and a window of ", window,
+      " do not fit into ", scores.size(2), " tokens");
 }
 
 }  // namespace
@@ -89,8 +91,8 @@ at::Tensor select_kept(const at::Tensor& scores, int64_t kept, int64_t sinks, in
   const int64_t num_layers = scores.size(0), num_heads = scores.size(1), resident = scores.size(2);
   const int64_t num_candidates = resident - sinks - window, count = kept - sinks - window;
   TORCH_CHECK(
-      sinks >= 0 && window >= 0 && num_candidates >= 0 && count <= num_candidates,
-      "cannot keep ", kept, " of ", resident, " tokens with ", sinks, " sinks and a window of ", window);
+      sinks >= 0 && window >= 0 && num_candidates >= 0 && count <= num_candidates, "cannot keep ", kept, " of ",
+      resident, " tokens with ", sinks, " sinks and a window of ", window);
   const at::Tensor rows = scores.stride(2) == 1 ? scores : scores.contiguous();
   at::Tensor is_kept = at::ones(scores.sizes(), scores.options().dtype(at::kBool));
   const float* first_score = rows.const_data_ptr<float>() + sinks;
