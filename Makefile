@@ -39,7 +39,7 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/installed: $(PINNED) $(wildcard requirements/overrides-*.txt) setup.py CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/installed: $(PINNED) $(wildcard requirements/overrides-*.txt) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV) $(TORCH) $(OVERRIDES) -r $(PINNED)

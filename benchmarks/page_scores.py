@@ -22,7 +22,7 @@ PARTS = {
     "scores put into the output": ("page_scorer", "attach"),
     "scores expected by the manager": ("pages", "expect_scores"),
     "scores received by the manager": ("pages", "receive_scores"),
-    "pages chosen and taken out": ("pages", "compact"),
+    "pages chosen and taken out": ("pages", "plan_eviction"),
 }
 
 

@@ -168,7 +168,7 @@ class Engine:
 
     def assert_idle(self) -> None:
         """Every page is free, nothing is remembered of any request."""
-        pages = self.scheduler.pages
+        pages = self.scheduler.block_manager
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not pages.evicted and not pages.limits and not pages.req_to_blocks and not pages._released
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)

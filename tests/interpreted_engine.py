@@ -139,9 +139,12 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
         ):
             if req_id not in scheduler.requests:  # calibration
                 return (block_table,), slot_mappings
-            pages = [block.block_id for block in scheduler.pages.req_to_blocks[req_id]]
+            pages = [block.block_id for block in scheduler.block_manager.req_to_blocks[req_id]]
             assert block_table[row, : len(pages)].tolist() == pages
-            evicted, end = scheduler.pages.evicted.get(req_id, 0), input_batch.num_computed_tokens_np[row] + num_tokens
+            evicted, end = (
+                scheduler.block_manager.evicted.get(req_id, 0),
+                input_batch.num_computed_tokens_np[row] + num_tokens,
+            )
             positions += range(end - num_tokens, end)
             residents = range(end - num_tokens - evicted, end - evicted)
             slots += [pages[resident // block_size] * block_size + resident % block_size for resident in residents]
@@ -228,7 +231,7 @@ def run(
             "evicted_tokens": stats.evicted_tokens,
             "freed_pages": stats.freed_pages,
         }
-        assert not scheduler.pages.evicted and not scheduler.pages.limits
+        assert not scheduler.block_manager.evicted and not scheduler.block_manager.limits
         result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
     if calibration is not None:
         engine.collective_rpc("calibrate_filters", args=(calibration["sequences"], "test", calibration["path"]))

@@ -165,7 +165,7 @@ class Simulation:
 
     def audit(self) -> None:
         """Every page is free or held by whom it counts, and both processes know the same."""
-        pages, pool = self.scheduler.pages, self.scheduler.kv_cache_manager.block_pool
+        pages, pool = self.scheduler.block_manager, self.scheduler.kv_cache_manager.block_pool
         holders = collections.Counter(block.block_id for blocks in pages.req_to_blocks.values() for block in blocks)
         assert all(block.ref_cnt == holders[block.block_id] for block in pool.blocks if not block.is_null)
         assert pool.get_num_free_blocks() == NUM_BLOCKS - 1 - len(holders)

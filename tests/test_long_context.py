@@ -17,7 +17,7 @@ def test_64k_positions_in_a_cache_of_4k_tokens(engines):
 
     def look():
         nonlocal most_held
-        most_held = max([most_held, *(len(blocks) for blocks in engine.scheduler.pages.req_to_blocks.values())])
+        most_held = max([most_held, *(len(blocks) for blocks in engine.scheduler.block_manager.req_to_blocks.values())])
 
     (output,) = engine.run(look).values()
     assert len(output.outputs[0].token_ids) == 3_000

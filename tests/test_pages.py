@@ -20,11 +20,11 @@ class Reference:
         self.engine, self.filters = engine, filters.filters
         self.mean, self.std = filters.score_mean, filters.score_std
         self.choices = 0
-        self._compact = engine.scheduler.pages.compact
-        monkeypatch.setattr(engine.scheduler.pages, "compact", self.compact)
+        self._compact = engine.scheduler.block_manager.plan_eviction
+        monkeypatch.setattr(engine.scheduler.block_manager, "plan_eviction", self.compact)
 
     def compact(self, request, evicted_tokens):
-        pages = self.engine.scheduler.pages
+        pages = self.engine.scheduler.block_manager
         before = [block.block_id for block in pages.req_to_blocks[request.request_id]]
         resident, limits = pages.resident_tokens(request), pages.limits[request.request_id]
         row = self._compact(request, evicted_tokens)
@@ -86,7 +86,7 @@ TABLE = [
 
 def test_step_table_of_one_request(engines):
     engine = engines.get(**OPTIONS, num_blocks=64)
-    pages, pool = engine.scheduler.pages, engine.pool
+    pages, pool = engine.scheduler.block_manager, engine.pool
     free_at_start, freed_before = pool.get_num_free_blocks(), engine.scheduler.compression_stats.freed_pages
     engine.add(random_prompt(400, seed=3), max_tokens=70)
     seen, sink_pages = [], set()
@@ -130,7 +130,7 @@ def test_pages_freed_by_one_request_serve_another_in_the_same_step(engines):
 def test_a_cached_page_keeps_its_score_and_a_freed_one_is_still_found(engines):
     engine = engines.get(**OPTIONS, num_blocks=64)
     engine.drop_everything()
-    pages, prompt = engine.scheduler.pages, random_prompt(257, seed=41)
+    pages, prompt = engine.scheduler.block_manager, random_prompt(257, seed=41)
     engine.add(prompt, max_tokens=40)
     engine.step()
     (request,) = engine.scheduler.running
@@ -159,7 +159,7 @@ def test_a_cached_page_keeps_its_score_and_a_freed_one_is_still_found(engines):
 def test_scores_of_a_page_filled_anew_replace_those_still_on_their_way(engines):
     """Async: the page is freed and filled by another request before the scores of its first filling have arrived."""
     engine = engines.get(**OPTIONS, num_blocks=64)
-    pages = engine.scheduler.pages
+    pages = engine.scheduler.block_manager
     pages._awaited.update([9, 10])  # step 1 fills two pages, step 2 one of them again
     pages._awaited.update([10])
     pages.receive_scores([9, 10], [0.5, 0.25])
@@ -185,7 +185,7 @@ JOBS = [(random_prompt(n, seed=n), tokens) for n, tokens in ((700, 150), (100, 3
 def run_jobs(engine: Engine, order) -> tuple[dict, list]:
     """Token ids of each job, and each eviction as (prompt length, computed tokens, places in the sequence)."""
     evictions = []
-    pages, compact = engine.scheduler.pages, engine.scheduler.pages.compact
+    pages, compact = engine.scheduler.block_manager, engine.scheduler.block_manager.plan_eviction
 
     def record(request, evicted_tokens):
         before = [block.block_id for block in pages.req_to_blocks[request.request_id]]
@@ -194,12 +194,12 @@ def run_jobs(engine: Engine, order) -> tuple[dict, list]:
         evictions.append((request.num_prompt_tokens, request.num_computed_tokens, places))
         return row
 
-    pages.compact = record
+    pages.plan_eviction = record
     try:
         names = {engine.add(JOBS[i][0], max_tokens=JOBS[i][1]): i for i in order}
         finished = engine.run()
     finally:
-        pages.compact = compact
+        pages.plan_eviction = compact
     return {names[name]: list(output.outputs[0].token_ids) for name, output in finished.items()}, sorted(evictions)
 
 
@@ -211,7 +211,7 @@ def test_late_scores_change_nothing(depth, window, engines):
     expected = run_jobs(engines.get(**options, num_blocks=256), range(5))
     engine = engines.get(**options, num_blocks=256 + depth)  # an engine of its own
     make_async(engine, depth)
-    pages, scheduler = engine.scheduler.pages, engine.scheduler
+    pages, scheduler = engine.scheduler.block_manager, engine.scheduler
     schedule, waits = scheduler.schedule, 0
 
     def watch(*args):
@@ -253,7 +253,7 @@ def test_scores_without_statistics_are_normalised_by_measured_ones(method, engin
 def test_streaming_frees_the_oldest_pages_and_scores_none(engines):
     engine = engines.get(method="streaming", **dict(OPTIONS, window=0), num_blocks=64)
     assert engine.runner.page_scorer is None
-    pages = engine.scheduler.pages
+    pages = engine.scheduler.block_manager
     engine.add(random_prompt(257, seed=6), max_tokens=4)
     engine.step()
     (request,) = engine.scheduler.running

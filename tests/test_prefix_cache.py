@@ -84,7 +84,7 @@ def test_a_request_while_the_first_one_compacts(engine):
     ids = {engine.add(FIRST, NEW_TOKENS): expected_first}
     for _ in range(60):
         engine.step()
-    assert engine.scheduler.pages.evicted
+    assert engine.scheduler.block_manager.evicted
     ids[engine.add(SECOND, NEW_TOKENS)] = expected_second
     finished = engine.run()
     for name, expected in ids.items():

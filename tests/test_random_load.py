@@ -26,7 +26,7 @@ class Watch:
         )  # requests whose next step decodes, unless they are preempted once more
 
     def __call__(self) -> None:
-        scheduler, pages, pool = self.engine.scheduler, self.engine.scheduler.pages, self.engine.pool
+        scheduler, pages, pool = self.engine.scheduler, self.engine.scheduler.block_manager, self.engine.pool
         holders = Counter()
         for request_id, blocks in pages.req_to_blocks.items():
             request = scheduler.requests[request_id]

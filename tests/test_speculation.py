@@ -13,18 +13,18 @@ FEW = [10, 11, 12]  # allowed tokens: drafts are right now and then
 
 def run_jobs(engine, order) -> tuple[dict, list]:
     """Token ids of each job, and each eviction as (prompt length, computed tokens, evicted tokens)."""
-    evictions, compact = [], engine.scheduler.pages.compact
+    evictions, compact = [], engine.scheduler.block_manager.plan_eviction
 
     def record(request, evicted_tokens):
         evictions.append((request.num_prompt_tokens, request.num_computed_tokens, evicted_tokens))
         return compact(request, evicted_tokens)
 
-    engine.scheduler.pages.compact = record
+    engine.scheduler.block_manager.plan_eviction = record
     try:
         names = {engine.add(JOBS[i][0], max_tokens=JOBS[i][1], allowed_token_ids=FEW): i for i in order}
         finished = engine.run()
     finally:
-        engine.scheduler.pages.compact = compact
+        engine.scheduler.block_manager.plan_eviction = compact
     return {names[name]: list(output.outputs[0].token_ids) for name, output in finished.items()}, sorted(evictions)
 
 
@@ -41,7 +41,7 @@ class Drafts:
     def schedule(self, *args):
         proposed = {request.request_id: len(request.spec_token_ids) for request in self.engine.scheduler.running}
         output = self._schedule(*args)
-        pages = self.engine.scheduler.pages
+        pages = self.engine.scheduler.block_manager
         for name, drafts in output.scheduled_spec_decode_tokens.items():
             request = self.engine.scheduler.requests[name]
             assert pages.resident_tokens(request) <= pages.limits[name].budget

@@ -23,7 +23,7 @@ TABLE = [
 
 def test_step_table_of_one_request(engines):
     engine = engines.get(**OPTIONS)
-    pages, pool = engine.scheduler.pages, engine.pool
+    pages, pool = engine.scheduler.block_manager, engine.pool
     free_at_start = pool.get_num_free_blocks()
     engine.add(random_prompt(300, seed=3), max_tokens=70)
     seen = []
@@ -72,7 +72,7 @@ def test_per_request_budgets_in_one_batch(engines):
         for request in engine.scheduler.running:
             if request.num_computed_tokens > request.num_prompt_tokens:
                 name = request.request_id.rpartition("-")[0]  # vLLM appends a random suffix
-                largest[name] = max(largest[name], engine.scheduler.pages.resident_tokens(request))
+                largest[name] = max(largest[name], engine.scheduler.block_manager.resident_tokens(request))
 
     together = engine.run(look)
     for (name, limit), kv_budget in zip(ids.items(), budgets):
@@ -88,7 +88,7 @@ def test_full_prefill_holds_the_whole_prompt_and_then_the_budget(engines):
     engine = engines.get(budget=128, window=32, sinks=4, interval=32, prefill="full", num_blocks=64, max_model_len=1024)
     engine.add(random_prompt(700, seed=7), max_tokens=40)
     held = []
-    engine.run(lambda: held.extend(engine.scheduler.pages.resident_tokens(r) for r in engine.scheduler.running))
+    engine.run(lambda: held.extend(engine.scheduler.block_manager.resident_tokens(r) for r in engine.scheduler.running))
     assert max(held) == 700 and max(held[3:]) <= 128
     assert BLOCK * len(engine.pool.blocks) > 700
     engine.assert_idle()
@@ -100,7 +100,7 @@ def test_abort_returns_every_page(engines):
         engine.add(random_prompt(400, seed=seed), max_tokens=500)
     for _ in range(30):
         engine.step()
-    assert engine.scheduler.pages.evicted
+    assert engine.scheduler.block_manager.evicted
     engine.llm.llm_engine.abort_request([request.request_id for request in engine.scheduler.running], internal=True)
     engine.run()
     engine.assert_idle()

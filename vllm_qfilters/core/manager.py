@@ -25,7 +25,7 @@ class QFiltersManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
-        self._released: list[KVCacheBlock] = []  # taken out by compact(), not yet returned to the pool
+        self._released: list[KVCacheBlock] = []  # taken out by plan_eviction(), not yet returned to the pool
 
     def resident_tokens(self, request: Request) -> int:
         return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
@@ -73,7 +73,7 @@ class QFiltersManager(FullAttentionManager):
         self.evicted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def compact(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
+    def plan_eviction(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
         """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
 
         The pages taken out lie before the window: in them ends the region tokens are evicted from, so that survivors
@@ -115,7 +115,7 @@ class QFiltersManager(FullAttentionManager):
         return self._take_out(request, range(first_out, after_out), window, copied_pages)
 
     def release(self) -> int:
-        """Returns the pages taken out by :meth:`compact` to the pool; a shared page only loses this reference.
+        """Returns the pages taken out by :meth:`plan_eviction` to the pool; a shared page only loses this reference.
 
         Returns:
             Pages that became free.

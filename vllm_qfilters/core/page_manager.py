@@ -51,13 +51,13 @@ class PageManager(QFiltersManager):
                 del self._awaited[block_id]
 
     def awaits_scores(self, request: Request, evicted_tokens: int) -> bool:
-        """Whether pages that :meth:`compact` would choose among have scores that are still to come."""
+        """Whether pages that :meth:`plan_eviction` would choose among have scores that are still to come."""
         candidates = self._candidates(request, evicted_tokens)
         blocks = self.req_to_blocks[request.request_id]
         is_choice = len(candidates) > evicted_tokens // self.block_size
         return is_choice and any(blocks[i].block_id in self._awaited for i in candidates)
 
-    def compact(self, request: Request, evicted_tokens: int) -> RequestCompaction:
+    def plan_eviction(self, request: Request, evicted_tokens: int) -> RequestCompaction:
         """Takes the lowest-scoring pages, ``evicted_tokens`` in all, out of a running sequence; among equals the
         oldest.
 

@@ -20,14 +20,16 @@ from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerO
 class QFiltersPageScheduler(QFiltersScheduler):
     """Frees the lowest-scoring pages of sequences that reach their budget."""
 
-    pages: PageManager
+    block_manager: PageManager
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         output = super().schedule(throttle_prefills)
         if self.compression.needs_scores:
             filled = []
             for req_id, num_tokens in output.num_scheduled_tokens.items():
-                filled += self.pages.expect_scores(self.requests[req_id], num_tokens, self.unverified_drafts[req_id])
+                filled += self.block_manager.expect_scores(
+                    self.requests[req_id], num_tokens, self.unverified_drafts[req_id]
+                )
             output.pages_to_score = tuple(filled)
         return output
 
@@ -39,8 +41,8 @@ class QFiltersPageScheduler(QFiltersScheduler):
         assert isinstance(scheduler_output, QFiltersSchedulerOutput)
         if scheduler_output.pages_to_score:
             assert isinstance(model_runner_output, QFiltersModelRunnerOutput)
-            self.pages.receive_scores(scheduler_output.pages_to_score, model_runner_output.page_scores)
+            self.block_manager.receive_scores(scheduler_output.pages_to_score, model_runner_output.page_scores)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _sits_out(self, request: Request, evicted_tokens: int) -> bool:
-        return super()._sits_out(request, evicted_tokens) or self.pages.awaits_scores(request, evicted_tokens)
+        return super()._sits_out(request, evicted_tokens) or self.block_manager.awaits_scores(request, evicted_tokens)

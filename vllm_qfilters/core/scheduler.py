@@ -70,7 +70,7 @@ class QFiltersScheduler(AsyncScheduler):
         assert isinstance(manager, QFiltersManager), (
             f"pages are managed by {type(manager).__name__}, not QFiltersManager"
         )
-        self.pages = manager
+        self.block_manager = manager
         self.compression_stats = KVCompressionStats()
         if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
             # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
@@ -88,7 +88,7 @@ class QFiltersScheduler(AsyncScheduler):
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
         limits = self.compression.request_limits(extra_args, request.num_prompt_tokens, self.block_size)
         if limits is not None:
-            self.pages.limits[request.request_id] = limits
+            self.block_manager.limits[request.request_id] = limits
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
@@ -98,7 +98,7 @@ class QFiltersScheduler(AsyncScheduler):
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             self.unverified_drafts[req_id] += len(drafts)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
-        rows = tuple(row for row in plan.compactions if row.req_id in self.pages.evicted)
+        rows = tuple(row for row in plan.compactions if row.req_id in self.block_manager.evicted)
         for row in rows:
             history = self._histories.setdefault(row.req_id, _History())
             history.evictions += 1
@@ -122,10 +122,10 @@ class QFiltersScheduler(AsyncScheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             # Only running sequences have evicted tokens: the others gave up their pages, and the count with them.
-            evicted_tokens = sum(self.pages.evicted.values())
+            evicted_tokens = sum(self.block_manager.evicted.values())
             computed_tokens = sum([request.num_computed_tokens for request in self.running])
             self.compression_stats.resident_tokens = computed_tokens - evicted_tokens
-            self.compression_stats.compressed_requests = len(self.pages.evicted)
+            self.compression_stats.compressed_requests = len(self.block_manager.evicted)
             self.compression_stats.saved_pages = evicted_tokens // self.block_size
             if self.compression.endpoint:
                 self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
@@ -143,13 +143,13 @@ class QFiltersScheduler(AsyncScheduler):
             evicted_tokens = self._evicted_tokens_due(request)
             if not evicted_tokens:
                 continue
-            while (row := self.pages.compact(request, evicted_tokens)) is None:
+            while (row := self.block_manager.plan_eviction(request, evicted_tokens)) is None:
                 if self._preempt_lowest_priority() is request:
                     break
             else:
                 rows.append(row)
         # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
-        self.compression_stats.freed_pages += self.pages.release()
+        self.compression_stats.freed_pages += self.block_manager.release()
         return CompactionPlan(tuple(rows))
 
     def _preempt_lowest_priority(self) -> Request:
@@ -166,13 +166,13 @@ class QFiltersScheduler(AsyncScheduler):
         return victim
 
     def _evicted_tokens_due(self, request: Request) -> int:
-        limits = self.pages.limits.get(request.request_id)
+        limits = self.block_manager.limits.get(request.request_id)
         if limits is None:
             return 0
         if request.is_prefill_chunk and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
         evicted_tokens = limits.evicted_tokens(
-            self.pages.resident_tokens(request), request.is_prefill_chunk, self.block_size
+            self.block_manager.resident_tokens(request), request.is_prefill_chunk, self.block_size
         )
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
@@ -197,7 +197,7 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _longest_prefix_cache_hit(self, request: Request) -> int | None:
         """Tokens, whole pages; None: no limit. Within it a hit changes nothing of what is evicted."""
-        limits = self.pages.limits.get(request.request_id)
+        limits = self.block_manager.limits.get(request.request_id)
         if limits is None or request.num_prompt_tokens + request.max_tokens <= limits.budget:
             return None
         # The queries that will be observed must be computed. A hit up to a cut would hold more than the budget and a
@@ -213,11 +213,11 @@ class QFiltersScheduler(AsyncScheduler):
         if request.request_id in self._sitting_out:
             return 0
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        limits = self.pages.limits.get(request.request_id)
+        limits = self.block_manager.limits.get(request.request_id)
         if limits is None:
             return num_new_tokens
         if request.status == RequestStatus.RUNNING and not request.is_prefill_chunk:
-            return min(num_new_tokens, limits.budget - self.pages.resident_tokens(request))  # the drafts too
+            return min(num_new_tokens, limits.budget - self.block_manager.resident_tokens(request))  # the drafts too
         to_next_cut = limits.tokens_to_next_cut(num_computed_tokens)
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
 
@@ -236,19 +236,19 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _free_blocks(self, request: Request) -> None:
         history = self._histories.pop(request.request_id, _History())
-        peak_tokens = max(history.peak_tokens, self.pages.resident_tokens(request))
+        peak_tokens = max(history.peak_tokens, self.block_manager.resident_tokens(request))
         if self.log_stats and peak_tokens:
             self.compression_stats.request_resident_tokens.append(peak_tokens)
         super()._free_blocks(request)
-        self.pages.limits.pop(request.request_id, None)
+        self.block_manager.limits.pop(request.request_id, None)
 
     def _running_sequence(self, request: Request) -> RunningSequence:
-        limits, history = self.pages.limits.get(request.request_id), self._histories.get(request.request_id)
+        limits, history = self.block_manager.limits.get(request.request_id), self._histories.get(request.request_id)
         return RunningSequence(
             request_id=request.request_id,
             prompt_tokens=request.num_prompt_tokens,
             position=request.num_computed_tokens,
-            resident_tokens=self.pages.resident_tokens(request),
+            resident_tokens=self.block_manager.resident_tokens(request),
             budget=None if limits is None else limits.budget,
             evictions=0 if history is None else history.evictions,
         )
