@@ -1,7 +1,6 @@
 """What we patch and subclass in vLLM, and that installing this package changes nothing by itself."""
 
 import argparse
-import ast
 import importlib.util
 import json
 import pathlib
@@ -142,27 +141,3 @@ def test_bad_flags_are_refused(flags, reason, tiny_model):
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     with pytest.raises(ValueError, match=reason):
         AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", str(tiny_model), *flags]))
-
-
-ALLOWED_IMPORTS = {
-    # module: what it may import of this package
-    "budget": set(),
-    "plan": set(),
-    "config": {"budget"},
-    "kernels": {"kernels"},
-    "core": {"budget", "config", "metrics", "plan", "core"},
-    "attention": {"kernels", "filters", "scorers", "attention"},
-    "filters": {"filters"},
-}
-
-
-@pytest.mark.parametrize("module", ALLOWED_IMPORTS)
-def test_imports_point_one_way(module):
-    folder = ROOT / module if module == "kernels" else ROOT / "vllm_qfilters" / module
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-    assert files
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vllm_qfilters"):
-                imported = ([*node.module.split("."), ""])[1]
-                assert imported in ALLOWED_IMPORTS[module], f"{file.name} imports {node.module}"
