@@ -109,7 +109,7 @@ def prefix_cache() -> str:
         f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is",
         f"{_listed(hits.values())} tokens ({where}): the default budget reads {number(HISTORY - usual)} tokens of a",
         f"history of {number(HISTORY)} again on every turn. `prefill: full` and `scope: decode` keep the prompt's",
-        f"prefix: they read {number(HISTORY - whole)} again, and the last answer.",
+        f"prefix: they read {number(HISTORY - whole)} again, and at most the last answer.",
     )
     return "\n".join(lines)
 
