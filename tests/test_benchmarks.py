@@ -356,7 +356,7 @@ class FakePanel:
 @pytest.mark.parametrize("sizes", [readme.SIZES, readme.DRY_RUN_SIZES], ids=["readme", "dry-run"])
 def test_eval_knows_the_options_that_readme_gives_it(sizes):
     parser = argparse.ArgumentParser()
-    evaluation.add_options(parser)
+    evaluation.add_arguments(parser)
     engine_options = ["--kv-cache-memory-bytes"]
     parser.add_argument(*engine_options, type=int)
     for name in sizes.keys() - set(readme.CASES):
