@@ -1,4 +1,4 @@
-"""Keeps the last queries of every prompt, for scorers that go by what a prompt's end looks at."""
+"""Keeps the last queries of sequences, for methods that go by what a prompt's end, or the last tokens, look at."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence

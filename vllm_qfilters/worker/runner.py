@@ -1,7 +1,7 @@
 """What the model runners of all platforms share: the cache specification, and how scores get what they need.
 
 A model runner applies compaction plans before, and resident lengths after, what vLLM does with a step. How it does that
-is the business of ``cpu_model_runner.py`` (V1) and ``gpu_model_runner.py`` (V2).
+is the business of ``runner_v1.py`` and ``runner_v2.py``.
 """
 
 import functools
