@@ -15,6 +15,7 @@ from scripts import make_docs
 from scripts.pages import readme, results
 from scripts.pages.markdown import NOT_MEASURED, fill_in, without_parts
 from vllm_qfilters import __version__
+from vllm_qfilters.commands import COMMANDS
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
 from vllm_qfilters.frontend.support import REFUSALS
@@ -106,6 +107,11 @@ def test_what_a_page_names_exists(page):
         assert option in options or option == "NAME", option
     for method in re.findall(r"--kv-compression (\w+)", text):
         assert method in METHODS or method == "METHOD", method
+
+
+def test_every_command_is_documented():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert all(f"vllm-qfilters {command} " in text for command in COMMANDS)
 
 
 def test_the_index_has_every_page():

@@ -58,11 +58,12 @@ def read_engine_args(args: argparse.Namespace) -> "EngineArgs":
     if is_local and not pathlib.Path(args.model).exists():
         raise UsageError(f"{args.model}: no such model folder")
     try:
-        return EngineArgs.from_cli_args(args)
+        engine_args: EngineArgs = EngineArgs.from_cli_args(args)
     except ValueError as error:
         raise UsageError(one_line(error)) from error
     except OSError as error:  # comes from the hub, which does not always say for which model
         raise UsageError(f"{args.model}: {one_line(error)}") from error
+    return engine_args
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:
     """
     from vllm_qfilters.filters.calibrate import SEQUENCE_TOKENS
 
-    return min(model_config.max_model_len, max(SEQUENCE_TOKENS + 1, *(task.max_length for task in chosen)))
+    return min(int(model_config.max_model_len), max(SEQUENCE_TOKENS + 1, *(task.max_length for task in chosen)))
 
 
 def _loss_task(

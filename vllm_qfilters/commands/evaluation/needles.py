@@ -178,10 +178,10 @@ class PromptFrame:
         self.head = self.encode(head)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+        return str(self._tokenizer.decode([token]))
 
     def tail(self, question: str, answer_start: str) -> list[int]:
         """Returns the token ids of the question, of what stands behind the user's words, and of the beginning of the

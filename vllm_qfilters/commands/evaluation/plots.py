@@ -2,11 +2,13 @@
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import colormaps, pyplot
+from matplotlib.figure import Figure
 
 from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.report import kind, loss_increase
@@ -27,7 +29,7 @@ def draw(results: Results) -> list[pathlib.Path]:
     return paths
 
 
-def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
+def _draw_loss(results: Results, tasks: list[str]) -> Figure:
     """Draws the loss increase against the budget, with a panel per task and a line per method."""
     figure, panels = pyplot.subplots(
         1, len(tasks), figsize=(6.5 * len(tasks) + 3.5, 5), squeeze=False, layout="constrained"
@@ -57,7 +59,7 @@ def _draw_loss(results: Results, tasks: list[str]) -> pyplot.Figure:
     return figure
 
 
-def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
+def _draw_retrieval(results: Results, tasks: list[str]) -> Figure:
     """Draws the share found by depth and budget, with a row of heat maps per task and one map per method."""
     columns = list(_colors(results, tasks))
     size = (2.6 * len(columns) + 1.5, 2.4 * len(tasks) + 0.8)
@@ -80,7 +82,7 @@ def _draw_retrieval(results: Results, tasks: list[str]) -> pyplot.Figure:
     return figure
 
 
-def _shares_by_depth(cell: dict | None, num_depths: int) -> Iterator[float]:
+def _shares_by_depth(cell: dict[str, Any] | None, num_depths: int) -> Iterator[float]:
     if cell is None:
         yield from [float("nan")] * num_depths
     else:

@@ -36,7 +36,7 @@ class Results:
 
     @property
     def model(self) -> str:
-        return self._values["model"]
+        return str(self._values["model"])
 
     def check_settings(self, tasks: Iterable[Task]) -> None:
         """Raises ValueError if there are cells of a task that were measured with other settings than it has now."""
@@ -83,7 +83,7 @@ class Results:
         return list(self._values["tasks"])
 
     def settings(self, task: str) -> dict[str, Any]:
-        return self._values["tasks"][task]
+        return dict(self._values["tasks"][task])
 
     def methods(self, task: str) -> list[str]:
         """Returns the methods measured on ``task`` in the order they were measured, without the full cache."""

@@ -134,9 +134,7 @@ def _generate(engines: Sequence[Any], batches: Sequence[Batch]) -> Iterator[Sequ
         batches: all batches.
     """
     idle, begun = list(engines), 0
-    running: dict[
-        ray.ObjectRef, tuple[int, Any]
-    ] = {}  # by the answers to come: the number of the batch, and its engine
+    running: dict[ray.ObjectRef[Any], tuple[int, Any]] = {}  # by the answers to come: a batch's number, and its engine
     finished: dict[int, Sequence[Answer]] = {}  # by the number of the batch
     for index in range(len(batches)):
         while index not in finished:
@@ -151,7 +149,7 @@ def _generate(engines: Sequence[Any], batches: Sequence[Batch]) -> Iterator[Sequ
         yield finished.pop(index)
 
 
-def _answers(done: "ray.ObjectRef", batch: Batch) -> Sequence[Answer]:
+def _answers(done: "ray.ObjectRef[Any]", batch: Batch) -> Sequence[Answer]:
     try:
         return ray.get(done)
     except RayTaskError as error:

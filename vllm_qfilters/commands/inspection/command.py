@@ -89,7 +89,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     """
     if (args.prompt is None) == (args.prompt_file is None):
         raise UsageError("which prompt? Give one of --prompt TEXT and --prompt-file FILE")
-    prompt = args.prompt
+    prompt: str | None = args.prompt
     if prompt is None:
         try:
             is_stdin = args.prompt_file == STANDARD_INPUT

@@ -42,7 +42,7 @@ class Inspection:
 
     @property
     def evicted_tokens(self) -> int:
-        return self.kept.shape[2] - self.resident_tokens
+        return int(self.kept.shape[2]) - self.resident_tokens
 
 
 def render(inspection: Inspection) -> str:
