@@ -123,7 +123,7 @@ def longest_hit(config: KVCompressionConfig) -> int:
     policy = resolve(config, block_size=PREFIX_CACHE_PAGE)
     limits = {"request": policy.request_limits(None, HISTORY, PREFIX_CACHE_PAGE)}
     scheduler: Any = SimpleNamespace(
-        compression=policy, block_size=PREFIX_CACHE_PAGE, pages=SimpleNamespace(limits=limits)
+        compression=policy, block_size=PREFIX_CACHE_PAGE, block_manager=SimpleNamespace(limits=limits)
     )
     # A long answer, so that the sequence outgrows its budget also where the prompt is kept beside it.
     request: Any = SimpleNamespace(request_id="request", num_prompt_tokens=HISTORY, max_tokens=HISTORY)
