@@ -79,8 +79,7 @@ class RequestLimits:
         return kept - self.sinks if self.recent_only else self.window
 
     def distinct_tokens(self, kept: int) -> int:
-        """Of ``kept`` tokens, those that stay because their keys are unlike the others: all that the budget does not
-        hold.
+        """How many of ``kept`` tokens stay because their keys are unlike the others: all that the budget does not hold.
 
         What the end of a prompt will ask for shows in no query yet, but it is seldom what the rest of the prompt is
         like.

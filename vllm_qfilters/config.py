@@ -54,8 +54,8 @@ class KVCompressionConfig:
             ``rotary``: its projection on the mean query, turned likewise; ``static``: its projection on one vector per
             KV head (the paper). None, the default, becomes ``expected``, and ``static`` in page granularity, whose
             scores are final when a page is full.
-        rank: of the covariance ``expected`` goes by; 0: the mean query alone, from the head size on: exact. None, the
-            default, becomes 8.
+        rank: the rank of the covariance that ``expected`` goes by. 0 leaves the mean query alone; the covariance is
+            exact from the head size on. None, the default, becomes 8.
         observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none. None, the default,
             becomes 32.
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this
@@ -138,7 +138,7 @@ def check_budget(name: str, value: Any) -> None:
     """Refuses what is neither a number of tokens nor a fraction of the prompt.
 
     Args:
-        name: of the value, for the message.
+        name: what the message calls it.
 
     Raises:
         ValueError: names value and range.

@@ -38,8 +38,9 @@ class QFiltersModelRunnerOutput(ModelRunnerOutput):
     ones are replaced by what their ``get_output`` returns.
 
     Attributes:
-        page_scores: of the step's ``pages_to_score``, in their order.
-        compaction_seconds: that the rank which reports to the scheduler spent compacting since its last output.
+        page_scores: the scores of the step's ``pages_to_score``, in their order.
+        compaction_seconds: the time that the rank which reports to the scheduler spent compacting since its last
+            output.
     """
 
     page_scores: tuple[float, ...] = ()

@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers to evict. Knows nobody: the kernels read these records too."""
+"""What the scheduler tells the workers to evict. It imports nothing of ours: the kernels read these records too."""
 
 import dataclasses
 
@@ -8,12 +8,11 @@ class RequestCompaction:
     """One sequence loses whole pages' worth of tokens before the next step runs.
 
     The scheduler decides how many, the workers decide which, from the scores: every layer and KV head evicts the same
-    count.
-    In page granularity the scheduler has decided which, too: the workers only replace the pages.
+    count. In page granularity the scheduler has decided which, too: the workers only replace the pages.
 
     Attributes:
         req_id: the request.
-        position: of its next token.
+        position: the position of its next token.
         resident_tokens: tokens it holds now.
         evicted_tokens: tokens it loses, a multiple of the block size.
         sinks: first tokens that must stay where they are.
@@ -24,7 +23,8 @@ class RequestCompaction:
         copied_pages: the private ones, as (place among the sequence's pages before, page).
         shared_pages_out: pages taken out that other sequences hold too, where the workers write beside the tokens of
             all pages.
-        distinct_tokens: of those kept, how many stay because their keys are unlike the others, and not for their score.
+        distinct_tokens: how many of the kept tokens stay because their keys are unlike the others, and not for their
+            score.
     """
 
     req_id: str

@@ -18,12 +18,12 @@ class RunningSequence(NamedTuple):
     """A sequence the scheduler is running.
 
     Attributes:
-        request_id: begins with the id of the response.
-        prompt_tokens: of its request.
-        position: of its next token.
-        resident_tokens: it holds.
-        budget: most tokens it holds while decoding; None: compression is off for it.
-        evictions: it went through.
+        request_id: vLLM's, which begins with the id of the response.
+        prompt_tokens: the length of its prompt.
+        position: the position of its next token.
+        resident_tokens: the tokens it holds.
+        budget: the most tokens it holds while decoding; None where compression is off for it.
+        evictions: how many it went through.
     """
 
     request_id: str
@@ -36,19 +36,19 @@ class RunningSequence(NamedTuple):
 
 @dataclasses.dataclass
 class KVCompressionStats:
-    """Totals since the engine started, and gauges of now; of what is sent, increases since the last message instead of
-    totals.
+    """Totals since the engine started, and gauges of now. A message to the front end carries increases since the last
+    message in the place of totals.
 
     Attributes:
-        compactions: evictions carried out (one per sequence and time).
+        compactions: how many evictions were carried out, one per sequence and time.
         evicted_tokens: tokens evicted from sequences.
         freed_pages: pages that evictions gave up and nobody else held.
-        compaction_seconds: that one rank spent compacting.
+        compaction_seconds: the time one rank spent compacting.
         resident_tokens: tokens that running sequences hold now.
         compressed_requests: running sequences that have evicted tokens.
         saved_pages: pages that running sequences would hold uncompressed, less those they hold.
-        request_resident_tokens: of sequences that ended since the last message: the most tokens each held at once.
-        sequences: running now, where the endpoint is on.
+        request_resident_tokens: the most tokens held at once by each sequence that ended since the last message.
+        sequences: the running sequences, where the endpoint is on.
     """
 
     compactions: int = 0

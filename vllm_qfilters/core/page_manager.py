@@ -32,8 +32,8 @@ class PageManager(QFiltersManager):
         Args:
             request: it is scheduled, and its computed tokens count the step's already.
             num_tokens: it computes in the step.
-            num_unverified: of its computed tokens may turn out to be rejected drafts. What they fill is filled again by
-                a later step, and scored again.
+            num_unverified: how many of its computed tokens may turn out to be rejected drafts. A later step then fills
+                their pages again, which are scored again.
         """
         resident = self.resident_tokens(request)
         first = max(0, resident - num_tokens - num_unverified) // self.block_size

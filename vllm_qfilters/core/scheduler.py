@@ -44,7 +44,7 @@ def _awaits_last_token(request: Request) -> bool:
 
 @dataclasses.dataclass
 class _History:
-    """Of a request that evicted tokens, over its preemptions too: how often, and the most tokens it held before."""
+    """How often a request evicted tokens, and the most tokens it held before; both over its preemptions too."""
 
     evictions: int = 0
     peak_tokens: int = 0
@@ -76,9 +76,8 @@ class QFiltersScheduler(AsyncScheduler):
             # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
             # drafts of id -1, which would be computed beyond cuts, and which CPUs find no embedding for.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
-        self.unverified_drafts: Counter[str] = (
-            Counter()
-        )  # by request: draft tokens of steps whose output is still to come
+        # By request: draft tokens of steps whose output is still to come.
+        self.unverified_drafts: Counter[str] = Counter()
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
         self._sent_stats = KVCompressionStats()
         self._histories: dict[str, _History] = {}
