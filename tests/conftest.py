@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # started.
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Threads that spin while they wait take the cores from what runs beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if sys.dont_write_bytecode:  # else every process that a test starts compiles vLLM again
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(
