@@ -21,6 +21,7 @@ from vllm_qfilters.filters.format import Filters, ModelIdentity
 from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
+from vllm_qfilters.methods.catalog import entry
 from vllm_qfilters.worker import runner as runner_module
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
@@ -782,7 +783,9 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
         monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
         monkeypatch.setattr(runner_module, "find_filters", lambda *wanted: found)
         monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
-        runner = SimpleNamespace(model_config=None, compression=SimpleNamespace(filter="static", filters="auto"))
+        runner = SimpleNamespace(
+            model_config=None, compression=SimpleNamespace(entry=entry("qfilters", "static"), filters="auto")
+        )
         return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
 
     sent: list[object] = []
