@@ -52,7 +52,7 @@ def test_the_log_says_what_is_active_and_where_filters_came_from(server):
         "window 50% of the budget",
         "granularity layer",
         "prefill chunked (cut every 512 tokens, at most 512 beside the budget)",
-        "filters calibrated now (4 sequences of 2048 random token ids)",
+        "filters calibrated now (2048 random token ids)",
         "at most 8 pages of 64 tokens per decoding sequence, 16 while its prompt is read",
     ):
         assert part in line, line

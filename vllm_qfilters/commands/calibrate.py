@@ -107,7 +107,7 @@ def _calibration_sequences(
     llm: "LLM", args: argparse.Namespace, texts: Mapping[pathlib.Path, str]
 ) -> tuple[list[list[int]], str]:
     """Returns the token ids to calibrate with, no longer than model and cache allow, and a description of them."""
-    from vllm_qfilters.filters.calibrate import random_sequences
+    from vllm_qfilters.filters.calibrate import describe, random_sequences
 
     cache = llm.llm_engine.vllm_config.cache_config
     assert cache.num_gpu_blocks is not None, "a running engine knows the size of its cache"
@@ -119,7 +119,7 @@ def _calibration_sequences(
         )
     if not texts:
         sequences = random_sequences(llm.model_config.get_vocab_size(), args.sequences, num_tokens, args.seed)
-        return sequences, f"{len(sequences)} sequences of {num_tokens} random token ids (seed {args.seed})"
+        return sequences, f"{describe(sequences)} (seed {args.seed})"
     tokenizer = llm.get_tokenizer()
     token_ids = {path: tokenizer.encode(text) for path, text in texts.items()}
     sequences = text_sequences(token_ids, args.sequences, num_tokens)

@@ -40,6 +40,7 @@ from vllm_qfilters.filters.calibrate import (
     random_sequences,
     rotations_in_use,
 )
+from vllm_qfilters.filters.calibrate import describe as describe_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path, find_filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
@@ -376,7 +377,7 @@ class CompressedModelRunner:
         if found is not None:
             return found
         sequences = self._random_sequences()
-        description = f"{len(sequences)} sequences of {len(sequences[0])} random token ids"
+        description = describe_sequences(sequences)
         filters = self.calibrate_filters(sequences, description)
         path = cache_path(model)
         if self._is_first_rank:
@@ -402,9 +403,8 @@ class CompressedModelRunner:
             mean, std = measure_scores(self, scores, sequences)
             if self._is_first_rank:
                 logger.info(
-                    "KV compression: page scores are normalised by what %d sequences of %d random token ids scored now",
-                    len(sequences),
-                    len(sequences[0]),
+                    "KV compression: page scores are normalised by what %s scored now",
+                    describe_sequences(sequences),
                 )
         windows = [layer.sliding_window or math.inf for layer in self.layers]
         slides = torch.tensor(windows, device=std.device) <= self.compression.sliding_window
