@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from tests.models import random_prompt
 from tests.paged import Eviction, Geometry, Sequences, make_cache, random_tensor
 from tests.test_layout import Geometry as CpuGeometry
 from tests.test_layout import make_cache as make_cpu_cache
@@ -157,6 +158,20 @@ def test_caches_of_cpus_are_scored_like_those_of_gpus(name):
     method = make(entry, model_of(cache, CPU_OPS))
     found = method.scores(sequences.batch, sequences.recent)
     torch.testing.assert_close(found, torch.cat([part.flatten() for part in sequences.scores()]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if not entry.needs_filters])
+def test_an_engine_evicts_by_it_and_says_the_same_again(method, engines):
+    limits = dict(budget=128, window=32, sinks=4, interval=32, chunk=128)
+    engine = engines.get(method=method, filters=None, num_blocks=64, **limits)
+    evicted_before = engine.scheduler.compression_stats.evicted_tokens
+    prompts = [random_prompt(length, seed=length) for length in (300, 170)]
+    first = engine.generate(prompts, max_tokens=60)
+    assert engine.llm.reset_prefix_cache()
+    again = engine.generate(prompts, max_tokens=60)
+    assert [output.outputs[0].token_ids for output in first] == [output.outputs[0].token_ids for output in again]
+    assert engine.scheduler.compression_stats.evicted_tokens > evicted_before + 500
+    engine.assert_idle()
 
 
 def test_random_is_drawn_anew_at_every_cut_and_random_once_is_not():

@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 from tests.marks import needs_fp8_caches
 from tests.models import random_prompt
 from vllm_qfilters import cpu, kv_compression
-from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.attention import FP8_DTYPES
+from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
@@ -314,6 +315,19 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
         check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "tova"])
+def test_any_full_graphs_are_refused_where_generated_tokens_are_observed(method):
+    for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE):
+        with pytest.raises(ValueError, match=f"method '{method}' .* use cudagraph_mode PIECEWISE"):
+            check_cuda_graphs(policy_of(method=method), mode)
+    for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
+        check_cuda_graphs(policy_of(method=method), mode)
+
+
+def test_vllm_s_names_of_fp8_caches_stand_for_the_same_in_front_end_and_worker():
+    assert tuple(FP8_DTYPES) == FP8_CACHE_DTYPES
 
 
 def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():

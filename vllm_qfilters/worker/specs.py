@@ -49,9 +49,13 @@ def check_cuda_graphs(config: Policy, mode: CUDAGraphMode) -> None:
     Raises:
         ValueError: says what to change.
     """
+    if config.entry.follows_decoding and mode.has_full_cudagraphs():
+        raise ValueError(
+            f"method '{config.method}' goes by the queries of generated tokens, which cannot be seen in a full CUDA "
+            "graph: use cudagraph_mode PIECEWISE"
+        )
     if config.observed_queries and mode.mixed_mode() == CUDAGraphMode.FULL:
         raise ValueError(
             f"observed={config.observed}: the last queries of a prompt cannot be seen in a full CUDA graph: use "
-            "cudagraph_mode "
-            "FULL_AND_PIECEWISE, vLLM's default, or set observed to 0"
+            "cudagraph_mode FULL_AND_PIECEWISE, vLLM's default, or set observed to 0"
         )
