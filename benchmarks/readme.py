@@ -39,19 +39,19 @@ PLOT_INCHES, PLOT_DPI = (7, 4), 200  # at 700 pixels of width 1 pt of text is 1.
 
 SIZES = {
     # As many steps as tokens are evicted in one go: every sequence is compacted once while steps are timed.
-    "decode": f"--budget {BUDGET} --contexts 1024 2048 4096 7000 --sequences 8 --steps 128 --no-limit",
-    # An eighth of the demand, and the page that vLLM keeps for itself: plain vLLM holds two sequences of 48 pages to
-    # their end, and preempts none for want of a single page.
-    "throughput": f"--budget {BUDGET} --requests 16 --prompt 6000 --output-tokens 144 --cache 0.127",
-    "follow_up": f"--budget {BUDGET} --history 6000 --message 200 --conversations 2",
-    "loss": "--tasks streaming --sequences 4 --tokens 7168 --loss-from 3072 --budgets 512 1024 2048 4096",
+    "decode": f"--budget {BUDGET} --contexts 1024 4096 7000 --sequences 4 --steps 128 --no-limit",
+    # An eighth of the demand, and the page that vLLM keeps for itself: plain vLLM holds one sequence of 48 pages to its
+    # end, and preempts none for want of a single page.
+    "throughput": f"--budget {BUDGET} --requests 8 --prompt 6000 --output-tokens 144 --cache 0.13",
+    "follow_up": f"--budget {BUDGET} --history 6000 --message 200 --conversations 1",
+    "loss": "--tasks streaming --sequences 4 --tokens 7168 --loss-from 3072 --budgets 512 1024 2048",
     # The fractions make a budget of 2,048 tokens.
-    "needles-4096": "--tasks passkey --lengths 4096 --fractions 0.5 --trials 2",
+    "needles-4096": "--tasks passkey --lengths 4096 --fractions 0.5 --trials 1",
     "needles-8000": "--tasks passkey --lengths 8000 --fractions 0.256 --trials 2",
-    # The code among the texts is too short for its share of 16 contexts.
+    # The code among the texts is too short for its share of 12 contexts.
     "generation": (
-        f"--tasks generation --text prose technical --budgets {BUDGET} --generations 16 --generation-context 5800 "
-        "--generation-tokens 1900 --generation-temperature 1.0"
+        f"--tasks generation --text prose technical --budgets {BUDGET} --generations 12 --generation-context 5800 "
+        "--generation-tokens 1200 --generation-temperature 1.0"
     ),
 }
 DRY_RUN_SIZES = {
