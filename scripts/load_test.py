@@ -64,6 +64,7 @@ class LoadedServer(Server):
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str]) -> None:
         config = {"budget": BUDGET, "interval": BLOCK, "chunk": CHUNK}
+        config |= {"max_budget": "unlimited", "allow_kv_budget_off": True}
         defaults = ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps(config)]
         defaults += ["--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", str(MAX_MODEL_LEN)]
         defaults += ["--num-gpu-blocks-override", str(NUM_PAGES), "--kv-cache-memory-bytes", str(1 << 30)]

@@ -14,6 +14,7 @@ from vllm_qfilters import kv_compression
 from vllm_qfilters.methods.catalog import METHODS
 
 BLOCK = 32
+ANY_BUDGET = {"max_budget": "unlimited", "allow_kv_budget_off": True}  # for requests that set their own
 
 # An engine that starts looks for Triton kernels in all that is imported, and vLLM 0.32 stumbles over llvmlite, which an
 # engine with n-gram drafts in the same process has imported before.
@@ -63,7 +64,7 @@ class Engines:
                 num_blocks,
                 max_model_len,
                 max_batched,
-                kv_compression(method, **{**filters, **options}),
+                kv_compression(method, **{**ANY_BUDGET, **filters, **options}),
                 kv_cache_dtype=kv_cache_dtype,
                 **(speculation(num_drafts) if num_drafts else {}),
             )

@@ -16,6 +16,12 @@ PATCHED = {
         "self vllm_config engine_idxs custom_stat_loggers enable_default_loggers aggregate_engine_logging client_count"
     ),
     "vllm.plugins:load_endpoint_plugins": "supported_tasks",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params": (
+        "self max_tokens default_sampling_params"
+    ),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params": (
+        "self max_tokens default_sampling_params"
+    ),
 }
 
 # Methods that subclasses of ours override; tests/test_compat.py finds those that are missing here.

@@ -21,6 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.engines import ANY_BUDGET
 from vllm_qfilters import kv_compression
 from vllm_qfilters.core.page_scheduler import QFiltersPageScheduler
 from vllm_qfilters.core.scheduler import QFiltersScheduler
@@ -84,8 +85,11 @@ class Worker:
 
 
 class Simulation:
-    def __init__(self, model, granularity: str, log_stats: bool, seed: int = 0) -> None:
-        options = dict(budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity)
+    def __init__(self, model, granularity: str, log_stats: bool, evict: str, seed: int = 0) -> None:
+        options = dict(
+            budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity, **ANY_BUDGET
+        )
+        options["evict"] = evict
         args = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048,
             max_num_seqs=64, max_num_batched_tokens=512, **kv_compression("random_once", **options),
@@ -208,9 +212,17 @@ def reachable(root: object) -> tuple[int, set[str]]:
     return total, names
 
 
-@pytest.mark.parametrize("granularity, log_stats", [("layer", False), ("page", True)])
-def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, log_stats, tiny_model):
-    simulation = Simulation(tiny_model, granularity, log_stats)
+@pytest.mark.parametrize(
+    "granularity, log_stats, evict",
+    [
+        ("layer", False, "always"),
+        ("page", True, "always"),
+        ("layer", True, "pressure"),
+        ("page", False, "pressure"),
+    ],
+)
+def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, log_stats, evict, tiny_model):
+    simulation = Simulation(tiny_model, granularity, log_stats, evict)
     scheduler, remembered = simulation.scheduler, []
     for share in (0.1, 0.9):
         simulation.run(int(share * COMPACTIONS))

@@ -98,6 +98,19 @@ def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
     assert arguments.scheduler_cls.endswith("QFiltersScheduler") and arguments.worker_cls.endswith("QFiltersCPUWorker")
 
 
+def test_json_and_dotted_keys_are_merged(tiny_model):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", str(tiny_model), "--kv-compression", "qfilters"]
+    flags += ["--kv-compression-config", '{"budget": 512, "window": 32}', "--kv-compression-config.sinks", "8"]
+    flags += ["--kv-compression-config", '{"window": 64}']
+    arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(flags))
+    compression = arguments.additional_config["kv_compression"]
+    assert (compression["budget"], compression["sinks"]) == (512, 8) and compression["window"] in (32, 64)
+
+
 def test_the_help_lists_the_catalogue():
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -42,6 +42,10 @@ REFUSED = {
         ("budget=38:", "window 0.5", "sinks 4", "interval 16"),
     ),
     "budget-below-interval": (dict(budget=64, window=0), ("budget=64:", "at least 132", "interval 128")),
+    "max-budget-text": (dict(max_budget="all"), ("max_budget='all':", *BUDGET_RANGE, "or 'unlimited'")),
+    "max-budget-zero": (dict(max_budget=0), ("max_budget=0:", *BUDGET_RANGE)),
+    "max-budget-true": (dict(max_budget=True), ("max_budget=True:", *BUDGET_RANGE)),
+    "allow-off-text": (dict(allow_kv_budget_off="yes"), ("allow_kv_budget_off='yes':", "true or false")),
     "window-negative": (dict(window=-1), ("window=-1:", "an integer >= 0")),
     "window-fraction-negative": (dict(window=-0.5), ("window=-0.5:", *WINDOW_RANGE)),
     "window-whole-budget": (dict(window=1.0), ("window=1.0:", *WINDOW_RANGE)),
@@ -282,7 +286,58 @@ def test_a_refused_budget_of_a_request_says_how_to_switch_compression_off():
 
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_a_request_with_budget_zero_is_not_compressed(zero):
-    assert policy_of(**CHUNKED).request_limits({"kv_budget": zero}, prompt_tokens=1000) is None
+    policy = policy_of(**CHUNKED, allow_kv_budget_off=True)
+    assert policy.request_limits({"kv_budget": zero}, prompt_tokens=1000) is None
+    with pytest.raises(ValueError, match="kv_budget=0: .* switch compression off: give 512 tokens at most"):
+        policy_of(**CHUNKED).request_limits({"kv_budget": zero}, prompt_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "budget"),
+    [
+        pytest.param({}, 512, 512, id="the-servers-own"),
+        pytest.param({}, 513, None, id="above-the-servers-own"),
+        pytest.param({}, 1.0, None, id="fraction-above"),
+        pytest.param({}, 0.5, 500, id="fraction-below"),
+        pytest.param({"max_budget": 700}, 700, 700, id="at-the-limit"),
+        pytest.param({"max_budget": 700}, 701, None, id="above-the-limit"),
+        pytest.param({"max_budget": 0.6}, 600, 600, id="at-a-fraction"),
+        pytest.param({"max_budget": 0.6}, 601, None, id="above-a-fraction"),
+        pytest.param({"max_budget": "unlimited"}, 10**6, 10**6, id="unlimited"),
+        pytest.param({"budget": 0.5}, 501, None, id="above-the-servers-fraction"),
+        pytest.param({"budget": 0.5, "max_budget": 300}, None, 300, id="a-limit-bounds-the-servers-fraction"),
+        pytest.param({"max_budget": 0.2}, None, 200, id="a-fraction-bounds-the-servers-budget"),
+    ],
+)
+def test_a_request_gets_no_more_than_the_server_allows(options, value, budget):
+    policy = policy_of(**{**CHUNKED, **options})
+    extra_args = None if value is None else {"kv_budget": value}
+    if budget is None:
+        with pytest.raises(ValueError, match=rf"kv_budget={value}: more than this server allows: give \d+ tokens"):
+            policy.request_limits(extra_args, prompt_tokens=1000)
+    else:
+        assert policy.request_limits(extra_args, prompt_tokens=1000).budget == budget
+
+
+def test_a_limit_below_the_servers_budget_or_the_least_one_is_refused():
+    with pytest.raises(ValueError, match="max_budget=64: at least 100 tokens are needed"):
+        policy_of(**{**CHUNKED, "budget": 0.5, "max_budget": 64})
+    for budget, limit in ((512, 511), (0.5, 0.4)):
+        with pytest.raises(ValueError, match=f"max_budget={limit} is below budget={budget}"):
+            policy_of(**{**CHUNKED, "budget": budget, "max_budget": limit})
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        pytest.param({}, 512 + 256, id="the-servers-own"),
+        pytest.param({"max_budget": 700}, 700 + 256, id="limit"),
+        pytest.param({"max_budget": "unlimited"}, 100_000, id="unlimited"),
+        pytest.param({"chunk": None, "prefill": "full"}, 100_000, id="prompts-read-whole"),
+    ],
+)
+def test_the_most_tokens_that_are_compacted_follow_the_limit(options, tokens):
+    assert policy_of(**{**CHUNKED, **options}).max_compacted_tokens(100_000) == tokens
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 7}], ids=["none", "empty", "other-key"])
@@ -305,7 +360,7 @@ def test_a_request_without_a_budget_gets_the_configured_one(extra_args):
     ],
 )
 def test_a_request_sets_its_own_budget(value, prompt_tokens, budget):
-    limits = policy_of(**CHUNKED).request_limits({"kv_budget": value}, prompt_tokens)
+    limits = policy_of(**CHUNKED, max_budget="unlimited").request_limits({"kv_budget": value}, prompt_tokens)
     assert limits == RequestLimits(
         budget, window=64, sinks=4, interval=32, chunk=256, prefill_interval=256, keeps_distinct=True
     )
@@ -415,7 +470,8 @@ def test_the_most_one_sequence_holds(options, max_model_len, tokens):
 def test_every_allowed_request_has_room_for_sinks_and_window_after_an_eviction(
     window, sinks, interval, scope, kv_budget, prompt_tokens
 ):
-    config = policy_of(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
+    options = dict(budget=1.0, window=window, sinks=sinks, interval=interval, scope=scope)
+    config = policy_of(**options, max_budget="unlimited")
     if isinstance(kv_budget, int):
         kv_budget += config.min_budget()
     limits = config.request_limits({"kv_budget": kv_budget}, prompt_tokens)
@@ -459,6 +515,7 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
         prefill=prefill,
         scope=scope,
         granularity="page",
+        max_budget="unlimited",
     )
     if isinstance(kv_budget, int):
         kv_budget += config.min_budget(block_size)

@@ -295,9 +295,11 @@ def test_engine_options():
     method = Method.parse("qfilters:window=0.25")
     assert engine_options(method, loss_task(), BLOCK) == {
         "window": 0.25, "interval": BLOCK, "prefill": "chunked", "scope": "all", "chunk": 64, "prefill_interval": 64,
-        "budget": 1.0,
+        "budget": 1.0, "max_budget": "unlimited", "allow_kv_budget_off": True,
     }  # fmt: skip
-    assert engine_options(Method.parse("knorm:interval=64"), retrieval_task(), BLOCK) == {"interval": 64, "budget": 1.0}
+    assert engine_options(Method.parse("knorm:interval=64"), retrieval_task(), BLOCK) == {
+        "interval": 64, "budget": 1.0, "max_budget": "unlimited", "allow_kv_budget_off": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import random
+import shutil
 import stat
 from types import SimpleNamespace
 
@@ -18,11 +19,12 @@ from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_id
 from vllm_qfilters.filters import calibrate, format, load
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
 from vllm_qfilters.filters.format import Filters, ModelIdentity
-from vllm_qfilters.filters.load import cache_path, find_filters, published_repository
+from vllm_qfilters.filters.load import cache_path, find_filters, keep
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
 from vllm_qfilters.methods.catalog import entry
 from vllm_qfilters.worker import runner as runner_module
+from vllm_qfilters.worker.worker import CompressedWorker
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
 QUERY_SHAPE = (NUM_LAYERS, NUM_HEADS, HEAD_SIZE)
@@ -423,6 +425,7 @@ def test_the_cache_path_changes_when_weights_are_overwritten_by_as_many_bytes(ca
     "change",
     [
         {"name": "org/other"},
+        {"revision": "another commit"},
         {"architecture": "Other"},
         {"num_layers": 9},
         {"head_size": 64},
@@ -442,8 +445,8 @@ class Hub:
         self.answer: pathlib.Path | Exception = AssertionError("nothing is to be downloaded")
         self.asked: list[str] = []
 
-    def download(self, repository: str, most_bytes: int) -> str:
-        self.asked.append(repository)
+    def download(self, repository: str, commit: str | None, most_bytes: int) -> str:
+        self.asked.append(repository if commit is None else f"{repository}@{commit}")
         if isinstance(self.answer, Exception):
             raise self.answer
         return str(self.answer)
@@ -482,32 +485,10 @@ def test_auto_takes_cached_filters_first(cache_root, hub):
     assert not hub.asked
 
 
-def test_auto_takes_published_filters_next(cache_root, hub, path):
-    model = tiny_identity("org/Tiny-3.2-1B")
-    hub.answer = save_for(path, model, seed=2)
-    filters, origin = find_filters("auto", model)
-    assert_same(filters, random_filters(seed=2))
-    assert origin == "hub nthngdy/Tiny-3.2-1B_qfilt"
-    assert hub.asked == ["nthngdy/Tiny-3.2-1B_qfilt"]
-
-
-@pytest.mark.parametrize("error", DOWNLOAD_ERRORS)
-def test_auto_finds_none_where_none_can_be_downloaded(cache_root, hub, error):
-    hub.answer = DOWNLOAD_ERRORS[error]
-    assert find_filters("auto", tiny_identity("org/tiny")) is None
-    assert hub.asked == ["nthngdy/tiny_qfilt"]
-
-
-def test_auto_downloads_nothing_for_a_local_model(cache_root, hub, weights):
-    assert find_filters("auto", tiny_identity(str(weights))) is None
+def test_auto_asks_nobody(cache_root, hub, weights):
+    for name in ("org/tiny", str(weights)):
+        assert find_filters("auto", tiny_identity(name)) is None
     assert not hub.asked
-
-
-def test_auto_refuses_published_filters_of_another_shape(cache_root, hub, path):
-    save_file({"q_filters": torch.zeros(1, 2, 3)}, path)
-    hub.answer = path
-    with pytest.raises(ValueError, match="made for another model"):
-        find_filters("auto", tiny_identity("org/tiny"))
 
 
 def test_a_given_file_comes_before_the_cache(cache_root, hub, path):
@@ -533,13 +514,17 @@ def test_a_given_file_for_another_model_is_refused(hub, path):
         find_filters(str(path), tiny_identity())
 
 
-@pytest.mark.parametrize("repository", ["someone/tiny_qfilt", "nthngdy/Llama-3.2-1B_qfilt"])
-def test_a_given_repository_is_downloaded(hub, path, repository):
-    hub.answer = save_for(path, tiny_identity())
-    filters, origin = find_filters(repository, tiny_identity())
+@pytest.mark.parametrize("wanted", ["someone/tiny_qfilt", "someone/tiny_qfilt/", "someone/tiny_qfilt@abc123"])
+def test_a_given_repository_is_downloaded_and_named_with_its_commit(hub, tmp_path, wanted, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
+    (tmp_path / "abc123").mkdir()
+    hub.answer = save_for(tmp_path / "abc123" / "model.safetensors", tiny_identity())
+    filters, origin = find_filters(wanted, tiny_identity())
     assert_same(filters, random_filters())
-    assert origin == f"hub {repository}"
-    assert hub.asked == [repository]
+    assert origin == "hub someone/tiny_qfilt@abc123"
+    assert hub.asked == ["someone/tiny_qfilt" + ("@abc123" if "@" in wanted else "")]
+    assert "commit abc123" in warnings[0] and "filters someone/tiny_qfilt@abc123 pins them" in warnings[0]
 
 
 @pytest.mark.parametrize("error", DOWNLOAD_ERRORS)
@@ -562,7 +547,7 @@ def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_asked_for
 
 def test_a_repository_too_large_to_hold_filters_is_not_downloaded(monkeypatch):
     most = format.max_file_bytes(tiny_identity())
-    monkeypatch.setattr(load, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(load, "try_to_load_from_cache", lambda repository, name, revision: None)
     monkeypatch.setattr(load, "get_hf_file_metadata", lambda url: SimpleNamespace(size=most + 1))
     monkeypatch.setattr(load, "hf_hub_download", None)
     with pytest.raises(ValueError, match=f"org/model holds {most + 1} bytes, filters of this model {most} at most"):
@@ -576,11 +561,34 @@ def test_a_model_of_a_strange_name_looks_for_nothing_outside_the_cache(cache_roo
         assert find_filters("auto", tiny_identity(name)) is None
 
 
-def test_a_damaged_file_in_the_cache_is_refused_saying_what_to_do(cache_root, hub):
-    model = tiny_identity("org/tiny")
-    save_for(cache_path(model), model).write_bytes(b"half")
-    with pytest.raises(ValueError, match=f"{cache_path(model)} is not .*: delete the file, and they will be again"):
-        find_filters("auto", model)
+def test_a_damaged_or_foreign_file_in_the_cache_is_calibrated_anew(cache_root, hub, monkeypatch):
+    model, warnings = tiny_identity("org/tiny"), []
+    monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
+    path = save_for(cache_path(model), model)
+    whole = path.read_bytes()
+    for content in (b"half", whole[:-10], b"", whole.replace(b"tiny", b"tinz").replace(b"Llama", b"Other")):
+        path.write_bytes(content)
+        assert find_filters("auto", model) is None
+        assert str(path) in warnings.pop() and not warnings
+    assert keep(random_filters(seed=3), model) == f"kept in {path}"
+    assert_same(find_filters("auto", model)[0], random_filters(seed=3))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache_root, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
+    cache_root.write_text("a file where a folder should be")
+    assert keep(random_filters(), tiny_identity("org/tiny")) == "not kept"
+    assert "the next start calibrates again" in warnings[0] and str(cache_root) in warnings[0]
+
+
+def test_a_folder_has_its_filters_by_any_name(cache_root, weights, tmp_path, monkeypatch):
+    path = cache_path(tiny_identity(str(weights)))
+    monkeypatch.chdir(tmp_path)
+    for name in (f"{weights}/", "model", "./model"):
+        assert cache_path(tiny_identity(name)) == path
+    moved = shutil.move(weights, tmp_path / "renamed")
+    assert cache_path(tiny_identity(str(moved))) == path
 
 
 @pytest.mark.parametrize(
@@ -596,19 +604,6 @@ def test_a_folder_without_a_file_is_refused(hub, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         find_filters(str(tmp_path), tiny_identity())
     assert not hub.asked
-
-
-@pytest.mark.parametrize(
-    ("name", "repository"),
-    [
-        ("meta-llama/Llama-3.1-8B", "nthngdy/Llama-3.1-8B_qfilt"),
-        ("tiny", None),
-        ("/models/org/tiny", None),
-        ("a/b/c", None),
-    ],
-)
-def test_the_authors_publish_under_the_name_of_the_model(name, repository):
-    assert published_repository(tiny_identity(name)) == repository
 
 
 @pytest.mark.parametrize("sizes", [(50,), (1, 7, 42), (25, 0, 25)], ids=str)
@@ -784,7 +779,9 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
         monkeypatch.setattr(runner_module, "find_filters", lambda *wanted: found)
         monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
         runner = SimpleNamespace(
-            model_config=None, compression=SimpleNamespace(entry=entry("qfilters", "static"), filters="auto")
+            model_config=None,
+            load_config=SimpleNamespace(load_format="auto"),
+            compression=SimpleNamespace(entry=entry("qfilters", "static"), filters="auto"),
         )
         return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
 
@@ -792,3 +789,43 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
     assert rank(True, ("filters", "cache here")) == ("filters", "cache here")
     assert rank(False, ("others", "cache there")) == ("filters", "cache here")
     assert sent == [("filters", "cache here"), None]
+
+
+def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch):
+    """Where nobody names any: a model has the same configuration with random weights as with real ones."""
+    group = SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
+    monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
+    monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
+    monkeypatch.setattr(
+        runner_module, "find_filters", lambda wanted, model: ("given", wanted) if wanted != "auto" else 1 / 0
+    )
+    monkeypatch.setattr(runner_module, "keep", lambda filters, model: 1 / 0)
+
+    def found(filters: str) -> object:
+        runner = SimpleNamespace(
+            model_config=None,
+            load_config=SimpleNamespace(load_format="dummy"),
+            compression=SimpleNamespace(filters=filters),
+            calibrate_filters=lambda sequences, description: "calibrated",
+            _random_sequences=lambda: [[1, 2, 3]],
+        )
+        return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
+
+    filters, origin = found("auto")
+    assert filters == "calibrated" and origin.endswith("not kept, as the weights are random")
+    assert found("model.safetensors") == ("given", "model.safetensors")
+
+
+def test_new_weights_are_refused_where_filters_are_of_the_old_ones():
+    def worker(method: str) -> CompressedWorker:
+        class Worker(CompressedWorker, SimpleNamespace): ...
+
+        compression = SimpleNamespace(entry=entry(method, None if method != "qfilters" else "static"))
+        return Worker(model_runner=SimpleNamespace(compression=compression))
+
+    with pytest.raises(ValueError, match="does not support reload_weights with filters"):
+        worker("qfilters").reload_weights()
+    with pytest.raises(ValueError, match="does not support update_weights with filters"):
+        worker("qfilters").update_weights({})
+    with pytest.raises(AttributeError, match="reload_weights"):  # goes on to vLLM's
+        worker("streaming").reload_weights()

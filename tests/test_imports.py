@@ -31,10 +31,21 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"filters.statistics", "methods.base"},
     "worker": {"attention", "core.spec", "filters", "kernels", "messages", "methods.base", "plan", "policy"},
     # The engine.
-    "core": {"budget", "messages", "plan", "policy", "stats"},
+    "core": {"budget", "config", "messages", "plan", "policy", "stats"},
     # The front end, and what is run by hand.
     "frontend": {"budget", "config", "cpu", "filters.format", "filters.load", "methods.catalog", "policy", "stats"},
-    "commands": {"", "config", "cpu", "filters.calibrate", "frontend", "kernels", "methods.catalog", "policy"},
+    "commands": {
+        "",
+        "budget",
+        "config",
+        "cpu",
+        "filters.calibrate",
+        "frontend",
+        "kernels",
+        "methods.catalog",
+        "policy",
+        "worker.compactor",
+    },
     "": {"config", "frontend.engine_args"},
 }
 

@@ -69,6 +69,9 @@ def test_a_longer_sequence_takes_more():
     runner = make_8b_runner()
     usual = runner.compaction_bytes(cache_bytes(runner))
     runner.model_config.max_model_len = 131_072
+    assert runner.compaction_bytes(cache_bytes(runner)) == usual, "no sequence holds more than its budget and a chunk"
+    runner = make_8b_runner(max_budget="unlimited")
+    runner.model_config.max_model_len = 131_072
     assert runner.compaction_bytes(cache_bytes(runner)) - usual == 4 * 32 * 40 * (131_072 - 65_536)
     runner.model_config.max_model_len = 1 << 20  # more than the cache holds
     assert runner.compaction_bytes(cache_bytes(runner)) - usual == 4 * 32 * 40 * (16 * NUM_PAGES - 65_536)

@@ -279,7 +279,7 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(
         VLLMValidationError, match="does not support images in prompts of models that attend to them in both"
     )
     with refused if is_refused else contextlib.nullcontext():
-        check_request(policy_of(), config, request)
+        check_request(policy_of(allow_kv_budget_off=True), config, request)
 
 
 @pytest.mark.parametrize(

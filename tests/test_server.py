@@ -10,6 +10,7 @@ import urllib.error
 import openai
 import pytest
 
+from tests.engines import ANY_BUDGET
 from tests.server import Server
 from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
 from vllm_qfilters.stats import COUNTERS
@@ -26,7 +27,7 @@ def serve(*flags: str) -> Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
-    config = json.dumps({"budget": BUDGET, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": True})
+    config = json.dumps({"budget": BUDGET, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": True, **ANY_BUDGET})
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
     server = serve("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config)
     yield server
@@ -78,7 +79,7 @@ def test_a_long_completion_is_counted_and_reads_on(server, client):
     evicted = after["evicted_tokens_total"] - before["evicted_tokens_total"]
     held_at_the_end = answer.usage.prompt_tokens + 299 - evicted
     assert BUDGET - 64 <= held_at_the_end <= BUDGET
-    assert after["freed_pages_total"] - before["freed_pages_total"] >= evicted / BLOCK
+    assert after["freed_pages_total"] - before["freed_pages_total"] == evicted / BLOCK, "private copies free nothing"
     assert after["resident_tokens"] == after["saved_pages"] == 0
     assert 0 < after["compaction_seconds_total"] - before["compaction_seconds_total"] < 60
     # It held most when its prompt was first cut, at a multiple of the chunk above the budget.
@@ -120,6 +121,19 @@ def test_two_budgets_at_once_give_what_each_gives_alone(client):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert together == alone
+
+
+def test_a_budget_is_refused_where_beams_would_not_have_it(client):
+    beams = {"use_beam_search": True, "vllm_xargs": {"kv_budget": 256}}
+    with pytest.raises(openai.BadRequestError, match="kv_budget does nothing with use_beam_search"):
+        client.completions.create(model="demo", prompt="a b", max_tokens=3, n=2, extra_body=beams)
+    with pytest.raises(openai.BadRequestError, match="kv_budget does nothing with use_beam_search"):
+        messages = [{"role": "user", "content": "a b"}]
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=3, n=2, extra_body=beams)
+    answer = client.completions.create(
+        model="demo", prompt="a b", max_tokens=3, n=2, extra_body={"use_beam_search": True}
+    )
+    assert len(answer.choices) == 2
 
 
 @pytest.mark.parametrize("kv_budget", [-5, 100, 1.5, "much", [1]], ids=str)

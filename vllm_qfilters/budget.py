@@ -39,6 +39,7 @@ class RequestLimits:
         private_window: the workers write beside tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
+        elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
     """
 
     budget: int
@@ -50,9 +51,10 @@ class RequestLimits:
     private_window: bool = False
     recent_only: bool = False
     keeps_distinct: bool = False
+    elastic: bool = False
 
     def max_resident_tokens(self, length: int) -> int:
-        """Most tokens that a sequence of ``length`` tokens holds at any time."""
+        """Most tokens that a sequence of ``length`` tokens holds at any time; an elastic one can be cut to as many."""
         return length if self.chunk is None else min(length, self.budget + self.chunk)
 
     def evicted_tokens(self, resident: int, is_prefilling: bool, block_size: int) -> int:
@@ -73,6 +75,17 @@ class RequestLimits:
             return 0
         evicted = cdiv(surplus, block_size) * block_size
         return evicted if is_prefilling else max(self.interval, evicted)
+
+    def reducible_tokens(self, resident: int, is_prefilling: bool, block_size: int) -> int:
+        """Tokens that an elastic sequence gives up when pages are wanting, a multiple of the block size: all beyond its
+        budget. 0 while a prompt that is to be attended whole is read.
+
+        Args:
+            resident, is_prefilling, block_size: as for :meth:`evicted_tokens`, at any position of a prompt.
+        """
+        if is_prefilling and self.chunk is None:
+            return 0
+        return self.evicted_tokens(resident, is_prefilling, block_size)
 
     def protected_window(self, kept: int) -> int:
         """Last tokens that must be among the ``kept`` ones."""

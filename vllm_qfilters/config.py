@@ -13,10 +13,13 @@ from vllm_qfilters.methods.catalog import METHODS, QFILTERS
 
 ADDITIONAL_CONFIG_KEY = "kv_compression"
 REQUEST_BUDGET_KEY = "kv_budget"
+REQUEST_EVICT_KEY = "kv_evict"
 
 GRANULARITIES = ("head", "layer", "page")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
+UNLIMITED = "unlimited"  # a max_budget
+EVICT_ALWAYS, EVICT_PRESSURE = EVICTS = ("always", "pressure")
 FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")  # by vLLM's names
 
 _SMALLEST = {"window": 0, "sinks": 0, "interval": 1, "chunk": 1, "prefill_interval": 1, "rank": 0, "observed": 0}
@@ -30,6 +33,13 @@ class KVCompressionConfig:
         method: which tokens stay; one of ``vllm_qfilters.methods.catalog.METHODS``.
         budget: most tokens a decoding sequence keeps resident per layer and head. An ``int`` counts tokens; a ``float``
             in (0, 1] is a fraction of the sequence's prompt. A request may set its own as ``kv_budget``.
+        max_budget: the largest budget that a request may set as ``kv_budget``, given like ``budget``, or ``unlimited``.
+            It also bounds ``budget``, where one of the two is a fraction. None, the default, becomes ``budget``:
+            requests may lower it, and not raise it.
+        allow_kv_budget_off: a request may set ``kv_budget`` to 0, which switches compression off for it.
+        evict: ``always``: a sequence is cut when it reaches its budget; ``pressure``: only when the cache has no page
+            left for a running or waiting request, those furthest beyond their budget first. Until then answers are
+            plain vLLM's; what is evicted depends on load. A request may set ``kv_evict`` to ``always``.
         window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a
             fraction of the sequence's budget. Never fewer than layers with a sliding window attend to.
         sinks: the first tokens of a sequence, never evicted.
@@ -59,7 +69,8 @@ class KVCompressionConfig:
         observed: last queries of a prompt whose attention is mixed into ``expected``; 0: none. None, the default,
             becomes 32.
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this
-            model, else published ones, else calibrate now and cache them. None, the default, becomes ``auto``.
+            model, else calibrate now and cache them. ``@`` and a commit behind a repository pin it. None, the default,
+            becomes ``auto``.
         endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are
             visible to whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
 
@@ -69,6 +80,9 @@ class KVCompressionConfig:
 
     method: str = "qfilters"
     budget: int | float = 2048
+    max_budget: int | float | str | None = None
+    allow_kv_budget_off: bool = False
+    evict: str = EVICT_ALWAYS
     window: int | float = 0.25
     sinks: int = 4
     interval: int | None = None
@@ -84,13 +98,16 @@ class KVCompressionConfig:
     endpoint: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, tuple(METHODS))
+        check_choice("method", self.method, tuple(METHODS))
         if self.filter is not None:
-            _check_choice("filter", self.filter, tuple(QFILTERS))
-        _check_choice("granularity", self.granularity, GRANULARITIES)
-        _check_choice("prefill", self.prefill, PREFILLS)
-        _check_choice("scope", self.scope, SCOPES)
+            check_choice("filter", self.filter, tuple(QFILTERS))
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("prefill", self.prefill, PREFILLS)
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("evict", self.evict, EVICTS)
         check_budget("budget", self.budget)
+        if self.max_budget not in (None, UNLIMITED):
+            check_budget("max_budget", self.max_budget)
         if not is_int(self.window) and not (isinstance(self.window, float) and 0 <= self.window < 1):
             raise ValueError(
                 f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)"
@@ -105,8 +122,10 @@ class KVCompressionConfig:
                 raise ValueError(f"{name}={value!r}: give an integer >= {least}{unit}")
         if self.filters is not None and (not isinstance(self.filters, str) or not self.filters):
             raise ValueError(f"filters={self.filters!r}: give 'auto', a file, or a repository of published filters")
-        if not isinstance(self.endpoint, bool):
-            raise ValueError(f"endpoint={self.endpoint!r}: give true or false")
+        for name in ("endpoint", "allow_kv_budget_off"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: give true or false")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KVCompressionConfig":
@@ -147,12 +166,13 @@ def check_budget(name: str, value: Any) -> None:
         return
     if isinstance(value, float) and 0 < value <= 1:
         return
-    off = " or 0 to switch compression off" if name == REQUEST_BUDGET_KEY else ""
+    other = {REQUEST_BUDGET_KEY: " or 0 to switch compression off", "max_budget": f" or {UNLIMITED!r}"}.get(name, "")
     raise ValueError(
-        f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){off}"
+        f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){other}"
     )
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError for what is none of ``choices``, which the message lists."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")

@@ -10,7 +10,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from vllm_qfilters.budget import RequestLimits, cdiv, min_budget
-from vllm_qfilters.config import REQUEST_BUDGET_KEY, KVCompressionConfig, check_budget, is_int
+from vllm_qfilters.config import (
+    EVICT_ALWAYS,
+    EVICT_PRESSURE,
+    EVICTS,
+    REQUEST_BUDGET_KEY,
+    REQUEST_EVICT_KEY,
+    UNLIMITED,
+    KVCompressionConfig,
+    check_budget,
+    check_choice,
+    is_int,
+)
 from vllm_qfilters.methods import catalog
 from vllm_qfilters.methods.catalog import Entry
 
@@ -43,6 +54,9 @@ class Policy:
     entry: Entry
     method: str
     budget: int | float
+    max_budget: int | float | str
+    allow_kv_budget_off: bool
+    evict: str
     window: int | float
     sinks: int
     interval: int
@@ -137,7 +151,7 @@ class Policy:
                     f"{name}={value} is not a multiple of the block size {block_size}: set {name} to "
                     f"{max(1, round(value / block_size)) * block_size}, or change --block-size"
                 )
-        self._check_budget_holds("budget", self.budget, block_size)
+        self._check_budgets_hold(block_size)
 
     def request_limits(
         self, extra_args: Mapping[str, Any] | None, prompt_tokens: int, block_size: int = 1
@@ -146,19 +160,55 @@ class Policy:
 
         Args:
             extra_args: the request's ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP); ``kv_budget`` overrides
-                ``budget``, and 0 switches compression off.
+                ``budget``, and 0 switches compression off; ``kv_evict`` overrides ``evict``.
             prompt_tokens: length of the prompt, for a budget that is a fraction of it.
             block_size: tokens per page, see :meth:`min_budget`.
 
         Raises:
-            ValueError: ``kv_budget`` is no budget this policy allows.
+            ValueError: ``kv_budget`` or ``kv_evict`` is nothing this policy allows.
         """
-        asked = (extra_args or {}).get(REQUEST_BUDGET_KEY, self.budget)
+        extra_args = extra_args or {}
+        evict = extra_args.get(REQUEST_EVICT_KEY, self.evict)
+        check_choice(REQUEST_EVICT_KEY, evict, EVICTS)
+        if evict == EVICT_PRESSURE and self.evict == EVICT_ALWAYS:
+            raise ValueError(f"{REQUEST_EVICT_KEY}={evict!r}: this server evicts always; its option evict would let it")
+        asked = extra_args.get(REQUEST_BUDGET_KEY, self.budget)
+        most = self._most_budget(prompt_tokens, block_size)
         if asked == 0 and not isinstance(asked, bool):
+            if not self.allow_kv_budget_off:
+                raise ValueError(
+                    f"{REQUEST_BUDGET_KEY}=0: this server lets no request switch compression off{_at_most(most)}; its "
+                    "option allow_kv_budget_off would"
+                )
             return None
         check_budget(REQUEST_BUDGET_KEY, asked)
         self._check_budget_holds(REQUEST_BUDGET_KEY, asked, block_size)
-        budget = asked if is_int(asked) else max(math.ceil(asked * prompt_tokens), self.min_budget(block_size))
+        budget = self._in_tokens(asked, prompt_tokens, block_size)
+        if most is not None and budget > most:
+            if REQUEST_BUDGET_KEY in extra_args:
+                raise ValueError(
+                    f"{REQUEST_BUDGET_KEY}={asked!r}: more than this server allows{_at_most(most)}; its option "
+                    "max_budget raises the limit"
+                )
+            budget = most
+        limits = self._limits(budget, prompt_tokens, block_size)
+        return dataclasses.replace(limits, elastic=evict == EVICT_PRESSURE)
+
+    def max_resident_tokens(self, max_model_len: int, block_size: int = 1) -> int:
+        """Most tokens one sequence can hold under the configured budget, its prefill included."""
+        limits = self.request_limits(None, max_model_len, block_size)
+        assert limits is not None, "a configured budget is never 0"
+        return limits.max_resident_tokens(max_model_len)
+
+    def max_compacted_tokens(self, max_model_len: int, block_size: int = 1) -> int:
+        """Most tokens that a sequence holds when it is compacted, under any budget that a request may set."""
+        most = self._most_budget(max_model_len, block_size)
+        if most is None or self.evict == EVICT_PRESSURE:
+            return max_model_len
+        return self._limits(most, max_model_len, block_size).max_resident_tokens(max_model_len)
+
+    def _limits(self, budget: int, prompt_tokens: int, block_size: int) -> RequestLimits:
+        """Of a budget in tokens that is allowed."""
         window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
         sinks = self.sinks
         if self.scope == "decode":
@@ -179,11 +229,22 @@ class Policy:
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
         )
 
-    def max_resident_tokens(self, max_model_len: int, block_size: int = 1) -> int:
-        """Most tokens one sequence can hold under the configured budget, its prefill included."""
-        limits = self.request_limits(None, max_model_len, block_size)
-        assert limits is not None, "a configured budget is never 0"
-        return limits.max_resident_tokens(max_model_len)
+    def _most_budget(self, prompt_tokens: int, block_size: int) -> int | None:
+        """``max_budget`` in tokens; None: unlimited."""
+        if isinstance(self.max_budget, str):
+            return None
+        return self._in_tokens(self.max_budget, prompt_tokens, block_size)
+
+    def _in_tokens(self, budget: int | float, prompt_tokens: int, block_size: int) -> int:
+        """A fraction of a prompt in tokens is no less than the smallest budget."""
+        if is_int(budget):
+            return int(budget)
+        return max(math.ceil(budget * prompt_tokens), self.min_budget(block_size))
+
+    def _check_budgets_hold(self, block_size: int = 1) -> None:
+        self._check_budget_holds("budget", self.budget, block_size)
+        if not isinstance(self.max_budget, str):
+            self._check_budget_holds("max_budget", self.max_budget, block_size)
 
     def _check_budget_holds(self, name: str, budget: int | float, block_size: int = 1) -> None:
         """Refuses a number of tokens that is too small; fractions are raised to the smallest budget instead."""
@@ -222,6 +283,9 @@ def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: i
         entry=entry,
         method=config.method,
         budget=config.budget,
+        max_budget=config.budget if config.max_budget is None else config.max_budget,
+        allow_kv_budget_off=config.allow_kv_budget_off,
+        evict=config.evict,
         window=config.window,
         sinks=config.sinks,
         interval=interval,
@@ -236,11 +300,26 @@ def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: i
         filters=None if "filters" not in entry.options else config.filters or FILTERS,
         endpoint=config.endpoint,
     )
-    policy._check_budget_holds("budget", policy.budget)
+    policy._check_budgets_hold()
+    _check_max_budget(policy)
     if model_config is None:
         return policy
     # Whether the budget holds the sliding windows is asked later: first come models that are not supported at all.
     return dataclasses.replace(policy, sliding_window=_sliding_window(model_config))
+
+
+def _check_max_budget(policy: Policy) -> None:
+    """Refuses a limit for requests below the budget of those that set none."""
+    limit, budget = policy.max_budget, policy.budget
+    if isinstance(limit, str) or is_int(limit) != is_int(budget):
+        return  # a fraction and a number of tokens: which is more is for the prompt to say
+    if limit < budget:
+        raise ValueError(f"max_budget={limit!r} is below budget={budget!r}: give at least that, or {UNLIMITED!r}")
+
+
+def _at_most(most: int | None) -> str:
+    """What a message says of the limit of a request."""
+    return "" if most is None else f": give {most} tokens at most"
 
 
 def _default_filter(config: KVCompressionConfig) -> str | None:

@@ -7,6 +7,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 COUNTERS = {
     "compactions": "Evictions carried out, one per sequence and time.",
+    "pressure_compactions": "Those of them for want of pages, with evict 'pressure'.",
     "evicted_tokens": "Tokens evicted from the KV cache.",
     "freed_pages": "KV cache pages that evictions gave up and nobody else held.",
     "compaction_seconds": "Seconds one rank spent choosing and moving tokens; nothing is moved with page granularity.",
@@ -41,6 +42,7 @@ class KVCompressionStats:
 
     Attributes:
         compactions: how many evictions were carried out, one per sequence and time.
+        pressure_compactions: those of them for want of pages.
         evicted_tokens: tokens evicted from sequences.
         freed_pages: pages that evictions gave up and nobody else held.
         compaction_seconds: the time one rank spent compacting.
@@ -52,6 +54,7 @@ class KVCompressionStats:
     """
 
     compactions: int = 0
+    pressure_compactions: int = 0
     evicted_tokens: int = 0
     freed_pages: int = 0
     compaction_seconds: float = 0.0

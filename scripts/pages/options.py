@@ -20,8 +20,8 @@ HEAD = f"""# Options
 A server takes them behind `--kv-compression METHOD`, as one JSON object
 (`--kv-compression-config '{{"budget": 1024}}'`) or one by one (`--kv-compression-config.budget 1024`). In Python they
 are arguments of `kv_compression(METHOD, ...)`. A request sets its own budget as `{REQUEST_BUDGET_KEY}` in `vllm_xargs`
-(over HTTP) or in `SamplingParams.extra_args`, and 0 switches compression off for that request. An option that nothing
-would read is refused. The [glossary](glossary.md) explains the words.
+(over HTTP) or in `SamplingParams.extra_args`, up to `max_budget`. An option that nothing would read is refused. The
+[glossary](glossary.md) explains the words.
 
 `scripts/make_docs.py` made this page from `vllm_qfilters/config.py`, `vllm_qfilters/policy.py` and
 `vllm_qfilters/methods/catalog.py`.

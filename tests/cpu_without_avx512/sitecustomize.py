@@ -13,8 +13,8 @@ import tempfile
 
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
-# PyTorch 2.13 finds what it compiled for AVX-512 in its cache, and compiles it again as if it were for AVX2: half of the
-# elements are then not written (findings/inductor-cache-isa.sh).
+# PyTorch 2.13 finds what it generated for AVX-512 in its cache and compiles it for AVX2: half of the elements are then
+# not written (findings/inductor-cache-isa.sh).
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor-avx2-{os.getuid()}")
 
 _ABSENT = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")

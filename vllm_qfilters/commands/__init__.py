@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": Listed("calibrate", "make the Q-Filters of a model"),
     "generate": Listed("generate.command", "generate completions for a JSONL file, with compressed KV caches"),
     "eval": Listed("evaluation.command", "measure what compression costs in quality"),
+    "size": Listed("sizing.command", "reckon how many sequences fit into a memory, with and without compression"),
     "inspect": Listed("inspection.command", "show on a page which tokens of a prompt the cache keeps"),
 }
 

@@ -3,6 +3,7 @@
 Runs in the engine process and owns ``evicted`` there. The worker side keeps its own count, from the same plans.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class QFiltersManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
-        self._released: list[KVCacheBlock] = []  # taken out by plan_eviction(), not yet returned to the pool
+        self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
+        self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
 
     def resident_tokens(self, request: Request) -> int:
         return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
@@ -114,17 +116,24 @@ class QFiltersManager(FullAttentionManager):
             blocks[i] = block
         return self._take_out(request, range(first_out, after_out), window, copied_pages)
 
+    @property
+    def num_releasable(self) -> int:
+        """Pages that :meth:`release` would give back to the pool."""
+        held = Counter(block.block_id for block in self._released)
+        blocks = {block.block_id: block for block in self._released}
+        return sum(blocks[block_id].ref_cnt == count for block_id, count in held.items())
+
     def release(self) -> int:
         """Returns the pages taken out by :meth:`plan_eviction` to the pool; a shared page only loses this reference.
 
         Returns:
-            Pages that became free.
+            Pages that became free, without those that private copies replace.
         """
-        before = self.block_pool.get_num_free_blocks()
         # Later pages first, as when a request ends: heads of prefixes are the last to leave the prefix cache.
         self.block_pool.free_blocks(reversed(self._released))
-        self._released = []
-        return self.block_pool.get_num_free_blocks() - before
+        freed = {block.block_id for block in self._taken_out if block.ref_cnt == 0}  # two may have shared one
+        self._released, self._taken_out = [], []
+        return len(freed)
 
     def _take_out(
         self, request: Request, indices: Sequence[int], window: int, copied_pages: tuple[tuple[int, int], ...] = ()
@@ -142,6 +151,7 @@ class QFiltersManager(FullAttentionManager):
         limits = self.limits[request_id]
         shared = [blocks[i].block_id for i in indices if blocks[i].ref_cnt > 1]
         self._released.extend(blocks[i] for i in indices)
+        self._taken_out.extend(blocks[i] for i in indices)
         is_out = indices if isinstance(indices, range) else frozenset(indices)
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size

@@ -7,11 +7,13 @@ requests in the same step; which tokens go is the workers' business (worker/comp
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -22,17 +24,20 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_qfilters.budget import cdiv
+from vllm_qfilters.config import EVICT_PRESSURE
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
-from vllm_qfilters.plan import CompactionPlan
+from vllm_qfilters.plan import CompactionPlan, RequestCompaction
 from vllm_qfilters.policy import Policy
 from vllm_qfilters.stats import KVCompressionStats, RunningSequence, attach_stats
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
+RESERVE = 0.05  # of all pages, freed beside what is wanting: cuts come in bursts, and load does not make them flap
 
 
 def _awaits_last_token(request: Request) -> bool:
@@ -40,6 +45,16 @@ def _awaits_last_token(request: Request) -> bool:
     ``Scheduler.schedule``, schedules no other step for it, and an eviction would serve nobody."""
     known_tokens = request.num_computed_tokens + 2 - request.num_output_placeholders
     return request.num_output_placeholders > 0 and known_tokens >= request.num_prompt_tokens + request.max_tokens
+
+
+def _waits(request: Request | None) -> bool:
+    """Whether a request is still to be let in."""
+    return request is not None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+def _idle(blocks: Sequence[KVCacheBlock]) -> int:
+    """How many pages nobody holds: they are in the prefix cache, and free."""
+    return sum(block.ref_cnt == 0 for block in blocks)
 
 
 @dataclasses.dataclass
@@ -81,6 +96,10 @@ class QFiltersScheduler(AsyncScheduler):
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
         self._sent_stats = KVCompressionStats()
         self._histories: dict[str, _History] = {}
+        self._pressed: set[str] = set()  # requests cut for want of pages in the step being scheduled
+        self._kept_out: Request | None = None  # by the last step, for want of pages
+        self._looked_up: Request | None = None  # the last request that the step being scheduled tried to let in,
+        self._idle_hit_pages = 0  # and those pages of its hit in the prefix cache that nobody else holds
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -93,7 +112,9 @@ class QFiltersScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()
         plan = self._plan_compaction()
+        self._looked_up, self._idle_hit_pages = None, 0
         output = super().schedule(throttle_prefills)
+        self._kept_out = self._looked_up if _waits(self._looked_up) else None
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             self.unverified_drafts[req_id] += len(drafts)
         # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
@@ -103,6 +124,7 @@ class QFiltersScheduler(AsyncScheduler):
             history.evictions += 1
             history.peak_tokens = max(history.peak_tokens, row.resident_tokens)
         self.compression_stats.compactions += len(rows)
+        self.compression_stats.pressure_compactions += sum(row.req_id in self._pressed for row in rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
 
@@ -147,9 +169,71 @@ class QFiltersScheduler(AsyncScheduler):
                     break
             else:
                 rows.append(row)
+        rows += self._plan_relief()
         # Only now: a page one request gives up must not be the private page another one copies into in the same plan.
         self.compression_stats.freed_pages += self.block_manager.release()
         return CompactionPlan(tuple(rows))
+
+    def _plan_relief(self) -> list[RequestCompaction]:
+        """Cuts elastic sequences to their budgets, those furthest beyond first, if the step would find no page for a
+        running request or the last one found none for a waiting one: until there are as many, and a reserve."""
+        self._pressed.clear()
+        rows: list[RequestCompaction] = []
+        if self.compression.evict != EVICT_PRESSURE:
+            return rows
+        wanted, pool = self._pages_wanted(), self.kv_cache_manager.block_pool
+        if wanted <= pool.get_num_free_blocks() + self.block_manager.num_releasable:
+            return rows
+        wanted += int(RESERVE * pool.num_gpu_blocks)
+        for request, evicted_tokens in self._reducible():
+            if wanted <= pool.get_num_free_blocks() + self.block_manager.num_releasable:
+                break
+            if self._sits_out(request, evicted_tokens):
+                self._sitting_out.add(request.request_id)
+                continue
+            row = self.block_manager.plan_eviction(request, evicted_tokens)
+            if row is not None:  # else its pages are shared, and none is free to copy them to
+                rows.append(row)
+                self._pressed.add(request.request_id)
+        return rows
+
+    def _pages_wanted(self) -> int:
+        """Pages that the running requests need for the step, and the waiting one that the last step kept out."""
+        tokens_left, pages = self.max_num_scheduled_tokens, 0
+        for request in self.running:
+            computed = request.num_computed_tokens
+            num_tokens = request.num_tokens_with_spec + request.num_output_placeholders - computed
+            most = self.max_model_len - computed - self.num_sampled_tokens_per_step
+            num_tokens = min(num_tokens, tokens_left, most)
+            limits = self.block_manager.limits.get(request.request_id)
+            if limits is not None and not limits.elastic and request.is_prefill_chunk:
+                num_tokens = min(num_tokens, limits.tokens_to_next_cut(computed) or num_tokens)
+            if request.status != RequestStatus.RUNNING or num_tokens <= 0 or _awaits_last_token(request):
+                continue
+            if request.request_id in self._sitting_out:
+                continue
+            tokens_left -= num_tokens
+            held = len(self.block_manager.req_to_blocks[request.request_id])
+            resident = self.block_manager.resident_tokens(request) + num_tokens + self.num_lookahead_tokens
+            pages += max(0, cdiv(resident, self.block_size) - held)
+        if self._kept_out is not None and _waits(self._kept_out):
+            limits, tokens = self.block_manager.limits.get(self._kept_out.request_id), self._kept_out.num_tokens
+            pages += cdiv(tokens if limits is None else limits.max_resident_tokens(tokens), self.block_size)
+            pages += self.kv_cache_manager.watermark_blocks
+        return pages
+
+    def _reducible(self) -> list[tuple[Request, int]]:
+        """Running elastic sequences that hold more than their budget, and the tokens beyond it; most tokens first."""
+        found = []
+        for request in self.running:
+            limits = self.block_manager.limits.get(request.request_id)
+            if limits is None or not limits.elastic or request.status != RequestStatus.RUNNING:
+                continue
+            resident = self.block_manager.resident_tokens(request)
+            evicted_tokens = limits.reducible_tokens(resident, request.is_prefill_chunk, self.block_size)
+            if evicted_tokens and not _awaits_last_token(request):
+                found.append((request, evicted_tokens))
+        return sorted(found, key=lambda reducible: -reducible[1])
 
     def _preempt_lowest_priority(self) -> Request:
         """Preempts the running request vLLM would preempt for want of a page, and returns it."""
@@ -166,7 +250,7 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _evicted_tokens_due(self, request: Request) -> int:
         limits = self.block_manager.limits.get(request.request_id)
-        if limits is None:
+        if limits is None or limits.elastic:
             return 0
         if request.is_prefill_chunk and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
@@ -189,10 +273,32 @@ class QFiltersScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         longest = self._longest_prefix_cache_hit(request)
+        limits = self.block_manager.limits.get(request.request_id)
+        if limits is not None and limits.elastic:
+            most = self._hit_with_room(blocks, num_tokens // self.block_size) * self.block_size
+            longest = most if longest is None else min(longest, most)
         if longest is not None and num_tokens > longest:
             num_tokens = longest
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        # vLLM asks here last of all before it looks for pages.
+        self._looked_up = request
+        self._idle_hit_pages = _idle(blocks.blocks[0])
         return blocks, num_tokens, boundary, diverged
+
+    def _hit_with_room(self, blocks: KVCacheBlocks, num_pages: int) -> int:
+        """Pages of a hit, ``num_pages`` at most, that leave one more for the first new tokens: pages that nobody holds
+        are among the free ones until they are hit."""
+        pages, needed = blocks.blocks[0], cdiv(1 + self.num_lookahead_tokens, self.block_size)
+        idle = _idle(pages[:num_pages])
+        while num_pages and self._free_pages(idle) < needed:
+            num_pages -= 1
+            idle -= pages[num_pages].ref_cnt == 0
+        return num_pages
+
+    def _free_pages(self, idle_hit_pages: int) -> int:
+        """Pages that a waiting request can be given beside those of its hit."""
+        watermark: int = self.kv_cache_manager.watermark_blocks if self.running else 0
+        return self.kv_cache_manager.block_pool.get_num_free_blocks() - watermark - idle_hit_pages
 
     def _longest_prefix_cache_hit(self, request: Request) -> int | None:
         """Tokens, whole pages; None: no limit. Within it a hit changes nothing of what is evicted."""
@@ -202,7 +308,7 @@ class QFiltersScheduler(AsyncScheduler):
         # The queries that will be observed must be computed. A hit up to a cut would hold more than the budget and a
         # chunk, and skip the cut that a cold prompt gets there.
         ends = [request.num_prompt_tokens]
-        if limits.first_prefill_cut is not None:
+        if limits.first_prefill_cut is not None and not limits.elastic:
             ends.append(limits.first_prefill_cut)
         return max(0, min(ends) - max(1, self.compression.observed_queries)) // self.block_size * self.block_size
 
@@ -215,10 +321,24 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None:
             return num_new_tokens
+        if limits.elastic:
+            # A prompt goes on in the pages there are: for all of it others would be preempted, or it for itself.
+            is_decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
+            return num_new_tokens if is_decoding else min(num_new_tokens, max(1, self._room(request)))
         if request.status == RequestStatus.RUNNING and not request.is_prefill_chunk:
             return min(num_new_tokens, limits.budget - self.block_manager.resident_tokens(request))  # the drafts too
         to_next_cut = limits.tokens_to_next_cut(num_computed_tokens)
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that a prompt may go on by: those that fit into free pages and what is left of its own."""
+        if request.status != RequestStatus.RUNNING:
+            return self._free_pages(self._idle_hit_pages) * self.block_size - self.num_lookahead_tokens
+        # Others need a page at most, if they are decoding.
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() - (len(self.running) - 1)
+        held = len(self.block_manager.req_to_blocks[request.request_id])
+        tokens = (held + max(0, free)) * self.block_size
+        return tokens - self.block_manager.resident_tokens(request) - self.num_lookahead_tokens
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         self._vllm_scheduler()._update_after_schedule(scheduler_output)

@@ -44,6 +44,7 @@ class ModelIdentity:
         architecture: of the model, e.g. LlamaForCausalLM.
         num_layers, num_heads, num_kv_heads, head_size: of the whole model, not of one rank.
         rope: the rotary parameters of its configuration.
+        revision: the commit of its repository; empty for a folder. Informative, like the name.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelIdentity:
     num_kv_heads: int
     head_size: int
     rope: dict[str, Any]
+    revision: str = ""
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "ModelIdentity":
@@ -66,6 +68,7 @@ class ModelIdentity:
             num_kv_heads=model_config.get_total_num_kv_heads(),
             head_size=model_config.get_head_size(),
             rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
+            revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
         )
 
 
@@ -241,7 +244,7 @@ def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdent
     if version > VERSION:
         raise ValueError(f"{path} has version {version}, this package reads up to {VERSION}: update vllm-qfilters")
     for name, value in dataclasses.asdict(model).items():
-        if name != "name" and made_for.get(name) != value:
+        if name not in ("name", "revision") and made_for.get(name) != value:
             raise ValueError(
                 f"{path} was made for {_shown(made_for.get('name'))} ({name} {_shown(made_for.get(name))}), "
                 f"but {model.name} has {name} {value}: calibrate filters for it, or use filters 'auto'"

@@ -18,6 +18,10 @@ flag. The targets are of vLLM 0.32; tests/test_compat.py fails when one of their
 ``vllm.plugins.load_endpoint_plugins``
     lets ``endpoint`` add a route to the API server: entry points of that group are warned of in the log of every server
     where VLLM_PLUGINS is not set. It goes when endpoint plugins can be named in the configuration.
+``CompletionRequest.to_beam_search_params``, ``ChatCompletionRequest.to_beam_search_params``
+    refuse a ``kv_budget`` with a 400: beams are requests made anew, to which vLLM hands on no ``vllm_xargs``, so that
+    the budget would be lost without a word. Patched in API servers with KV compression alone, whose endpoint plugin is
+    attached before the first request. They go when BeamSearchParams has ``extra_args``.
 """
 
 import argparse
@@ -31,13 +35,19 @@ from typing import Any
 import vllm.plugins
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.config import REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
 from vllm_qfilters.frontend.metrics import KVCompressionStatLogger
-from vllm_qfilters.frontend.support import check_request, check_supported, warn_of_slow_dtype
+from vllm_qfilters.frontend.support import (
+    check_request,
+    check_supported,
+    warn_of_base_requests_with_adapters,
+    warn_of_slow_dtype,
+)
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.policy import Policy, resolve
 
@@ -57,6 +67,16 @@ def apply_patches() -> None:
     _patch(StatLoggerManager, "__init__", _with_stat_logger)
     _patch(vllm.plugins, "load_endpoint_plugins", _with_endpoint)
     setattr(EngineArgs, _MARK, True)
+
+
+def patch_beam_search() -> None:
+    """Applies the patches of requests for beam search, once per API server."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for request in (CompletionRequest, ChatCompletionRequest):
+        if not hasattr(request.to_beam_search_params, "__wrapped__"):
+            _patch(request, "to_beam_search_params", _with_budget_refused)
 
 
 def _patch(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
@@ -88,10 +108,11 @@ def _with_cli_args(add_cli_args: Function) -> Function:
         group.add_argument(
             "--kv-compression-config",
             type=_json_object,
+            action=_Merged,
             default=None,
             help=f"JSON, or dotted keys as in --kv-compression-config.budget 1024. Defaults: {json.dumps(defaults)}; "
             "interval, chunk and prefill_interval are rounded up to the block size unless given. A request sets its "
-            "own budget with vllm_xargs={'kv_budget': 512}; 0 switches compression off for it.",
+            "own budget with vllm_xargs={'kv_budget': 512}, up to max_budget.",
         )
         return parser
 
@@ -115,6 +136,15 @@ def _with_kv_compression(from_cli_args: Function) -> Function:
     return wrapper
 
 
+class _Merged(argparse.Action):
+    """Collects the options of every occurrence, the last of each name: dotted keys come as one more JSON object."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -133,6 +163,7 @@ def _with_config_check(create_engine_config: Function) -> Function:
         if policy is not None:
             check_supported(policy, vllm_config)
             warn_of_slow_dtype(self.dtype, vllm_config)
+            warn_of_base_requests_with_adapters(vllm_config)
         return vllm_config
 
     return wrapper
@@ -161,6 +192,20 @@ def _with_stat_logger(init: Function) -> Function:
         init(self, vllm_config, *args, **kwargs)
         if KVCompressionConfig.from_vllm_config(vllm_config) is not None:
             self.stat_loggers.insert(0, KVCompressionStatLogger(vllm_config, self.engine_indexes))
+
+    return wrapper
+
+
+def _with_budget_refused(to_beam_search_params: Function) -> Function:
+    @functools.wraps(to_beam_search_params)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lost = {REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY} & set(self.vllm_xargs or {})
+        if lost:
+            raise VLLMValidationError(
+                f"{', '.join(sorted(lost))} does nothing with use_beam_search, whose beams have the server's budget: "
+                "drop one of them"
+            )
+        return to_beam_search_params(self, *args, **kwargs)
 
     return wrapper
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
 
+from vllm_qfilters.frontend.compat import patch_beam_search
 from vllm_qfilters.frontend.metrics import KVCompressionStatLogger
 
 router = APIRouter()
@@ -38,6 +39,8 @@ class KVCompressionEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        if getattr(app.state.args, "kv_compression", None) is not None:
+            patch_beam_search()
         if _is_wanted(app.state.args):
             app.include_router(router)
 

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY
+from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, find_filters
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
@@ -82,7 +82,8 @@ class Refusal(NamedTuple):
     message: str
 
 
-REFUSALS = (
+# Of models by their configuration alone.
+MODEL_REFUSALS = (
     Refusal(
         lambda start: start.model.runner_type == "pooling", "pooling models, which keep no KV cache while decoding"
     ),
@@ -93,6 +94,9 @@ REFUSALS = (
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
     ),
+)
+REFUSALS = (
+    *MODEL_REFUSALS,
     Refusal(lambda start: start.config.kv_transfer_config is not None, "KV connectors; drop --kv-transfer-config"),
     Refusal(
         lambda start: start.config.ec_transfer_config is not None,
@@ -208,6 +212,17 @@ def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
         )
 
 
+def warn_of_base_requests_with_adapters(vllm_config: VllmConfig) -> None:
+    """Says how many slots adapters need on CPUs, for whose operators in vLLM 0.32 the base model is the adapter in the
+    last one (rows without an adapter carry -1, which they use as an index)."""
+    if vllm_config.lora_config is not None and vllm_config.parallel_config.worker_cls == CPU_WORKER_CLS:
+        logger.warning(
+            "--enable-lora on CPUs: vLLM answers requests for the base model with the adapter in the last of its "
+            "--max-loras %d slots, if there is one: give one slot more than adapters that run at once",
+            vllm_config.lora_config.max_loras,
+        )
+
+
 def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None:
     """Refuses a request in the front end, before the engine has seen it.
 
@@ -240,7 +255,7 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
     if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
         raise VLLMValidationError(
             "KV compression does not support images in prompts of models that attend to them in both directions: set "
-            "kv_budget to 0, which switches compression off for the request"
+            "kv_budget to 0, which switches compression off for the request, where allow_kv_budget_off lets it"
         )
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
@@ -257,7 +272,7 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
 
 def _is_misspelt(key: str) -> bool:
     """Whether a key of a request's extra arguments is none that anybody reads, and looks like ours."""
-    if key == REQUEST_BUDGET_KEY or key in _KEYS_OF_VLLM:
+    if key in (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY) or key in _KEYS_OF_VLLM:
         return False
     lower = key.lower()
     return lower.startswith("kv") or bool(difflib.get_close_matches(lower, [REQUEST_BUDGET_KEY], cutoff=_ALIKE))

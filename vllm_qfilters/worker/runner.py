@@ -41,8 +41,8 @@ from vllm_qfilters.filters.calibrate import (
     rotations_in_use,
 )
 from vllm_qfilters.filters.calibrate import describe as describe_sequences
-from vllm_qfilters.filters.format import Filters, ModelIdentity, save
-from vllm_qfilters.filters.load import cache_path, find_filters
+from vllm_qfilters.filters.format import Filters, ModelIdentity
+from vllm_qfilters.filters.load import AUTO, find_filters, keep
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
@@ -368,21 +368,20 @@ class CompressedModelRunner:
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         model = ModelIdentity.from_model_config(self.model_config)
-        needs_statistics = self.compression.entry.needs_query_statistics
+        # Random weights, as benchmarks and trainers start with, have the same configuration as real ones.
+        is_random = self.load_config.load_format == "dummy" and self.compression.filters == AUTO
         # One rank looks, for all: another one may be on another machine, whose files and cache are others.
-        found = (
-            find_filters(self.compression.filters, model, needs_statistics) if get_world_group().is_first_rank else None
-        )
-        found = get_world_group().broadcast_object(found)
+        looks = get_world_group().is_first_rank and not is_random
+        found = get_world_group().broadcast_object(find_filters(self.compression.filters, model) if looks else None)
         if found is not None:
             return found
         sequences = self._random_sequences()
         description = describe_sequences(sequences)
         filters = self.calibrate_filters(sequences, description)
-        path = cache_path(model)
-        if self._is_first_rank:
-            save(path, filters, model)
-        return filters, f"calibrated now ({description}), kept in {path}"
+        kept = "not kept, as the weights are random"
+        if not is_random:
+            kept = keep(filters, model) if self._is_first_rank else "kept by another rank"
+        return filters, f"calibrated now ({description}), {kept}"
 
     def _random_sequences(self) -> list[list[int]]:
         return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, fitting(self, SEQUENCE_TOKENS))
@@ -435,6 +434,7 @@ def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
         f"granularity {config.granularity}",
         f"prefill {prefill}",
         f"scope {config.scope}",
+        f"evict {config.evict}",
     ]
     if config.method == "qfilters":
         details = (

@@ -42,13 +42,14 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         name, spec = next(iter(specs.items()))
         layer = self.compilation_config.static_forward_context[name]
         cached_tokens = cache_bytes // (len(specs) * spec.page_size_bytes) * spec.block_size
+        longest = self.compression.max_compacted_tokens(self.model_config.max_model_len, spec.block_size)
         return workspace_bytes(
             num_layers=len(specs),
             num_heads=layer.num_heads if self.compression.expects_attention else layer.num_kv_heads,
             num_kv_heads=layer.num_kv_heads,
             head_size=layer.head_size,
             num_sequences=self.scheduler_config.max_num_seqs,
-            longest_sequence=min(self.model_config.max_model_len, cached_tokens),  # a request may set any budget
+            longest_sequence=min(longest, cached_tokens),
             cached_tokens=cached_tokens,
             prompt_bytes=0 if self.recorder is None else self.recorder.prompt_bytes,
         )

@@ -14,6 +14,24 @@ class CompressedWorker:
         self.model_runner.reserve_recent_queries()
         return super().determine_available_memory()
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`_refuse_new_weights`."""
+        self._refuse_new_weights("reload_weights")
+        super().reload_weights(*args, **kwargs)
+
+    def update_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`_refuse_new_weights`."""
+        self._refuse_new_weights("update_weights")
+        super().update_weights(*args, **kwargs)
+
+    def _refuse_new_weights(self, how: str) -> None:
+        """Raises ValueError where scores go by filters of the old weights; it says what to do."""
+        if self.model_runner.compression.entry.needs_filters:
+            raise ValueError(
+                f"KV compression does not support {how} with filters, which were calibrated for the weights before: "
+                "start the engine again, or choose a method without filters"
+            )
+
     def calibrate_filters(self, sequences: list[list[int]], description: str, path: str) -> str:
         """Calibrates filters and writes them to ``path``, or where ``filters: auto`` looks for them if it is empty.
 

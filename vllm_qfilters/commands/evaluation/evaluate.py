@@ -14,7 +14,7 @@ from vllm_qfilters.commands.evaluation.engine import EngineEvent, EngineFinished
 from vllm_qfilters.commands.evaluation.methods import FULL, Method
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, EvalRequest, Task
-from vllm_qfilters.config import REQUEST_BUDGET_KEY, KVCompressionConfig
+from vllm_qfilters.config import REQUEST_BUDGET_KEY, UNLIMITED, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
 from vllm_qfilters.policy import Policy, resolve
 
@@ -69,7 +69,8 @@ def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any
             f"{method.label}: {', '.join(both)} is set by {task.name} itself: drop it, or leave {task.name} out of "
             "--tasks"
         )
-    options = {"interval": block_size, **method.options, **task.cuts, "budget": 1.0}
+    every_budget = {"budget": 1.0, "max_budget": UNLIMITED, "allow_kv_budget_off": True}
+    options = {"interval": block_size, **method.options, **task.cuts, **every_budget}
     try:
         policy = resolve(KVCompressionConfig.from_dict({"method": method.name, **options}), block_size=block_size)
         policy.check_block_size(block_size)

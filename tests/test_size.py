@@ -1,0 +1,186 @@
+"""What the command ``size`` reckons is what engines report, and what sequences in them come to hold."""
+
+import argparse
+import json
+import re
+
+import pytest
+
+from tests.engines import Engine
+from tests.models import random_prompt
+from vllm_qfilters import commands, kv_compression
+from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
+from vllm_qfilters.commands.sizing.command import show, size
+from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.policy import resolve
+
+CACHE_BYTES = 256 << 20
+BLOCK, STEP_TOKENS, MAX_MODEL_LEN = 32, 256, 2048
+# Of models that people serve, by what their configurations say of attention.
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "hidden_act": "silu", "rms_norm_eps": 1e-6,
+}  # fmt: skip
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048,
+    "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+    "max_position_embeddings": 32768, "sliding_window": 512, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "query_pre_attn_scalar": 256,
+}  # fmt: skip
+SMOLLM = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "max_position_embeddings": 8192, "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+# With the parameters that the files on the hub have.
+REAL = {
+    "SmolLM2-135M": (SMOLLM, 134_515_008),
+    "Qwen2.5-0.5B": (QWEN, 494_032_768),
+    "gemma-3-270m": (GEMMA, 268_098_176),
+}
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """Makes a folder that has a configuration and nothing else."""
+
+    def make(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+def run(capsys, *argv):
+    assert commands.main(["size", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def cells(printed, length, budget):
+    """Pages that a sequence holds while it decodes, and how many fit."""
+    (line,) = [line for line in printed.splitlines() if re.match(rf" *{length:,} +{budget} ", line)]
+    *_, pages, fit = line.replace(",", "").split()
+    return int(pages), int(fit)
+
+
+def narrow(config):
+    """The same attention in a model with few weights."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    width = {"hidden_size": head_dim * heads, "intermediate_size": 64, "vocab_size": 512}
+    return {**config, "head_dim": head_dim, **width}
+
+
+@pytest.mark.parametrize("method", [None, "knorm"], ids=["plain", "knorm"])
+@pytest.mark.parametrize("name", REAL)
+def test_an_engine_has_as_many_pages_as_were_reckoned(name, method, folder_of, capsys):
+    """And a sequence in it comes to hold as many of them."""
+    folder = folder_of(narrow(REAL[name][0]))
+    compression = {} if method is None else kv_compression(method, budget=1024, interval=BLOCK)
+    engine = Engine(
+        folder, None, MAX_MODEL_LEN, STEP_TOKENS, compression, load_format="dummy", kv_cache_memory_bytes=CACHE_BYTES
+    )
+    printed = run(
+        capsys, folder, "--kv-cache-memory-bytes", CACHE_BYTES, "--block-size", BLOCK, "--dtype", "float32",
+        "--max-model-len", MAX_MODEL_LEN, "--max-num-batched-tokens", STEP_TOKENS, "--budget", 1024, "--length", 1550,
+        "--kv-compression", method or "knorm", "--kv-compression-config.interval", BLOCK,
+    )  # fmt: skip
+    pages, fit = cells(printed, 1550, "plain vLLM" if method is None else "1,024")
+    assert fit == (engine.pool.num_gpu_blocks - 1) // pages
+
+    held = []
+
+    def count():
+        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        of_request = [blocks for manager in managers for blocks in manager.req_to_blocks.values()]
+        held.append(sum(not block.is_null for blocks in of_request for block in blocks))
+
+    engine.add(random_prompt(1500, seed=0), max_tokens=50)
+    engine.run(on_step=count)
+    decoding = held[-40:-1]
+    assert pages - 2 <= max(decoding) <= pages, "windows seldom begin where a page does"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_weights_are_reckoned_from_the_configuration(name, folder_of, capsys):
+    config, parameters = REAL[name]
+    printed = run(capsys, folder_of(config), "--memory", "8GiB", "--dtype", "bfloat16")
+    assert f"Weights take {show(2 * parameters)}." in printed
+
+
+def test_what_goes_beside_the_cache_comes_off_it(folder_of, capsys):
+    """Llama-3.1-8B on 80 GiB."""
+    config = {
+        **SMOLLM, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    }  # fmt: skip
+    folder = folder_of(config)
+    printed = run(capsys, folder, "--memory", "80GiB", "--length", 131072, "--budget", 2048)
+    assert "A token takes 128 KiB with plain vLLM, 130 KiB with compression, whose 2 token stats" in printed
+    assert "Weights take 14.96 GiB." in printed and "observed queries take 8 GiB for 1,024 sequences" in printed
+    assert cells(printed, 131072, "plain vLLM") == (8192, 3)
+    assert "16 GiB" in printed and cells(printed, 131072, "2,048")[0] == 128
+    quarter = run(capsys, folder, "--memory", "80GiB", "--length", 131072, "-tp", 4, "--max-num-seqs", 256)
+    assert "A token takes 32 KiB" in quarter and "Weights take 3.739 GiB." in quarter
+    assert "observed queries take 512 MiB for 256 sequences" in quarter
+
+
+def test_a_plot(folder_of, capsys, tmp_path):
+    path = tmp_path / "sizes.png"
+    printed = run(capsys, folder_of(QWEN), "--memory", "8GiB", "-o", path)
+    assert f"Plot in {path}" in printed and path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "reason"),
+    [
+        ({}, [], r"how much memory\? Give --memory 80GiB"),
+        ({}, ["--memory", "8GiB", "--length", "40000"], "--length 40000: the model reads 32768 tokens at most"),
+        ({}, ["--memory", "8GiB", "--budget", "10"], "budget=10: at least"),
+        ({}, ["--memory", "8GiB", "--block-size", "48", "--kv-compression-config.interval", "64"], "not a multiple"),
+        ({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, ["--memory", "8GiB"], "MLA"),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["--memory", "8GiB"], "quantised by fp8 .* give --weights"),
+    ],
+)
+def test_what_cannot_be_reckoned_is_refused_saying_what_to_change(change, argv, reason, folder_of, capsys):
+    assert commands.main(["size", str(folder_of({**QWEN, **change})), *argv]) == 2
+    assert re.search(reason, capsys.readouterr().err)
+
+
+def test_given_weights_are_not_reckoned(folder_of, capsys):
+    folder = folder_of({**QWEN, "quantization_config": {"quant_method": "fp8"}})
+    assert "Weights take 1 GiB." in run(capsys, folder, "--memory", "8GiB", "--weights", "1GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("80GiB", 80 << 30), ("24GB", 24 * 10**9), ("1.5 gib", 3 << 29), ("1024", 1024), ("7B", 7), ("2TiB", 2 << 40)],
+)
+def test_sizes(text, num_bytes):
+    assert size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "80G", "-1GiB", "0", "80 gigs", "1e9"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size: give it as 80GiB"):
+        size(text)
+
+
+def test_a_pool_that_cannot_read_a_prompt_fits_none():
+    layers = Layers(num_full=2, num_sliding=0, window=0, num_kv_heads=1, head_size=8, element_bytes=2)
+    assert PlainPool(layers, 16, 512).held(100) == Held(7, 7)
+    assert fitting(Held(7, 7), 8) == 1 and fitting(Held(7, 7), 7) == 0 and fitting(Held(7, 8), 8) == 0
+    limits = resolve(KVCompressionConfig(method="streaming", budget=512)).request_limits(None, 5000)
+    assert CompressedPool(layers, 16, 0).held(5000, limits) == Held(32, 32 + 128)
+    assert CompressedPool(layers, 16, 0).page_bytes == 2 * 16 * 32
+
+
+def test_groups_are_padded_like_vllms():
+    """13 and 12 layers: two groups of 13; 10 and 52: one of full attention and six, the last padded, of windows."""
+    shape = dict(window=1024, num_kv_heads=1, head_size=8, element_bytes=2)
+    held = PlainPool(Layers(num_full=13, num_sliding=12, **shape), 16, 2048).held(100_000)
+    assert held == Held(6250 + 65, 6250 + 193)
+    held = PlainPool(Layers(num_full=10, num_sliding=52, **shape), 16, 2048).held(100_000)
+    assert held == Held(6250 + 6 * 65, 6250 + 6 * 193)

@@ -1,0 +1,394 @@
+"""The command ``vllm-qfilters size``: reckons what sequences hold, and how many fit, from the configuration alone."""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import re
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
+from vllm_qfilters.commands.engine import one_line, read_engine_args
+from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
+from vllm_qfilters.policy import Policy, resolve
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+BLOCK_SIZE = 16  # tokens; vLLM's default on GPUs
+BUDGETS = (1024, 2048, 4096, 8192)
+LENGTHS = (4096, 32_768, 131_072)
+# vLLM's defaults for servers on GPUs of less memory, and from this much on (EngineArgs.get_batch_defaults, 0.32).
+LARGE_GPU = 70 << 30
+MAX_NUM_SEQS = (256, 1024)
+MAX_NUM_BATCHED_TOKENS = (2048, 8192)
+
+USAGE = "MODEL --memory SIZE [--budget N ...] [--length N ...] [-o FILE]"
+DESCRIPTION = (
+    "Reckons what sequences hold in the KV cache with and without compression, and how many fit\n"
+    "into the memory of a device. It reads the model's configuration: no weights, no engine, no GPU."
+)
+EXAMPLES = (
+    "Examples:\n"
+    "  vllm-qfilters size Qwen/Qwen3-8B --memory 80GiB\n"
+    "  vllm-qfilters size Qwen/Qwen3-8B --memory 24GiB --budget 1024 2048 --length 32768 -o sizes.png\n"
+    "  vllm-qfilters size Qwen/Qwen3-8B --kv-cache-memory-bytes 8G --block-size 128"
+)
+ENGINE_DEFAULTS: dict[str, Any] = {"kv_compression": "qfilters"}
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size(text: str) -> int:
+    """Is a type of argument: a number of bytes, such as 80GiB, 24GB or 1073741824."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give it as 80GiB, 24GB or a number of bytes")
+    return int(float(found[1]) * unit)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``size``."""
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="memory of one device, such as 80GiB; vLLM takes --gpu-memory-utilization of it. Instead of it "
+        "--kv-cache-memory-bytes says what the cache alone gets",
+    )
+    parser.add_argument(
+        "--weights",
+        type=size,
+        metavar="SIZE",
+        help="memory of the weights of the whole model; reckoned from the configuration unless given",
+    )
+    budgets = " ".join(map(str, BUDGETS))
+    parser.add_argument(
+        "--budget",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help=f"budgets in tokens; default the one of --kv-compression-config, else {budgets}",
+    )
+    parser.add_argument(
+        "--length",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help=f"lengths of sequences in tokens; default {' '.join(map(str, LENGTHS))}, where the model reads as many, "
+        "and its longest",
+    )
+    parser.add_argument(
+        "-o", "--output", type=pathlib.Path, metavar="FILE", help="plot to draw (PNG): how many fit against length"
+    )
+
+
+class Row(NamedTuple):
+    """A line of the table: sequences of one length under one budget, None for plain vLLM."""
+
+    length: int
+    budget: int | float | None
+    held: Held
+    page_bytes: int
+    num_fitting: int
+
+
+class Beside(NamedTuple):
+    """What goes beside the cache on one device, in bytes."""
+
+    weights: int
+    recent_queries: int
+    compaction: int
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the sizes."""
+    if args.output is not None:
+        check_writable(args.output)
+    engine_args = read_engine_args(args)
+    if args.memory is None and engine_args.kv_cache_memory_bytes is None:
+        raise UsageError("how much memory? Give --memory 80GiB, or --kv-cache-memory-bytes for the cache alone")
+    sizes = _Sizes(args, engine_args)
+    rows = sizes.rows(_lengths(args, sizes.model_config), _budgets(args))
+    print(f"{sizes.description()}\n\n{sizes.memory()}\n\n{table(rows)}")
+    if args.output is not None:
+        draw(rows, args.output)
+        print(f"\nPlot in {args.output}")
+    return 0
+
+
+class _Sizes:
+    """What is reckoned for one model on one kind of device.
+
+    Args:
+        args: of the command.
+        engine_args: of vLLM, with KV compression on.
+
+    Raises:
+        UsageError: the model has no configuration that can be read, or is not supported.
+    """
+
+    def __init__(self, args: argparse.Namespace, engine_args: "EngineArgs") -> None:
+        self._engine_args = engine_args
+        self._memory = args.memory
+        self._is_large = (args.memory or 0) >= LARGE_GPU
+        self._options = KVCompressionConfig.from_dict(engine_args.additional_config[ADDITIONAL_CONFIG_KEY])
+        self._block_size = engine_args.block_size or BLOCK_SIZE
+        try:
+            self.model_config = _model_config(engine_args)
+            self._policy = resolve(self._options, self.model_config, self._block_size)
+            self._policy.check_block_size(self._block_size)
+        except (ValueError, OSError) as error:
+            raise UsageError(one_line(error)) from error
+        self._layers = _layers(self.model_config, engine_args)
+        self._plain = PlainPool(
+            self._layers,
+            self._block_size,
+            engine_args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self._is_large],
+        )
+        self._compressed = CompressedPool(self._layers, self._block_size, self._policy.num_planes)
+        self._beside = None if args.memory is None else self._reckon_beside(args.weights)
+
+    def rows(self, lengths: list[int], budgets: list[int | float]) -> list[Row]:
+        """All lines of the table.
+
+        Raises:
+            UsageError: a budget is too small.
+        """
+        found = []
+        for length in lengths:
+            found.append(self._row(length, None, self._plain.held(length), self._plain.page_bytes))
+            for budget in budgets:
+                try:
+                    limits = self._with_budget(budget).request_limits(None, length, self._block_size)
+                except ValueError as error:
+                    raise UsageError(one_line(error)) from error
+                assert limits is not None, "a budget on the command line is never 0"
+                held = self._compressed.held(length, limits)
+                found.append(self._row(length, budget, held, self._compressed.page_bytes))
+        return found
+
+    def description(self) -> str:
+        """The model, and the bytes of a token."""
+        layers = self._layers
+        kinds = f"{layers.num_full} layers of full attention" if layers.num_full else ""
+        if layers.num_sliding:
+            kinds += f"{' and ' if kinds else ''}{layers.num_sliding} with a sliding window of {layers.window:,}"
+        parallel = self._engine_args.tensor_parallel_size * self._engine_args.pipeline_parallel_size
+        where = f", on each of {parallel} devices" if parallel > 1 else ""
+        planes = self._policy.num_planes
+        lines = [
+            f"{self._engine_args.model}: {kinds}, {layers.num_kv_heads} KV heads of {layers.head_size}{where}; "
+            f"pages of {self._block_size} tokens",
+            f"A token takes {show(layers.number * layers.token_bytes())} with plain vLLM, "
+            f"{show(layers.number * layers.token_bytes(planes))} with compression, whose {planes} token stats per KV "
+            "head lie beside key and value",
+        ]
+        if layers.num_full and layers.num_sliding:
+            full, sliding = (count * layers.token_bytes() for count in (layers.num_full, layers.num_sliding))
+            lines.append(
+                f"Of plain vLLM's bytes {show(full)} are in layers of full attention, {show(sliding)} in those with a "
+                "window, which give them up again. With compression all layers hold the same tokens"
+            )
+        return "\n".join(lines)
+
+    def memory(self) -> str:
+        """Where the memory goes."""
+        plain, compressed = (self._cache_bytes(is_compressed) for is_compressed in (False, True))
+        if self._beside is None:
+            return f"The cache gets {show(plain)}"
+        share = self._engine_args.gpu_memory_utilization
+        return (
+            f"Of {show(self._memory)} vLLM uses {share:.0%}. Weights take {show(self._beside.weights)}. With "
+            f"compression observed queries take {show(self._beside.recent_queries)} for {self._max_num_seqs:,} "
+            f"sequences (--max-num-seqs), and compacting up to {show(self._beside.compaction)}.\n"
+            f"The cache gets at most {show(plain)} with plain vLLM, {show(compressed)} with compression; activations "
+            "and CUDA graphs, which vLLM measures when it starts, come off both"
+        )
+
+    def num_pages(self, is_compressed: bool) -> int:
+        """Pages of the pool, vLLM's null block among them."""
+        pool = self._compressed if is_compressed else self._plain
+        return self._cache_bytes(is_compressed) // pool.page_bytes
+
+    def _row(self, length: int, budget: int | float | None, held: Held, page_bytes: int) -> Row:
+        return Row(length, budget, held, page_bytes, fitting(held, self.num_pages(budget is not None)))
+
+    def _with_budget(self, budget: int | float) -> Policy:
+        config = dataclasses.replace(self._options, budget=budget, max_budget=None)
+        policy = resolve(config, self.model_config, self._block_size)
+        policy.check_block_size(self._block_size)
+        return policy
+
+    @property
+    def _max_num_seqs(self) -> int:
+        return self._engine_args.max_num_seqs or MAX_NUM_SEQS[self._is_large]
+
+    def _cache_bytes(self, is_compressed: bool) -> int:
+        fixed: int | None = self._engine_args.kv_cache_memory_bytes
+        if fixed is not None:
+            return fixed
+        assert self._beside is not None, "run() asks for one of the two sizes"
+        left = int(self._memory * self._engine_args.gpu_memory_utilization) - self._beside.weights
+        if is_compressed:
+            left -= self._beside.recent_queries + self._beside.compaction
+        return max(0, left)
+
+    def _reckon_beside(self, weights: int | None) -> Beside:
+        from vllm_qfilters.worker.compactor import workspace_bytes
+
+        args, layers, policy = self._engine_args, self._layers, self._policy
+        devices = args.tensor_parallel_size * args.pipeline_parallel_size
+        whole = weight_bytes(self.model_config) if weights is None else weights
+        num_heads = self.model_config.hf_text_config.num_attention_heads // args.tensor_parallel_size
+        prompt = (
+            layers.number * policy.observed_queries * num_heads * layers.head_size * _bytes(self.model_config.dtype)
+        )
+        queries = prompt * self._max_num_seqs
+        left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices - queries)
+        cached_tokens = left // self._compressed.page_bytes * self._block_size
+        longest = policy.max_compacted_tokens(self.model_config.max_model_len, self._block_size)
+        compaction = 0
+        if not policy.evicts_whole_pages:
+            compaction = workspace_bytes(
+                num_layers=layers.number,
+                num_heads=num_heads if policy.expects_attention else layers.num_kv_heads,
+                num_kv_heads=layers.num_kv_heads,
+                head_size=layers.head_size,
+                num_sequences=self._max_num_seqs,
+                longest_sequence=min(longest, cached_tokens),
+                cached_tokens=cached_tokens,
+                prompt_bytes=prompt,
+            )
+        return Beside(whole // devices, queries, compaction)
+
+
+def weight_bytes(model_config: "ModelConfig") -> int:
+    """Bytes of the weights of the whole model, from its configuration: they are not read.
+
+    Raises:
+        UsageError: Transformers cannot make such a model, or its weights are quantised.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if model_config.quantization is not None:
+        raise UsageError(f"weights quantised by {model_config.quantization} are not reckoned: give --weights SIZE")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config.hf_text_config)
+    except Exception as error:
+        raise UsageError(
+            f"the weights cannot be reckoned from the configuration ({one_line(error)}): give --weights SIZE"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters()) * _bytes(model_config.dtype)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, a column each: length, budget, what a sequence holds, how many fit."""
+    lines = [("length", "budget", "held decoding", "held at most", "pages", "sequences that fit")]
+    for row in rows:
+        lines.append(
+            (
+                f"{row.length:,}",
+                "plain vLLM" if row.budget is None else f"{row.budget:,}",
+                show(row.held.decoding * row.page_bytes),
+                show(row.held.reading * row.page_bytes),
+                f"{row.held.decoding:,}",
+                f"{row.num_fitting:,}",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw(rows: list[Row], path: pathlib.Path) -> None:
+    """Draws how many sequences fit against their length, a line for each budget."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("plots need matplotlib: pip install matplotlib, or drop -o") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for budget in dict.fromkeys(row.budget for row in rows):
+        points = [(row.length, row.num_fitting) for row in rows if row.budget == budget]
+        color, label = ("black", "plain vLLM") if budget is None else (None, f"budget {budget:,}")
+        panel.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    lengths = sorted({row.length for row in rows})
+    panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    panel.minorticks_off()
+    panel.set_xlabel("length (tokens)")
+    panel.set_ylabel("sequences that fit")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def show(num_bytes: int) -> str:
+    """A size with three digits or four, such as 132 KiB."""
+    power = 0 if num_bytes < 1 else min(4, int(math.log2(num_bytes)) // 10)
+    unit = ("bytes", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{num_bytes / (1 << 10 * power):.4g} {unit}"
+
+
+def _model_config(engine_args: "EngineArgs") -> "ModelConfig":
+    """vLLM's, of a supported model. Neither tokenizer nor weights are looked at."""
+    from vllm_qfilters.frontend.support import MODEL_REFUSALS, Start, refuse
+
+    engine_args.skip_tokenizer_init = True
+    model_config = engine_args.create_model_config()
+    refuse(Start(resolve(KVCompressionConfig()), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS)
+    return model_config
+
+
+def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
+    """The layers of a device; of the first stage, which has most of them, where there is a pipeline."""
+    parallel = engine_args.tensor_parallel_size
+    total = model_config.get_total_num_hidden_layers()
+    window = model_config.get_sliding_window() or 0
+    types = getattr(model_config.hf_text_config, "layer_types", None) or []
+    if not 0 < window < model_config.max_model_len:
+        num_sliding = 0
+    elif types:
+        num_sliding = types.count("sliding_attention")
+    else:
+        num_sliding = total
+    stages = engine_args.pipeline_parallel_size
+    cache_dtype = engine_args.kv_cache_dtype
+    return Layers(
+        num_full=-(-(total - num_sliding) // stages),
+        num_sliding=-(-num_sliding // stages),
+        window=window if num_sliding else 0,
+        num_kv_heads=max(1, model_config.get_total_num_kv_heads() // parallel),
+        head_size=model_config.get_head_size(),
+        element_bytes=1 if cache_dtype.startswith("fp8") else _bytes(model_config.dtype),
+    )
+
+
+def _lengths(args: argparse.Namespace, model_config: "ModelConfig") -> list[int]:
+    longest = model_config.max_model_len
+    if args.length is None:
+        return sorted({length for length in LENGTHS if length < longest} | {longest})
+    too_long = [length for length in args.length if length > longest]
+    if too_long:
+        raise UsageError(f"--length {too_long[0]}: the model reads {longest} tokens at most (--max-model-len)")
+    return sorted(set(args.length))
+
+
+def _budgets(args: argparse.Namespace) -> list[int | float]:
+    configured = (args.kv_compression_config or {}).get("budget")
+    return args.budget or (list(BUDGETS) if configured is None else [configured])
+
+
+def _bytes(dtype: Any) -> int:
+    return int(dtype.itemsize)
