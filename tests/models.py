@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     SmolLM3Config,
     SmolLM3ForCausalLM,
@@ -94,6 +96,16 @@ def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
         **shape, num_local_experts=4, num_experts_per_tok=2, layer_types=layer_types, sliding_window=SLIDING_WINDOW
     )
     GptOssForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_phi3(folder: pathlib.Path) -> pathlib.Path:
+    """Two RoPE tables (longrope): one for contexts of up to 1,024 tokens, one for longer ones."""
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * (HEAD_SIZE // 2), "long_factor": [1 + i / 4 for i in range(HEAD_SIZE // 2)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024, **factors}
+    config = Phi3Config(**{**_shape(), "rope_parameters": rope}, original_max_position_embeddings=1024, pad_token_id=0)
+    Phi3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
 
 

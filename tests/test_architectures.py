@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers import rotary_embedding
 
 from tests import models
 from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
@@ -95,6 +96,23 @@ def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
         ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"
     ):
         rotations_in_use(runner, runner.layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
+
+
+@pytest.mark.parametrize("max_model_len, is_long", [(1024, False), (2048, True)])
+def test_longrope_is_calibrated_by_the_table_in_use(max_model_len, is_long, tmp_path, monkeypatch):
+    """Phi-3 with a long context. A calibration looks at queries, and refuses where the table does not explain them."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    # vLLM 0.32 gives all engines of a process the embedding that the first one made, with the table it chose.
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
+    model = models.make_tiny_phi3(tmp_path / "model")
+    llm = {**LLM, "max_model_len": max_model_len, "dtype": "float32"}
+    plain = run_engine(model, REQUESTS, None, **llm)
+    assert run_engine(model, REQUESTS, dict(budget=1024), **llm) == plain
+    engine = Engine(model, 128, max_model_len, 256, kv_compression("qfilters", budget=256, interval=32, chunk=128))
+    tables = [rotation._rotary_emb.cos_sin_cache.shape[0] for rotation in engine.runner.rotations()]
+    assert tables == [65536 if is_long else 1024] * models.NUM_LAYERS
+    engine.generate([random_prompt(700, seed=1)], max_tokens=100)
+    assert engine.scheduler.compression_stats.evicted_tokens > 400
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head", "page"])

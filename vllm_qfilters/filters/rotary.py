@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import torch
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,16 @@ class RotaryTable:
         angles = torch.arange(num_positions, device=inv_freq.device).unsqueeze(1) * inv_freq
         table = rotary_emb.attention_scaling * torch.cat((angles.cos(), angles.sin()), dim=-1)
         return [cls(table.shape[1], is_neox_style, table) for is_neox_style in (True, False)]
+
+    @classmethod
+    def of_longrope(cls, rotary_emb: Phi3LongRoPEScaledRotaryEmbedding) -> "RotaryTable":
+        """Of Phi-3 with a long context, in vLLM: of its two tables, which lie one behind the other, the engine uses one
+        for all positions, the long one if its ``max_model_len`` is beyond what the model was first trained on.
+        """
+        first = rotary_emb.original_max_position_embeddings
+        tables = rotary_emb.long_short_cos_sin_cache
+        table = tables[first:] if rotary_emb.use_long_rope else tables[:first]
+        return cls(rotary_emb.rotary_dim, True, table)
 
 
 class Rotation:

@@ -20,6 +20,7 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.utils.mem_utils import format_gib
@@ -475,13 +476,15 @@ def _rotary_tables(
         return []
     if isinstance(rotary_emb, RotaryEmbeddingBase):
         return [rotary_emb]
+    if isinstance(rotary_emb, Phi3LongRoPEScaledRotaryEmbedding):
+        return [RotaryTable.of_longrope(rotary_emb)]
     try:
         tables = RotaryTable.both_styles(rotary_emb, num_positions)
     except AttributeError:
         tables = []
     if not tables:
         raise ValueError(
-            f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}: give existing ones as "
-            "--kv-compression-config.filters"
+            f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}, whose rotation cannot be "
+            "taken off queries: choose a method without filters, such as streaming or knorm"
         )
     return tables
