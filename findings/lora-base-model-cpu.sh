@@ -83,8 +83,8 @@ print("ANSWER", "itself" if together == alone else "the adapter" if together == 
 PYTHON
 
 run() {
-    VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_OMP_THREADS_BIND=nobind "$bin/python" "$folder/answer.py" "$folder" "$1" \
-        2> "$folder/errors" | sed -n 's/^ANSWER //p' || { cat "$folder/errors"; exit 1; }
+    VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR VLLM_CPU_OMP_THREADS_BIND=nobind "$bin/python" "$folder/answer.py" "$folder" "$1" \
+        2> "$folder/errors" | sed -n 's/^ANSWER //p' || { cat "$folder/errors" >&2; exit 1; }
 }
 one=$(run 1)
 two=$(run 2)

@@ -29,7 +29,7 @@ HISTORY = 30_000  # tokens of a conversation, as an example
 _MISSING_ROWS = (
     "ms per step",
     "requests per second",
-    "loss over the full cache",
+    "loss above the full cache's",
     "hidden numbers found",
     "long answers that turn in circles",
     "seconds to the next turn's first token",
@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         label: what was measured.
-        values: by column, None where nothing was measured.
+        values: by column, None where nothing was measured; a column that is left out has nothing to measure.
         shown: how a value is printed.
         most_is_best: whether the greatest value is printed in bold, and not the least.
     """
@@ -56,7 +56,9 @@ class Row:
         """The label and the values; the best ones are bold."""
         measured = {value for value in self.values.values() if value is not None}
         best = None if len(measured) < 2 else max(measured) if self.most_is_best else min(measured)
-        return [self.label, *(self._cell(self.values.get(column), best) for column in COLUMNS)]
+        has_no = {column for column in COLUMNS if self.values and column not in self.values}
+        cells = ("" if column in has_no else self._cell(self.values.get(column), best) for column in COLUMNS)
+        return [self.label, *cells]
 
     def _cell(self, value: float | None, best: float | None) -> str:
         if value is None:
@@ -109,7 +111,7 @@ def prefix_cache() -> str:
         f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is",
         f"{_listed(hits.values())} tokens ({where}): the default budget reads {number(HISTORY - usual)} tokens of a",
         f"history of {number(HISTORY)} again on every turn. `prefill: full` and `scope: decode` keep the prompt's",
-        f"prefix: they read {number(HISTORY - whole)} again, and at most the last answer.",
+        f"prefix: they read {number(HISTORY - whole)} again, plus at most the last answer, and hold whole prompts.",
     )
     return "\n".join(lines)
 
@@ -218,10 +220,13 @@ def _follow_up_rows(files: Sequence[File]) -> list[Row]:
     if file is None:
         return []
     history = number(file.values["options"]["history"])
-    return [
+    whole = {"qfilters": "qfilters, prefill full"}
+    rows = [
         Row(f"s to the next turn's first token, history of {history}", _medians(file, "second_ttft_s", _same())),
+        Row("the same with `prefill: full`", _medians(file, "second_ttft_s", whole)),
         Row("tokens of this history read again", _medians(file, "read_again_tokens", _same())),
     ]
+    return [row for row in rows if any(value is not None for value in row.values.values())]
 
 
 def _quality_rows(files: Sequence[File], budget: int) -> list[Row]:
@@ -243,7 +248,7 @@ def _quality_row(of_kind: str, settings: Values, cells: dict[str, Values | None]
         return {column: None if cell is None else measure(cell) for column, cell in cells.items()}
 
     if of_kind == "loss":
-        label = "loss over the full cache, nats per token"
+        label = "loss above the full cache's, nats per token"
         return Row(
             label,
             each(lambda cell: loss_increase(cell, full).mean),
