@@ -90,7 +90,14 @@ def make_parts(arguments: argparse.Namespace, staged: pathlib.Path) -> list[Part
         else:
             file, program = QUALITY, [str(pathlib.Path(sys.executable).with_name("vllm-qfilters")), "eval"]
             options = ["--dtype", cpu.fast_dtype(), *EVAL_OPTIONS.split()]
-        command = [*program, arguments.model, *sizes.split(), *options, "--output", os.path.relpath(staged / file, ROOT)]
+        command = [
+            *program,
+            arguments.model,
+            *sizes.split(),
+            *options,
+            "--output",
+            os.path.relpath(staged / file, ROOT),
+        ]
         found.append(Part(name, file, command))
     return found
 
