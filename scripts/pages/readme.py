@@ -56,9 +56,8 @@ class Row:
         """The label and the values; the best ones are bold."""
         measured = {value for value in self.values.values() if value is not None}
         best = None if len(measured) < 2 else max(measured) if self.most_is_best else min(measured)
-        has_no = {column for column in COLUMNS if self.values and column not in self.values}
-        cells = ("" if column in has_no else self._cell(self.values.get(column), best) for column in COLUMNS)
-        return [self.label, *cells]
+        columns = self.values or dict.fromkeys(COLUMNS)
+        return [self.label, *(self._cell(columns[column], best) if column in columns else "" for column in COLUMNS)]
 
     def _cell(self, value: float | None, best: float | None) -> str:
         if value is None:

@@ -32,7 +32,6 @@ class QueryRecorder:
         queries: the room for them, shape ``[num_layers, num_prompts, num_queries, num_heads, head_size]``. They take no
             more: a prompt for which there is no row is not observed. With as many rows as requests run at once there
             always is one.
-
         follows_decoding: the queries of generated tokens are kept too.
 
     Attributes:

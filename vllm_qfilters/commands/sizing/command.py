@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_qfilters.budget import cdiv
 from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
 from vllm_qfilters.commands.engine import one_line, read_engine_args
 from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
@@ -366,8 +367,8 @@ def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
     stages = engine_args.pipeline_parallel_size
     cache_dtype = engine_args.kv_cache_dtype
     return Layers(
-        num_full=-(-(total - num_sliding) // stages),
-        num_sliding=-(-num_sliding // stages),
+        num_full=cdiv(total - num_sliding, stages),
+        num_sliding=cdiv(num_sliding, stages),
         window=window if num_sliding else 0,
         num_kv_heads=max(1, model_config.get_total_num_kv_heads() // parallel),
         head_size=model_config.get_head_size(),
