@@ -6,6 +6,7 @@ import sys
 CASES = {
     "decode": "time per token, to the first token, and pages against context: plain vLLM, ours, StreamingLLM, limit",
     "throughput": "requests per second and concurrency with a cache of 1/8 of what the load would need",
+    "elastic": "`evict: pressure` beside plain vLLM and `evict: always`, with room for the whole load and with less",
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
     "follow_up": "the next turn of a long conversation: seconds to its first token, tokens of the history read again",
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",

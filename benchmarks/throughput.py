@@ -28,11 +28,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    needed = arguments.requests * (arguments.prompt + arguments.output_tokens) * _bytes_per_token(arguments)
-    cache = {"kv_cache_memory_bytes": int(needed * arguments.cache)}
+    cache = {"kv_cache_memory_bytes": cache_bytes(arguments, arguments.cache)}
     return {
         name: {"method": method, **cache} for name, method in [("plain", None), *((m, m) for m in arguments.methods)]
     }
+
+
+def cache_bytes(arguments: argparse.Namespace, share: float) -> int:
+    """Reckons the bytes that hold a share of what plain vLLM needs for all requests at once."""
+    tokens = arguments.requests * (arguments.prompt + arguments.output_tokens)
+    return int(tokens * _bytes_per_token(arguments) * share)
 
 
 def _bytes_per_token(arguments: argparse.Namespace) -> int:
@@ -47,28 +52,39 @@ def _bytes_per_token(arguments: argparse.Namespace) -> int:
 
 
 def measure(job: dict[str, Any]) -> Numbers:
+    numbers, _ = serve(job, {})
+    return numbers
+
+
+def serve(job: dict[str, Any], options: dict[str, Any]) -> tuple[Numbers, list[list[int]]]:
+    """Serves all requests of a load that arrives at once.
+
+    Args:
+        job: ``requests``, ``prompt``, ``output_tokens``, ``max_num_seqs``, ``method``, and what the engine takes.
+        options: of KV compression, beside the job's.
+
+    Returns:
+        The numbers, and the answers as token ids, in the order of the requests.
+    """
     length = job["prompt"] + job["output_tokens"]
-    engine = Engine(
-        job,
-        job["method"],
-        {},
-        max_model_len=length,
-        max_num_seqs=job["max_num_seqs"],
-    )
+    engine = Engine(job, job["method"], options, max_model_len=length, max_num_seqs=job["max_num_seqs"])
     for index, prompt in enumerate(engine.prompts(job["requests"], job["prompt"])):
         engine.add(str(index), prompt, job["output_tokens"])
     begin = time.perf_counter()
-    first_token, running, tokens = {}, [], 0
+    first_token: dict[str, float] = {}
+    running, answers = [], {}
     while engine.engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter() - begin
         running.append((round(now, 3), len(engine.scheduler.running)))
         for output in outputs:
             first_token.setdefault(output.request_id, now)
-            tokens += len(output.outputs[0].token_ids) if output.finished else 0
+            if output.finished:
+                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+    tokens = sum(map(len, answers.values()))
     assert tokens == job["requests"] * job["output_tokens"]
     running_seconds = sum((end - start) * count for (start, count), (end, _) in itertools.pairwise(running))
-    return {
+    numbers = {
         "seconds": now,
         "requests_per_s": job["requests"] / now,
         "output_tokens_per_s": tokens / now,
@@ -80,6 +96,7 @@ def measure(job: dict[str, Any]) -> Numbers:
         "cache_pages": engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
         "running": running[:: max(1, len(running) // 500)],
     }
+    return numbers, [answers[index] for index in range(job["requests"])]
 
 
 def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:

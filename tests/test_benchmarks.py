@@ -81,6 +81,24 @@ def test_the_cache_of_throughput_is_a_share_of_what_the_load_needs(tiny_model, m
     assert {job["kv_cache_memory_bytes"] for job in child.jobs.values()} == {4 * 400 * bytes_per_token // 4}
 
 
+def test_elastic_names_answers_that_differ_and_preemptions():
+    elastic = importlib.import_module("benchmarks.elastic")
+
+    def of_round(**of_pressure):
+        numbers = {"requests_per_s": 2.0, "evicted_tokens": 0, "preemptions": 0, "answers_sha256": "a"}
+        return {
+            "plain, cache 0.5": numbers,
+            "always, cache 0.5": {**numbers, "requests_per_s": 8.0},
+            "pressure, cache 0.5": {**numbers, "requests_per_s": 4.0, **of_pressure},
+        }
+
+    assert elastic.problems(of_round()) == elastic.problems(of_round(evicted_tokens=1, answers_sha256="b")) == []
+    (differs,) = elastic.problems(of_round(answers_sha256="b"))
+    assert differs.startswith("cache 0.5: nothing was evicted")
+    assert elastic.problems(of_round(preemptions=2)) == ["cache 0.5: 2 preemptions where evict always has none"]
+    assert list(elastic.ratios(of_round()).values()) == [2.0, 0.5]
+
+
 def test_decode_runs_methods_beside_each_other_and_leaves_the_limits_out_if_told(tiny_model, monkeypatch, tmp_path):
     options = ["--budget", "2048", "--methods", "qfilters", "streaming", "--rounds", "1"]
     _, child = run("decode", monkeypatch, tmp_path, str(tiny_model), *options, "--no-limit")
