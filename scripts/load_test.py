@@ -2,13 +2,17 @@
 
     python scripts/load_test.py [--minutes 10] [--model FOLDER] [--full-size] [any argument of vllm serve]
 
-Starts ``vllm serve`` with KV compression and a cache so small that requests are preempted all the time, and sends at
-once
+Starts ``vllm serve`` with two API servers, elastic budgets (``evict: pressure``) and a cache so small that requests are
+preempted all the time, and sends at once
 
-- short requests, thousands of them, beside long ones with budgets of their own,
+- short requests, thousands of them, beside long ones with budgets of their own, elastic ones and such as insist on
+  theirs,
+- conversations, which send their whole history again on every turn,
 - ``vllm bench serve``, round after round, with lengths from a tenth to twice the mean,
 - requests whose clients go away in the middle of the stream,
-- requests with malformed ``kv_budget`` values, which must be refused with a 400 and a reason.
+- requests with malformed ``kv_budget`` values, which must be refused with a 400 and a reason,
+- what an operator does: the prefix cache is reset, with running requests and without, and the engine is put to sleep
+  and woken up, which keeps its requests or waits for them.
 
 Then everything must have been answered, no page be held, the same prompt get the same answer as before, and no
 exception stand in the log. At last the worker's process is killed while it streams, and on another server the engine's:
@@ -64,14 +68,14 @@ class LoadedServer(Server):
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str]) -> None:
         config = {"budget": BUDGET, "interval": BLOCK, "chunk": CHUNK}
-        config |= {"max_budget": "unlimited", "allow_kv_budget_off": True}
+        config |= {"evict": "pressure", "max_budget": "unlimited", "allow_kv_budget_off": True}
         defaults = ["--kv-compression", "qfilters", "--kv-compression-config", json.dumps(config)]
         defaults += ["--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", str(MAX_MODEL_LEN)]
         defaults += ["--num-gpu-blocks-override", str(NUM_PAGES), "--kv-cache-memory-bytes", str(1 << 30)]
         if not arguments.full_size:
             defaults += ["--load-format", "dummy", "--hf-overrides", json.dumps(SMALL)]
-        # /reset_prefix_cache is there in this mode alone, which also logs the stack of every refusal.
-        defaults.append("--no-log-error-stack")
+        # /reset_prefix_cache and /sleep are there in this mode alone, which also logs the stack of every refusal.
+        defaults += ["--no-log-error-stack", "--api-server-count", "2"]
         # A machine that stands still for longer than this makes the server close connections with requests it has not
         # read.
         environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"}
@@ -119,6 +123,7 @@ class Load:
     def __init__(self, server: LoadedServer, session: aiohttp.ClientSession, seed: int) -> None:
         self.server, self.session, self.rng = server, session, random.Random(seed)
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.seconds: dict[str, list[float]] = collections.defaultdict(list)  # to whole answers, by kind
         self.failures: list[str] = []
         self.ends_at = 0.0
 
@@ -140,8 +145,45 @@ class Load:
     async def long(self) -> None:
         budget = self.rng.choice([None, None, 192, 0.3, 0])
         length = self.rng.randint(300, 3000) if budget != 0 else self.rng.randint(300, 900)
-        extra = {} if budget is None else {"vllm_xargs": {"kv_budget": budget}}
-        await self._complete("long", self._tokens(length, length), self.rng.randint(50, 300), **extra)
+        xargs = {} if budget is None else {"kv_budget": budget}
+        xargs |= self.rng.choice([{}, {}, {"kv_evict": "always"}])
+        await self._complete("long", self._tokens(length, length), self.rng.randint(50, 300), vllm_xargs=xargs)
+
+    async def converse(self) -> None:
+        """Every turn sends what was said before, the answers too."""
+        history: list[int] = []
+        xargs = self.rng.choice([{}, {}, {"kv_evict": "always"}])
+        for _ in range(self.rng.randint(2, 8)):
+            history += self._tokens(20, 500)
+            answer = await self._complete(
+                "conversation", history, self.rng.randint(20, 120), vllm_xargs=xargs, return_token_ids=True
+            )
+            if answer is None or time.monotonic() > self.ends_at:
+                return
+            history += answer["token_ids"]
+            if len(history) > MAX_MODEL_LEN - 700:  # less than the longest turn is left
+                return
+
+    async def operate(self) -> None:
+        await asyncio.sleep(self.rng.uniform(2, 10))
+        if self.rng.random() < 0.7:
+            running = self.rng.choice(["true", "false"])
+            await self._order(f"reset_prefix_cache?reset_running_requests={running}")
+        else:
+            await self._order(f"sleep?level=1&mode={self.rng.choice(['keep', 'wait'])}")
+            await asyncio.sleep(self.rng.uniform(0, 1))
+            await self._order("wake_up")
+
+    async def _order(self, order: str) -> None:
+        self.counts["operator", "sent"] += 1
+        try:
+            async with self.session.post(f"{self.server.url}/{order}") as response:
+                if response.status == 200:
+                    self.counts["operator", "answered"] += 1
+                else:
+                    self._fail("operator", f"{order}: {response.status}: {await response.text()}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._fail("operator", f"{order}: {error!r}")
 
     async def leave(self) -> None:
         body = self._body(self._tokens(10, 1500), 600, stream=True)
@@ -169,12 +211,16 @@ class Load:
             self._fail("malformed", f"kv_budget={value!r} got {status}: {text[:300]}")
         await asyncio.sleep(0.2)
 
-    async def ask(self) -> str:
-        """The same every time; its answer must be, too."""
+    async def ask(self) -> list[str]:
+        """The same every time, of an idle server; its answers must be, too: in full and within the budget."""
         numbers = random.Random(1)
         prompt = [numbers.randrange(3, 400) for _ in range(900)]
-        status, text = await self._post(self._body(prompt, 64))
-        return json.loads(text)["choices"][0]["text"] if status == 200 else f"{status}: {text}"
+        answers = []
+        for evict in ("pressure", "always"):
+            await self._order("reset_prefix_cache")
+            status, text = await self._post(self._body(prompt, 64, vllm_xargs={"kv_evict": evict}))
+            answers.append(json.loads(text)["choices"][0]["text"] if status == 200 else f"{status}: {text}")
+        return answers
 
     async def stream_to_the_end(self) -> bool:
         """Whether the client was told that something went wrong."""
@@ -186,14 +232,18 @@ class Load:
         except aiohttp.ClientError:
             return True
 
-    async def _complete(self, kind: str, prompt: list[int], max_tokens: int, **extra: Any) -> None:
+    async def _complete(self, kind: str, prompt: list[int], max_tokens: int, **extra: Any) -> dict[str, Any] | None:
+        """Returns the answer, or None if it is not what was asked for."""
         self.counts[kind, "sent"] += 1
+        begin = time.monotonic()
         status, text = await self._post(self._body(prompt, max_tokens, **extra))
         usage = json.loads(text)["usage"] if status == 200 else {}
         if usage.get("completion_tokens") == max_tokens and usage.get("prompt_tokens") == len(prompt):
             self.counts[kind, "answered"] += 1
-        else:
-            self._fail(kind, f"{len(prompt)} tokens, {max_tokens} wanted, {extra}: {status} {usage or text[:300]}")
+            self.seconds[kind].append(time.monotonic() - begin)
+            return json.loads(text)["choices"][0]
+        self._fail(kind, f"{len(prompt)} tokens, {max_tokens} wanted, {extra}: {status} {usage or text[:300]}")
+        return None
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, str]:
         try:
@@ -281,7 +331,7 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
                 await asyncio.sleep(seconds / 10)
 
     bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
-    mix = {load.short: 32, load.long: 4, load.leave: 3, load.malformed: 1}
+    mix = {load.short: 32, load.long: 4, load.converse: 4, load.leave: 3, load.malformed: 1, load.operate: 1}
     watch = asyncio.create_task(watch_memory())
     await asyncio.gather(load.run(seconds, mix), bench)
     await watch
@@ -302,9 +352,11 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
     return {
         "minutes": arguments.minutes,
         "requests": {kind: {outcome: load.counts[kind, outcome] for outcome in outcomes} for kind in kinds},
+        "seconds_to_whole_answers": {kind: percentiles(load.seconds[kind]) for kind in sorted(load.seconds)},
         "failures": load.failures,
         "preemptions": int(numbers["num_preemptions_total"]),
         "compactions": int(numbers["kv_compression_compactions_total"]),
+        "pressure_compactions": int(numbers["kv_compression_pressure_compactions_total"]),
         "evicted_tokens": int(numbers["kv_compression_evicted_tokens_total"]),
         "freed_pages": int(numbers["kv_compression_freed_pages_total"]),
         "cache_pages": NUM_PAGES - 1,
@@ -314,6 +366,12 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
         "resident_mb": memory,
         "exceptions_in_the_log": dict(collections.Counter(server.exceptions()).most_common(10)),
     }
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    found = {f"p{percent}": ordered[int(len(ordered) * percent / 100)] for percent in (50, 90, 99)}
+    return {name: round(value, 2) for name, value in {**found, "most": ordered[-1]}.items()}
 
 
 async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
@@ -379,8 +437,10 @@ def violations(report: dict[str, Any]) -> Iterator[str]:
             yield f"{kind} requests failed or were lost: {counts}"
     if not report["preemptions"]:
         yield "nothing was preempted: the cache was not small enough"
-    if not report["compactions"]:
-        yield "nothing was compacted"
+    if not report["pressure_compactions"]:
+        yield "nothing was compacted for want of pages"
+    if report["compactions"] == report["pressure_compactions"]:
+        yield "no sequence was compacted that insisted on its budget"
     if report["leaked_pages"]:
         yield f"{report['leaked_pages']} pages are held by nobody"
     for name in ("went_idle", "same_answer_as_before"):
@@ -409,8 +469,18 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"\n{'requests':<12}" + "".join(f"{name:>10}" for name in ("sent", "answered", "refused", "left", "failed")))
     for kind, counts in report["requests"].items():
         print(f"{kind:<12}" + "".join(f"{count:>10}" for count in counts.values()))
+    for kind, seconds in report["seconds_to_whole_answers"].items():
+        print(f"seconds to whole answers, {kind}: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print()
-    shown = ("preemptions", "compactions", "evicted_tokens", "freed_pages", "leaked_pages", "same_answer_as_before")
+    shown = (
+        "preemptions",
+        "compactions",
+        "pressure_compactions",
+        "evicted_tokens",
+        "freed_pages",
+        "leaked_pages",
+        "same_answer_as_before",
+    )
     for name in shown:
         print(f"{name.replace('_', ' ')}: {report[name]}")
     for sample in report["resident_mb"]:

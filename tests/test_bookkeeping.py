@@ -31,6 +31,7 @@ from vllm_qfilters.worker.lengths import ResidentLengths
 
 BLOCK, NUM_BLOCKS, BUDGET, CHUNK = 2, 800, 48, 32
 COMPACTIONS = 50_000  # per granularity
+ONE_TOKEN_REQUESTS = 12 * 60 * 60  # twelve hours of one a second
 IN_FLIGHT = 2  # steps scheduled before the output of the first one is looked at, as with async scheduling
 
 
@@ -119,13 +120,14 @@ class Simulation:
         self.added = self.ended = self.preemptions = 0
         self.sums = collections.Counter()
 
-    def add(self) -> None:
+    def add(self, max_tokens: int | None = None) -> None:
         prompt = self.rng.choice([[], *self.prefixes]) + [
             self.rng.randrange(3, 500) for _ in range(self.rng.randint(1, 60))
         ]
         extra_args = self.rng.choice([None, None, None, {"kv_budget": 32}, {"kv_budget": 0.9}, {"kv_budget": 0}])
         most = 60 if extra_args == {"kv_budget": 0} else 900
-        params = SamplingParams(max_tokens=self.rng.randint(1, most), ignore_eos=True, extra_args=extra_args)
+        max_tokens = max_tokens or self.rng.randint(1, most)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
         request = Request(f"simulated-{self.added}", prompt, params, None, block_hasher=self.hasher)
         self.added += 1
         self.scheduler.add_request(request)
@@ -158,8 +160,12 @@ class Simulation:
             number += 1
             if number % 250 == 0:
                 self.audit()
+        self.finish()
+
+    def finish(self) -> None:
+        """Serves what is left."""
         for _ in range(10_000):
-            if not scheduler.requests and not self.in_flight:
+            if not self.scheduler.requests and not self.in_flight:
                 break
             self.step()
         for _ in range(IN_FLIGHT):
@@ -185,6 +191,17 @@ class Simulation:
         assert stats.freed_pages > 0
         if hasattr(pages, "block_scores"):
             assert pages.block_scores.shape == (NUM_BLOCKS,) and len(pages._awaited) < NUM_BLOCKS
+
+    def audit_ended(self) -> None:
+        """All requests ended, and nobody holds anything of them."""
+        assert self.added == self.ended and not self.scheduler.requests
+        assert not self.worker.lengths._evicted and not self.worker.pages
+        assert self.scheduler.reset_prefix_cache()
+
+    def remembered(self) -> int:
+        total, names = reachable(self.scheduler)
+        assert not names, f"requests that ended are remembered: {sorted(names)[:3]}"
+        return total
 
 
 def reachable(root: object) -> tuple[int, set[str]]:
@@ -227,12 +244,49 @@ def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, 
     for share in (0.1, 0.9):
         simulation.run(int(share * COMPACTIONS))
         simulation.audit()
-        assert simulation.added == simulation.ended and not scheduler.requests
-        assert scheduler.reset_prefix_cache()
-        total, names = reachable(scheduler)
-        assert not names, f"requests that ended are remembered: {sorted(names)[:3]}"
-        remembered.append(total)
+        simulation.audit_ended()
+        remembered.append(simulation.remembered())
     assert scheduler.compression_stats.compactions >= COMPACTIONS
     assert simulation.preemptions > 20, "the cache was not small enough to preempt"
     assert remembered[1] <= remembered[0] + 16, "something grows"
-    assert not simulation.worker.lengths._evicted and not simulation.worker.pages
+
+
+@pytest.mark.parametrize("granularity, evict", [("layer", "always"), ("page", "pressure")])
+def test_nothing_leaks_in_twelve_hours_of_one_token_requests(granularity, evict, tiny_model):
+    simulation = Simulation(tiny_model, granularity, True, evict)
+    scheduler, remembered = simulation.scheduler, []
+    for end in (ONE_TOKEN_REQUESTS // 10, ONE_TOKEN_REQUESTS):
+        while simulation.added < end:
+            while len(scheduler.requests) < 36:
+                simulation.add(max_tokens=1)
+            simulation.step()
+        simulation.finish()
+        simulation.audit_ended()
+        remembered.append(simulation.remembered())
+    assert remembered[1] <= remembered[0] + 16, "something grows"
+
+
+@pytest.mark.parametrize("granularity, evict", [("layer", "always"), ("page", "always"), ("layer", "pressure")])
+def test_a_long_prompt_that_is_preempted_again_and_again_ends(granularity, evict, tiny_model):
+    simulation = Simulation(tiny_model, granularity, True, evict)
+    scheduler, rng = simulation.scheduler, simulation.rng
+    prompt = [rng.randrange(3, 500) for _ in range(1500)]
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    scheduler.add_request(Request("simulated-long", prompt, params, None, block_hasher=simulation.hasher))
+    simulation.added += 1
+    preempted = set()
+    for number in range(4000):
+        if "simulated-long" not in scheduler.requests:
+            break
+        while len(scheduler.requests) < 5:
+            simulation.add()
+        if number % 7 == 6 and len(preempted) < 100:
+            # As vLLM's weight updates do: all that run lose their pages, and start over.
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        simulation.step()
+        request = scheduler.requests.get("simulated-long")
+        if request is not None:
+            preempted.add(request.num_preemptions)
+    assert len(preempted) > 15, "it was not preempted often"
+    simulation.finish()
+    simulation.audit_ended()

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import random
-import shutil
 import stat
 from types import SimpleNamespace
 
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters import calibrate, format, load
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
+from vllm_qfilters.filters.fingerprint import SAMPLES, fingerprint
 from vllm_qfilters.filters.format import Filters, ModelIdentity
-from vllm_qfilters.filters.load import cache_path, find_filters, keep
+from vllm_qfilters.filters.load import cache_path, cached_filters, given_filters, keep
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
 from vllm_qfilters.methods.catalog import entry
@@ -385,47 +385,28 @@ def cache_root(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """A model folder."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "config.json").write_text("{}")
-    return folder
+WEIGHTS = "what the weights are"
 
 
-def test_the_cache_path_lies_below_vllms_cache_and_is_named_after_the_model(cache_root):
-    path = cache_path(tiny_identity("org/tiny"))
+def test_the_cache_path_lies_below_vllms_cache_and_is_named_after_the_architecture(cache_root):
+    path = cache_path(tiny_identity("org/tiny"), WEIGHTS)
     assert path.parent == cache_root / "qfilters"
-    assert path.name.startswith("tiny-") and path.suffix == ".safetensors"
+    assert path.name.startswith("LlamaForCausalLM-") and path.suffix == ".safetensors"
 
 
-def test_the_cache_path_stays_while_nothing_changes(cache_root, weights):
-    before = cache_path(tiny_identity(str(weights)))
-    (weights / "README.md").write_text("words")
-    assert cache_path(tiny_identity(str(weights))) == before
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model-2.safetensors", "pytorch_model.bin", "model.gguf"])
-def test_the_cache_path_changes_with_weight_files(cache_root, weights, name):
-    before = cache_path(tiny_identity(str(weights)))
-    (weights / name).write_bytes(b"other weights")
-    assert cache_path(tiny_identity(str(weights))) != before
-
-
-def test_the_cache_path_changes_when_weights_are_overwritten_by_as_many_bytes(cache_root, weights):
-    before = cache_path(tiny_identity(str(weights)))
-    modified = (weights / "model.safetensors").stat().st_mtime_ns
-    os.utime(weights / "model.safetensors", ns=(modified, modified + 1_000_000))
-    assert cache_path(tiny_identity(str(weights))) != before
+@pytest.mark.parametrize(
+    "name", ["org/tiny", "tiny", "./tiny/", "/models/moved", "../../etc/passwd", "a\n/b", "x" * 500]
+)
+def test_the_cache_path_goes_by_weights_and_not_by_where_they_came_from(cache_root, name):
+    model = tiny_identity("org/tiny")
+    for same in (tiny_identity(name), dataclasses.replace(model, revision="another commit")):
+        assert cache_path(same, WEIGHTS) == cache_path(model, WEIGHTS)
+    assert cache_path(model, "other weights") != cache_path(model, WEIGHTS)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "org/other"},
-        {"revision": "another commit"},
         {"architecture": "Other"},
         {"num_layers": 9},
         {"head_size": 64},
@@ -435,7 +416,39 @@ def test_the_cache_path_changes_when_weights_are_overwritten_by_as_many_bytes(ca
 )
 def test_the_cache_path_changes_with_the_model(cache_root, change):
     model = tiny_identity("org/tiny")
-    assert cache_path(dataclasses.replace(model, **change)) != cache_path(model)
+    assert cache_path(dataclasses.replace(model, **change), WEIGHTS) != cache_path(model, WEIGHTS)
+
+
+def model_of(dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model = torch.nn.Module()
+    for name, shape in (("wide", (300, 70)), ("narrow", (7,)), ("single", ()), ("none", (0, 4))):
+        values = torch.randn(shape, generator=generator).to(dtype)
+        model.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_the_fingerprint_goes_by_numbers_and_types(dtype):
+    expected = fingerprint(model_of(dtype))
+    assert fingerprint(model_of(dtype)) == expected
+    assert fingerprint(model_of(dtype, seed=1)) != expected
+    other_dtype = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    assert fingerprint(model_of(dtype).to(other_dtype)) != expected
+    for name in ("wide", "narrow", "single"):
+        changed = model_of(dtype)
+        getattr(changed, name).copy_((getattr(changed, name).float() * 2 + 1).to(dtype))
+        assert fingerprint(changed) != expected, name
+    transposed = model_of(dtype)
+    transposed.wide = torch.nn.Parameter(transposed.wide.t().contiguous().t(), requires_grad=False)
+    assert not transposed.wide.is_contiguous() and fingerprint(transposed) == expected
+
+
+def test_the_fingerprint_sees_an_adapter_that_was_merged_into_one_parameter():
+    model = model_of()
+    before = fingerprint(model)
+    model.wide += torch.outer(torch.full((300,), 0.01), torch.ones(70))
+    assert fingerprint(model) != before and model.wide.numel() / 100 > SAMPLES
 
 
 class Hub:
@@ -476,26 +489,18 @@ def save_for(path: pathlib.Path, model: ModelIdentity, seed: int = 0) -> pathlib
     return path
 
 
-def test_auto_takes_cached_filters_first(cache_root, hub):
+def test_cached_filters_are_found_by_their_weights(cache_root):
     model = tiny_identity("org/tiny")
-    path = save_for(cache_path(model), model, seed=1)
-    filters, origin = find_filters("auto", model)
+    path = save_for(cache_path(model, WEIGHTS), model, seed=1)
+    filters, origin = cached_filters(model, WEIGHTS)
     assert_same(filters, random_filters(seed=1))
     assert origin == f"cache {path}"
-    assert not hub.asked
+    assert cached_filters(model, "other weights") is None
 
 
-def test_auto_asks_nobody(cache_root, hub, weights):
-    for name in ("org/tiny", str(weights)):
-        assert find_filters("auto", tiny_identity(name)) is None
-    assert not hub.asked
-
-
-def test_a_given_file_comes_before_the_cache(cache_root, hub, path):
-    model = tiny_identity("org/tiny")
-    save_for(cache_path(model), model, seed=1)
-    save_for(path, model, seed=2)
-    filters, origin = find_filters(str(path), model)
+def test_a_given_file_is_taken(hub, path):
+    save_for(path, tiny_identity("org/tiny"), seed=2)
+    filters, origin = given_filters(str(path), tiny_identity("org/tiny"))
     assert_same(filters, random_filters(seed=2))
     assert origin == str(path)
     assert not hub.asked
@@ -503,7 +508,7 @@ def test_a_given_file_comes_before_the_cache(cache_root, hub, path):
 
 def test_a_given_folder_is_searched_for_a_published_file(hub, tmp_path):
     path = save_for(tmp_path / "model.safetensors", tiny_identity())
-    filters, origin = find_filters(str(tmp_path), tiny_identity())
+    filters, origin = given_filters(str(tmp_path), tiny_identity())
     assert_same(filters, random_filters())
     assert origin == str(path)
 
@@ -511,7 +516,7 @@ def test_a_given_folder_is_searched_for_a_published_file(hub, tmp_path):
 def test_a_given_file_for_another_model_is_refused(hub, path):
     save_for(path, dataclasses.replace(tiny_identity(), num_kv_heads=4))
     with pytest.raises(ValueError, match="num_kv_heads"):
-        find_filters(str(path), tiny_identity())
+        given_filters(str(path), tiny_identity())
 
 
 @pytest.mark.parametrize("wanted", ["someone/tiny_qfilt", "someone/tiny_qfilt/", "someone/tiny_qfilt@abc123"])
@@ -520,7 +525,7 @@ def test_a_given_repository_is_downloaded_and_named_with_its_commit(hub, tmp_pat
     monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
     (tmp_path / "abc123").mkdir()
     hub.answer = save_for(tmp_path / "abc123" / "model.safetensors", tiny_identity())
-    filters, origin = find_filters(wanted, tiny_identity())
+    filters, origin = given_filters(wanted, tiny_identity())
     assert_same(filters, random_filters())
     assert origin == "hub someone/tiny_qfilt@abc123"
     assert hub.asked == ["someone/tiny_qfilt" + ("@abc123" if "@" in wanted else "")]
@@ -531,7 +536,7 @@ def test_a_given_repository_is_downloaded_and_named_with_its_commit(hub, tmp_pat
 def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
     hub.answer = DOWNLOAD_ERRORS[error]
     with pytest.raises(ValueError, match="filters='someone/tiny_qfilt': neither a file nor a repository"):
-        find_filters("someone/tiny_qfilt", tiny_identity())
+        given_filters("someone/tiny_qfilt", tiny_identity())
 
 
 @pytest.mark.parametrize(
@@ -540,7 +545,7 @@ def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
 def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_asked_for(wanted):
     """The real hub client, which is offline: a name that passes would be looked for in its cache."""
     with pytest.raises(ValueError, match="neither a file nor a repository") as refusal:
-        find_filters(wanted, tiny_identity())
+        given_filters(wanted, tiny_identity())
     assert isinstance(refusal.value.__cause__, HFValidationError | OSError)
     assert not isinstance(refusal.value.__cause__, LocalEntryNotFoundError)
 
@@ -551,44 +556,28 @@ def test_a_repository_too_large_to_hold_filters_is_not_downloaded(monkeypatch):
     monkeypatch.setattr(load, "get_hf_file_metadata", lambda url: SimpleNamespace(size=most + 1))
     monkeypatch.setattr(load, "hf_hub_download", None)
     with pytest.raises(ValueError, match=f"org/model holds {most + 1} bytes, filters of this model {most} at most"):
-        find_filters("org/model", tiny_identity())
+        given_filters("org/model", tiny_identity())
 
 
-def test_a_model_of_a_strange_name_looks_for_nothing_outside_the_cache(cache_root):
-    for name in ("../../etc/passwd", "org/..", "/", "a\n/b", "org/" + "x" * 500):
-        assert cache_path(tiny_identity(name)).parent == cache_root / "qfilters"
-        assert len(cache_path(tiny_identity(name)).name) < 200
-        assert find_filters("auto", tiny_identity(name)) is None
-
-
-def test_a_damaged_or_foreign_file_in_the_cache_is_calibrated_anew(cache_root, hub, monkeypatch):
+def test_a_damaged_or_foreign_file_in_the_cache_is_calibrated_anew(cache_root, monkeypatch):
     model, warnings = tiny_identity("org/tiny"), []
     monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
-    path = save_for(cache_path(model), model)
+    path = save_for(cache_path(model, WEIGHTS), model)
     whole = path.read_bytes()
     for content in (b"half", whole[:-10], b"", whole.replace(b"tiny", b"tinz").replace(b"Llama", b"Other")):
         path.write_bytes(content)
-        assert find_filters("auto", model) is None
+        assert cached_filters(model, WEIGHTS) is None
         assert str(path) in warnings.pop() and not warnings
-    assert keep(random_filters(seed=3), model) == f"kept in {path}"
-    assert_same(find_filters("auto", model)[0], random_filters(seed=3))
+    assert keep(random_filters(seed=3), model, WEIGHTS) == f"kept in {path}"
+    assert_same(cached_filters(model, WEIGHTS)[0], random_filters(seed=3))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache_root, monkeypatch):
     warnings = []
     monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
     cache_root.write_text("a file where a folder should be")
-    assert keep(random_filters(), tiny_identity("org/tiny")) == "not kept"
+    assert keep(random_filters(), tiny_identity("org/tiny"), WEIGHTS) == "not kept"
     assert "the next start calibrates again" in warnings[0] and str(cache_root) in warnings[0]
-
-
-def test_a_folder_has_its_filters_by_any_name(cache_root, weights, tmp_path, monkeypatch):
-    path = cache_path(tiny_identity(str(weights)))
-    monkeypatch.chdir(tmp_path)
-    for name in (f"{weights}/", "model", "./model"):
-        assert cache_path(tiny_identity(name)) == path
-    moved = shutil.move(weights, tmp_path / "renamed")
-    assert cache_path(tiny_identity(str(moved))) == path
 
 
 @pytest.mark.parametrize(
@@ -596,13 +585,13 @@ def test_a_folder_has_its_filters_by_any_name(cache_root, weights, tmp_path, mon
 )
 def test_a_missing_file_is_refused_by_name(hub, wanted):
     with pytest.raises(ValueError, match=f"filters='{wanted}': no such file"):
-        find_filters(wanted, tiny_identity())
+        given_filters(wanted, tiny_identity())
     assert not hub.asked
 
 
 def test_a_folder_without_a_file_is_refused(hub, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        find_filters(str(tmp_path), tiny_identity())
+        given_filters(str(tmp_path), tiny_identity())
     assert not hub.asked
 
 
@@ -768,6 +757,18 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
     assert sequences != random_sequences(10, 3, 200, seed=1)
 
 
+def look_for_filters(monkeypatch, group, wanted="auto"):
+    """As a rank of a group of ranks does."""
+    monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
+    monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
+    runner = SimpleNamespace(
+        model_config=None,
+        compression=SimpleNamespace(entry=entry("qfilters", "static"), filters=wanted),
+        weights_fingerprint=lambda: WEIGHTS if wanted == "auto" else 1 / 0,
+    )
+    return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
+
+
 def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
     """Each machine has a cache of its own: were each rank to look there, some would calibrate and wait for the
     others.
@@ -775,15 +776,8 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
 
     def rank(is_first: bool, found: object) -> object:
         group = SimpleNamespace(is_first_rank=is_first, broadcast_object=lambda given: sent.append(given) or sent[0])
-        monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
-        monkeypatch.setattr(runner_module, "find_filters", lambda *wanted: found)
-        monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
-        runner = SimpleNamespace(
-            model_config=None,
-            load_config=SimpleNamespace(load_format="auto"),
-            compression=SimpleNamespace(entry=entry("qfilters", "static"), filters="auto"),
-        )
-        return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
+        monkeypatch.setattr(runner_module, "cached_filters", lambda model, weights: found)
+        return look_for_filters(monkeypatch, group)
 
     sent: list[object] = []
     assert rank(True, ("filters", "cache here")) == ("filters", "cache here")
@@ -791,29 +785,11 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
     assert sent == [("filters", "cache here"), None]
 
 
-def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch):
-    """Where nobody names any: a model has the same configuration with random weights as with real ones."""
+def test_named_filters_are_taken_whatever_the_weights_are(monkeypatch):
     group = SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
-    monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
-    monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
-    monkeypatch.setattr(
-        runner_module, "find_filters", lambda wanted, model: ("given", wanted) if wanted != "auto" else 1 / 0
-    )
-    monkeypatch.setattr(runner_module, "keep", lambda filters, model: 1 / 0)
-
-    def found(filters: str) -> object:
-        runner = SimpleNamespace(
-            model_config=None,
-            load_config=SimpleNamespace(load_format="dummy"),
-            compression=SimpleNamespace(filters=filters),
-            calibrate_filters=lambda sequences, description: "calibrated",
-            _random_sequences=lambda: [[1, 2, 3]],
-        )
-        return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
-
-    filters, origin = found("auto")
-    assert filters == "calibrated" and origin.endswith("not kept, as the weights are random")
-    assert found("model.safetensors") == ("given", "model.safetensors")
+    monkeypatch.setattr(runner_module, "given_filters", lambda wanted, model: ("given", wanted))
+    monkeypatch.setattr(runner_module, "cached_filters", lambda model, weights: 1 / 0)
+    assert look_for_filters(monkeypatch, group, "model.safetensors") == ("given", "model.safetensors")
 
 
 def test_new_weights_are_refused_where_filters_are_of_the_old_ones():

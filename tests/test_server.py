@@ -12,6 +12,7 @@ import pytest
 
 from tests.engines import ANY_BUDGET
 from tests.server import Server
+from vllm_qfilters.budget import cdiv
 from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
 from vllm_qfilters.stats import COUNTERS
 
@@ -168,21 +169,24 @@ def test_a_clean_end(server, client):
     assert server.sequences() == []
 
 
-def test_page_granularity_frees_pages():
-    flags = ["--kv-compression", "qfilters", "--kv-compression-config.granularity", "page"]
+def test_page_granularity_frees_pages_and_two_api_servers_count_them_once():
+    flags = ["--kv-compression", "qfilters", "--kv-compression-config.granularity", "page", "--api-server-count", "2"]
     for name, value in (("budget", BUDGET), ("interval", BLOCK), ("chunk", 512)):
         flags += [f"--kv-compression-config.{name}", str(value)]
     pages = serve(*flags)
     try:
         assert any("KV compression is on" in line and "granularity page" in line for line in pages.log)
-        client = openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300)
-        answer = client.completions.create(
-            model="demo", prompt=text(900), max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
-        )
-        evicted, metrics = answer.usage.prompt_tokens + 199 - BUDGET, pages.metrics()
-        assert evicted <= metrics["evicted_tokens_total"] <= evicted + BLOCK
-        assert metrics["freed_pages_total"] * BLOCK == metrics["evicted_tokens_total"]
-        assert metrics["resident_tokens"] == 0
+        evicted = 0
+        for _ in range(4):  # a client each, with a connection of its own, which the kernel gives to either of them
+            client = openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300)
+            answer = client.completions.create(
+                model="demo", prompt=text(900), max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+            )
+            client.close()
+            evicted += cdiv(answer.usage.prompt_tokens + 199 - BUDGET, BLOCK) * BLOCK
+        metrics = pages.metrics()
+        assert metrics["evicted_tokens_total"] == evicted == metrics["freed_pages_total"] * BLOCK
+        assert metrics["request_resident_tokens_count"] == 4
         assert not any("Traceback" in line for line in pages.log)
     finally:
         pages.stop()

@@ -58,10 +58,6 @@ def run(args: argparse.Namespace) -> int:
     """Makes filters for a model from forward passes over random token ids or texts."""
     if args.kv_compression is not None or args.kv_compression_config is not None:
         raise UsageError("calibration needs no --kv-compression: drop it and its options")
-    if args.load_format == "dummy" and args.output is None:
-        raise UsageError(
-            "filters of random weights are not for the cache: name a file (-o), or drop --load-format dummy"
-        )
     texts = {path: _read_text(path, args.sequences * args.tokens * _TOKEN_CHARACTERS) for path in args.text}
     if args.output is not None:
         check_writable(args.output)

@@ -19,25 +19,18 @@ AUTO = "auto"
 _WEIGHTS_NAME = "model.safetensors"
 _NOT_DOWNLOADED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 _CALIBRATION = 2  # how it is done; what was calibrated otherwise is not found in the cache
-_NAME_CHARACTERS = 100  # of a model in the name of a cached file, which file systems limit
 
 
-def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | None:
-    """Filters for ``model``, and a word on where they came from.
+def given_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str]:
+    """Filters that the user named, and a word on where they came from.
 
     Args:
-        wanted: the configuration's ``filters``: ``auto``, a file or folder, or a repository, whose commit may follow
-            behind an ``@``.
-
-    Returns:
-        None if ``wanted`` is ``auto`` and none of this model are in the cache, or none that can be used: they must be
-        calibrated.
+        wanted: the configuration's ``filters``: a file or folder, or a repository, whose commit may follow behind an
+            ``@``.
 
     Raises:
         ValueError: the filters are for another model, or ``wanted`` names none.
     """
-    if wanted == AUTO:
-        return _from_cache(model)
     wanted = wanted.rstrip("/") or wanted
     path = pathlib.Path(wanted)
     if path.is_dir():
@@ -65,9 +58,9 @@ def find_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str] | Non
     return load(path, model), f"hub {repository}@{commit}"
 
 
-def keep(filters: Filters, model: ModelIdentity) -> str:
+def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
     """Keeps calibrated filters in the cache where that can be written, and says in a word what became of them."""
-    path = cache_path(model)
+    path = cache_path(model, weights)
     try:
         save(path, filters, model)
     except (OSError, SafetensorError) as error:
@@ -78,8 +71,10 @@ def keep(filters: Filters, model: ModelIdentity) -> str:
     return f"kept in {path}"
 
 
-def _from_cache(model: ModelIdentity) -> tuple[Filters, str] | None:
-    path = cache_path(model)
+def cached_filters(model: ModelIdentity, weights: str) -> tuple[Filters, str] | None:
+    """Filters that were calibrated for these weights before, and a word on where they came from; None: there are none,
+    or none that can be used."""
+    path = cache_path(model, weights)
     if not path.exists():
         return None
     try:
@@ -89,21 +84,18 @@ def _from_cache(model: ModelIdentity) -> tuple[Filters, str] | None:
         return None
 
 
-def cache_path(model: ModelIdentity) -> pathlib.Path:
-    """Where calibrated filters of ``model`` are kept. Changes with the model's configuration, and with its weight files
-    or the commit of its repository; a folder may be moved and renamed."""
-    folder = pathlib.Path(model.name)
+def cache_path(model: ModelIdentity, weights: str) -> pathlib.Path:
+    """Where calibrated filters are kept.
+
+    Args:
+        model: its name and revision do not count: a folder may be moved and renamed.
+        weights: their :func:`vllm_qfilters.filters.fingerprint.fingerprint`, of all ranks.
+    """
     described = dataclasses.asdict(model)
-    name, weights = folder.name, []
-    if folder.is_dir():
-        name, weights = model.architecture, _weight_files(folder)
-        del described["name"]
+    del described["name"], described["revision"]
     key = json.dumps([VERSION, _CALIBRATION, described, weights], sort_keys=True)
-    return (
-        pathlib.Path(envs.VLLM_CACHE_ROOT)
-        / "qfilters"
-        / f"{name[:_NAME_CHARACTERS]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    )
+    name = f"{model.architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / name
 
 
 def _download(repository: str, commit: str | None, most_bytes: int) -> str:
@@ -118,8 +110,3 @@ def _download(repository: str, commit: str | None, most_bytes: int) -> str:
                 "its filters?"
             )
     return hf_hub_download(repository, _WEIGHTS_NAME, revision=commit)
-
-
-def _weight_files(folder: pathlib.Path) -> list[tuple[str, int, int]]:
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".gguf"))
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -42,8 +42,9 @@ from vllm_qfilters.filters.calibrate import (
     rotations_in_use,
 )
 from vllm_qfilters.filters.calibrate import describe as describe_sequences
+from vllm_qfilters.filters.fingerprint import fingerprint
 from vllm_qfilters.filters.format import Filters, ModelIdentity
-from vllm_qfilters.filters.load import AUTO, find_filters, keep
+from vllm_qfilters.filters.load import AUTO, cached_filters, given_filters, keep
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
@@ -367,21 +368,29 @@ class CompressedModelRunner:
         limits = self.compression.request_limits(params.extra_args, request.prompt_len, self.cache_config.block_size)
         return limits is not None and request.prompt_len + params.max_tokens > limits.budget
 
+    def weights_fingerprint(self) -> str:
+        """Of the weights of all ranks. Call on all of them."""
+        own = fingerprint(self.model)
+        group = get_world_group()
+        of_ranks = [own] * group.world_size
+        if group.world_size > 1:
+            torch.distributed.all_gather_object(of_ranks, own, group=group.cpu_group)
+        return " ".join(of_ranks)
+
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
-        model = ModelIdentity.from_model_config(self.model_config)
-        # Random weights, as benchmarks and trainers start with, have the same configuration as real ones.
-        is_random = self.load_config.load_format == "dummy" and self.compression.filters == AUTO
-        # One rank looks, for all: another one may be on another machine, whose files and cache are others.
-        looks = get_world_group().is_first_rank and not is_random
-        found = get_world_group().broadcast_object(find_filters(self.compression.filters, model) if looks else None)
+        model, wanted, weights = ModelIdentity.from_model_config(self.model_config), self.compression.filters, ""
+        if wanted == AUTO:
+            weights = self.weights_fingerprint()
+        found = None
+        if get_world_group().is_first_rank:  # for all: another one may be on another machine, with other files
+            found = cached_filters(model, weights) if wanted == AUTO else given_filters(wanted, model)
+        found = get_world_group().broadcast_object(found)
         if found is not None:
             return found
         sequences = self._random_sequences()
         description = describe_sequences(sequences)
         filters = self.calibrate_filters(sequences, description)
-        kept = "not kept, as the weights are random"
-        if not is_random:
-            kept = keep(filters, model) if self._is_first_rank else "kept by another rank"
+        kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
         return filters, f"calibrated now ({description}), {kept}"
 
     def _random_sequences(self) -> list[list[int]]:

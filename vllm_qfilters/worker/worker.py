@@ -41,7 +41,7 @@ class CompressedWorker:
             The path.
         """
         model = ModelIdentity.from_model_config(self.model_config)
-        path = path or str(cache_path(model))
+        path = path or str(cache_path(model, self.model_runner.weights_fingerprint()))
         filters = self.model_runner.calibrate_filters(sequences, description)
         if self.rank == 0:
             save(path, filters, model)
