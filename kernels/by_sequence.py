@@ -97,7 +97,7 @@ class SequenceOps:
             if observation is None:
                 parts.append(read_plane(plane, pages, num_tokens))
                 continue
-            queries = scale * observation.queries.to(torch.float32)
+            queries = scale * observation.queries.to(plane.device).to(torch.float32)
             mean, peak = self.functions.observed_attention(
                 cache, pages, num_tokens, queries, observation.num_newer, mean_pool, peak_pool
             )

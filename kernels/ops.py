@@ -48,19 +48,33 @@ class Turns:
     partner: torch.Tensor
 
 
+class Queries(Protocol):
+    """A tensor, or what becomes one: queries of all layers wait in the memory of the host until they are looked from.
+
+    Attributes:
+        shape: of the tensor.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """The tensor on ``device``."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Observation:
     """The last queries of one sequence, which look at the tokens it holds.
 
     Attributes:
         sequence: its place in the batch.
-        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``, on whatever device.
         num_newer: how many of the sequence's last tokens came after the last query.
         is_question: tokens are judged by the most that any query pays, not by the mean.
     """
 
     sequence: int
-    queries: torch.Tensor
+    queries: Queries
     num_newer: int
     is_question: bool = False
 

@@ -5,7 +5,7 @@ import pathlib
 import shutil
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -47,6 +47,56 @@ def make_tiny_llama(
     config = LlamaConfig(**_shape(num_heads, num_kv_heads, vocab))
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+def make_tiny_quantized(folder: pathlib.Path, method: str) -> pathlib.Path:
+    """A Llama whose linear layers are quantized: ``awq`` has random weights of 4 bits, ``compressed-tensors`` those of
+    the tiny Llama in 8 bits."""
+    make_tiny_llama(folder)
+    tensors = load_file(folder / "model.safetensors")
+    numbers = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight, stem = tensors.pop(name), name.removesuffix("weight")
+        rows, columns = weight.shape
+        if method == "awq":
+            words = {"qweight": (columns, rows // 8), "qzeros": (columns // AWQ_GROUP, rows // 8)}
+            for part, shape in words.items():
+                bits = torch.randint(-(2**31), 2**31, shape, generator=numbers, dtype=torch.int64)
+                tensors[stem + part] = bits.to(torch.int32)
+            tensors[stem + "scales"] = torch.full((columns // AWQ_GROUP, rows), 0.02, dtype=torch.float16)
+        else:
+            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[stem + "weight_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = QUANTIZATION[method]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+AWQ_GROUP = 32
+QUANTIZATION = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": AWQ_GROUP, "zero_point": True, "version": "gemm"},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "strategy": "token",
+                    "symmetric": True,
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+}
 
 
 def make_tiny_mistral(folder: pathlib.Path) -> pathlib.Path:
@@ -149,9 +199,9 @@ def make_tiny_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib.Path) -> pathlib.Path:
+def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib.Path, seed: int = 5) -> pathlib.Path:
     """A LoRA adapter with random weights for ``model``, and in ``merged`` the model with it merged in."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     llama, rank, scale = LlamaForCausalLM.from_pretrained(model), 4, 2.0
     tensors = {}
     for layer in range(NUM_LAYERS):

@@ -32,7 +32,8 @@ def generate_each(llm, requests: list[dict]) -> list:
     Args:
         llm: the engine.
         requests: each has a prompt (token ids), perhaps the folder of a LoRA adapter, perhaps structured_outputs
-            (keywords of vLLM's class), and SamplingParams as keywords.
+            (keywords of vLLM's class), and SamplingParams as keywords. Another adapter takes the place of the one
+            before.
     """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -44,7 +45,7 @@ def generate_each(llm, requests: list[dict]) -> list:
         request = dict(request)
         prompts.append(TokensPrompt(prompt_token_ids=request.pop("prompt")))
         adapter = request.pop("lora", None)
-        adapters.append(None if adapter is None else LoRARequest("adapter", 1, str(adapter)))
+        adapters.append(None if adapter is None else LoRARequest("adapter", 1, str(adapter), load_inplace=True))
         if "structured_outputs" in request:
             request["structured_outputs"] = StructuredOutputsParams(**request["structured_outputs"])
         params.append(

@@ -166,6 +166,21 @@ def test_attention_sinks(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("method", sorted(models.QUANTIZATION))
+def test_quantized_weights(method, tmp_path, monkeypatch):
+    """Filters are calibrated of queries, whatever made them: bit-identical to plain vLLM where nothing is evicted."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, llm = models.make_tiny_quantized(tmp_path / "model", method), dict(LLM, dtype="bfloat16")
+    plain = run_engine(model, REQUESTS, None, **llm)
+    assert run_engine(model, REQUESTS, dict(budget=1536), **llm) == plain
+    (cached,) = (tmp_path / "cache" / "qfilters").iterdir()
+    options = dict(budget=256, sinks=4, interval=32, chunk=256, filters=str(cached))
+    evicted = run_engine(model, REQUESTS, options, **llm)
+    assert evicted != plain and [len(answer["token_ids"]) for answer in evicted] == [
+        len(answer["token_ids"]) for answer in plain
+    ]
+
+
 def test_a_budget_per_request_must_hold_the_sliding_window(exaone_engines):
     engine = exaone_engines.get(**options_of("static-layer"))
     with pytest.raises(VLLMValidationError, match="kv_budget=82: at least 83 tokens are needed"):

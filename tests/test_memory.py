@@ -6,7 +6,6 @@ import pytest
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-from tests.models import HEAD_SIZE, NUM_LAYERS
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.policy import resolve
@@ -27,7 +26,6 @@ def make_8b_runner(**options) -> QFiltersGPUModelRunner:
     runner.scheduler_config = SimpleNamespace(max_num_seqs=256)
     runner.model_config = SimpleNamespace(max_model_len=32_768, dtype=torch.bfloat16)
     runner.device = torch.device("meta")
-    runner.recorder = None
     runner.get_kv_cache_spec = lambda: dict.fromkeys(map(str, range(32)), QFiltersSpec(**spec))
     return runner
 
@@ -36,23 +34,25 @@ def cache_bytes(runner: QFiltersGPUModelRunner) -> int:
     return NUM_PAGES * sum(spec.page_size_bytes for spec in runner.get_kv_cache_spec().values())
 
 
-def test_recent_queries_of_all_requests_that_run_at_once_are_reserved(engines):
+def test_observed_queries_take_nothing_of_the_device(engines):
+    """They did take 8 GiB for the 1,024 sequences of an 8B model."""
     runner = make_8b_runner()
-    runner.reserve_recent_queries()
-    assert runner.recorder.prompt_bytes == 8 << 20
-    assert runner.recorder._queries.nbytes == 2 * GIB
+    runner.scheduler_config.max_num_seqs = 1024
+    without = make_8b_runner(observed=0)
+    without.scheduler_config.max_num_seqs = 1024
+    size = cache_bytes(runner)
+    assert runner.compaction_bytes(size) - without.compaction_bytes(size) == 9 * (8 << 20) < 256 << 20
     engine = engines.get(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
-    kept = engine.runner.recorder._queries
-    assert kept.shape == (NUM_LAYERS, 16, 32, engine.runner.layers[0].num_heads, HEAD_SIZE)
-    assert kept.dtype == torch.float32
+    engine.generate([[7] * 100], max_tokens=200)
+    assert not engine.runner.recorder._sequences, "they are given up at the first cut"
 
 
 @pytest.mark.parametrize(
     "options, mebibytes",
     [
-        # 65,536 tokens at once, five float32 per KV head; a byte per head and token of the cache; the queries of 8
+        # 65,536 tokens at once, five float32 per KV head; a byte per head and token of the cache; the queries of 9
         # prompts.
-        ({}, 320 + 79 + 64),
+        ({}, 320 + 79 + 72),
         (dict(observed=0), 320 + 79),
         (dict(filter="static"), 1280 + 79),
         (dict(granularity="page"), 0),
@@ -61,7 +61,6 @@ def test_recent_queries_of_all_requests_that_run_at_once_are_reserved(engines):
 )
 def test_what_compaction_takes_of_an_8b_model(options, mebibytes):
     runner = make_8b_runner(**options)
-    runner.reserve_recent_queries()
     assert runner.compaction_bytes(cache_bytes(runner)) / 2**20 == pytest.approx(mebibytes, abs=12)
 
 
@@ -89,9 +88,7 @@ def test_the_worker_sets_it_aside_where_vllm_profiles(is_fixed, monkeypatch):
     monkeypatch.setattr(Worker, "determine_available_memory", profile)
     worker = object.__new__(QFiltersGPUWorker)
     worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=9 * GIB if is_fixed else None)
-    worker.model_runner = SimpleNamespace(
-        reserve_recent_queries=lambda: calls.append("reserve"), compaction_bytes=lambda available: available // 9
-    )
+    worker.model_runner = SimpleNamespace(compaction_bytes=lambda available: available // 9)
     assert worker.determine_available_memory() == (9 if is_fixed else 8) * GIB
-    assert calls == ["reserve", "profile"]
+    assert calls == ["profile"]
     assert worker.peak_activation_memory + worker.available_kv_cache_memory_bytes == 10 * GIB

@@ -13,8 +13,11 @@ from vllm_qfilters.attention.watched import dequantised
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
 
 
-def make_recorder(num_prompts: int) -> QueryRecorder:
-    return QueryRecorder(torch.full((NUM_LAYERS, num_prompts, NUM_QUERIES, HEADS, SIZE), torch.nan))
+CPU = torch.device("cpu")
+
+
+def make_recorder(follows_decoding: bool = False) -> QueryRecorder:
+    return QueryRecorder(NUM_LAYERS, NUM_QUERIES, HEADS, SIZE, torch.float32, CPU, follows_decoding)
 
 
 def query_of(req_id: str, position: int, layer: int) -> torch.Tensor:
@@ -38,11 +41,12 @@ def assert_last_queries(recorder: QueryRecorder, req_id: str, end: int, num_prom
     expected = [
         torch.stack([query_of(req_id, position, layer) for position in positions]) for layer in range(NUM_LAYERS)
     ]
-    assert torch.equal(found.queries, torch.stack(expected).transpose(1, 2))
+    assert found.queries.shape == (NUM_LAYERS, HEADS, len(positions), SIZE)
+    assert torch.equal(found.queries.to(CPU), torch.stack(expected).transpose(1, 2))
 
 
 def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
-    rng, recorder = random.Random(0), make_recorder(12)
+    rng, recorder = random.Random(0), make_recorder()
     prompt = {str(r): rng.randint(1, 40) for r in range(12)}
     computed = dict.fromkeys(prompt, 0)
     for _ in range(60):
@@ -59,7 +63,7 @@ def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
 @pytest.mark.parametrize("scales", [(0.5,), (0.5, 4.0)], ids=["per tensor", "per KV head"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_queries_that_vllm_has_quantised_are_kept_as_the_model_made_them(dtype, scales):
-    recorder = QueryRecorder(torch.full((1, 1, NUM_QUERIES, 4, SIZE), torch.nan, dtype=torch.bfloat16))
+    recorder = QueryRecorder(1, NUM_QUERIES, 4, SIZE, torch.bfloat16, CPU)
     recorder.start_step(["1"], [3], [0], [9])
     values = torch.arange(3 * 4 * SIZE).remainder(7).view(3, 4, SIZE)  # fp8 holds them exactly
     layer = torch.nn.Module()
@@ -68,13 +72,13 @@ def test_queries_that_vllm_has_quantised_are_kept_as_the_model_made_them(dtype, 
     recorder.record(0, values.to(dtype), partial(dequantised, layer))
     assert "_q_scale" in dict(layer.named_buffers())
     expected = values * torch.tensor(scales).repeat_interleave(4 // len(scales)).unsqueeze(-1)
-    assert torch.equal(recorder.get("1").queries[0].transpose(0, 1), expected.to(torch.bfloat16))
+    assert torch.equal(recorder.get("1").queries.to(CPU)[0].transpose(0, 1), expected.to(torch.bfloat16))
     as_made = values.to(torch.bfloat16)
     assert dequantised(layer, as_made) is as_made
 
 
 def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():
-    recorder, prompt = make_recorder(3), {"1": 9, "2": 9, "3": 9}
+    recorder, prompt = make_recorder(), {"1": 9, "2": 9, "3": 9}
     recorder.ignore("2")
     run_step(recorder, {"1": 7, "2": 7, "3": 7}, dict.fromkeys(prompt, 0), prompt)
     recorder.forget(["3"])
@@ -86,11 +90,11 @@ def test_nothing_is_kept_of_requests_that_end_start_again_or_will_not_evict():
     run_step(recorder, {"2": 3}, {"2": 0}, prompt)  # another one of that name
     assert_last_queries(recorder, "2", 3, 9)
     recorder.forget(["2"])
-    assert not recorder._prompts and not recorder._ignored and sorted(recorder._free_rows) == [0, 1, 2]
+    assert not recorder._sequences and not recorder._ignored
 
 
 def test_a_skipped_step_leaves_what_was_kept():
-    recorder, prompt, computed = make_recorder(1), {"1": 9}, {"1": 0}
+    recorder, prompt, computed = make_recorder(), {"1": 9}, {"1": 0}
     run_step(recorder, {"1": 7}, computed, prompt)
     recorder.skip_step()
     for layer in range(NUM_LAYERS):
@@ -98,13 +102,20 @@ def test_a_skipped_step_leaves_what_was_kept():
     assert_last_queries(recorder, "1", 7, 9)
 
 
-def test_prompts_take_no_more_room_than_they_are_given():
-    recorder, prompt, computed = make_recorder(2), dict.fromkeys("1234", 9), dict.fromkeys("1234", 0)
-    recorder.ignore("1")
-    run_step(recorder, dict.fromkeys("1234", 7), computed, prompt)
-    assert recorder.get("1") is None and recorder.get("4") is None
-    recorder.forget(["2"])
-    run_step(recorder, {"4": 1, "3": 1}, computed, prompt)
-    found = recorder.get("4")  # of its last token but one, where queries of "2" were
-    assert found.end == 8 and torch.equal(found.queries[0, :, :, 0], torch.full((HEADS, 1), 4070.0))
-    assert_last_queries(recorder, "3", 8, 9)
+def test_those_from_a_position_on():
+    recorder, prompt, computed = make_recorder(), {"1": 40}, {"1": 0}
+    for count in (3, 2, 2):
+        run_step(recorder, {"1": count}, computed, prompt)
+    found = recorder.get("1", first_position=4)
+    assert found.queries.shape[2] == 3
+    assert torch.equal(found.queries.to(CPU), recorder.get("1").queries.to(CPU)[:, :, -3:])
+
+
+def test_generated_tokens_are_followed_in_one_block_per_step():
+    recorder, prompt, computed = make_recorder(follows_decoding=True), {"1": 9, "2": 2, "3": 1}, dict.fromkeys("123", 0)
+    run_step(recorder, prompt, computed, prompt)
+    for _ in range(2 * NUM_QUERIES):
+        run_step(recorder, dict.fromkeys("123", 1), computed, prompt)
+        assert len(recorder._blocks) == 1
+        for req_id in "123":
+            assert_last_queries(recorder, req_id, computed[req_id], prompt[req_id])

@@ -112,3 +112,21 @@ def test_grammars_and_adapters_hold_while_tokens_are_evicted(folder, engine, req
     expected_ids, expected_logprobs = tokens_and_logprobs(expected)
     assert ids == expected_ids != tokens_and_logprobs(base)[0]
     torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), atol=1e-3, rtol=0)
+
+
+def test_another_adapter_of_the_same_name_takes_no_pages_of_the_first_one(folder, engine):
+    """While pages of the first one are cached, beyond the budget and within it."""
+    other = make_tiny_adapter(folder / "other", folder / "model", folder / "other-merged", seed=6)
+    prompt = random_prompt(300, seed=3)
+    requests = [dict(prompt=prompt, max_tokens=60, extra_args=extra_args) for extra_args in (None, EVICTING)]
+
+    def answers(adapter):
+        outputs = [generate_each(engine.llm, [dict(request, lora=str(adapter))])[0] for request in requests]
+        return [tokens_and_logprobs(output) for output in outputs]
+
+    assert engine.llm.reset_prefix_cache()
+    expected = answers(other)
+    assert engine.llm.reset_prefix_cache()
+    assert answers(folder / "adapter") != expected
+    assert answers(other) == expected
+    engine.assert_idle()

@@ -119,12 +119,12 @@ def test_what_goes_beside_the_cache_comes_off_it(folder_of, capsys):
     folder = folder_of(config)
     printed = run(capsys, folder, "--memory", "80GiB", "--length", 131072, "--budget", 2048)
     assert "A token takes 128 KiB with plain vLLM, 130 KiB with compression, whose 2 token stats" in printed
-    assert "Weights take 14.96 GiB." in printed and "observed queries take 8 GiB for 1,024 sequences" in printed
+    assert "Weights take 14.96 GiB." in printed and "not cut yet take 8 MiB." in printed
     assert cells(printed, 131072, "plain vLLM") == (8192, 3)
     assert "16 GiB" in printed and cells(printed, 131072, "2,048")[0] == 128
     quarter = run(capsys, folder, "--memory", "80GiB", "--length", 131072, "-tp", 4, "--max-num-seqs", 256)
     assert "A token takes 32 KiB" in quarter and "Weights take 3.739 GiB." in quarter
-    assert "observed queries take 512 MiB for 256 sequences" in quarter
+    assert "not cut yet take 2 MiB." in quarter
 
 
 def test_a_plot(folder_of, capsys, tmp_path):

@@ -309,6 +309,22 @@ def observe(
     return observed
 
 
+def _side_by_side(observations: Sequence[Observation], device: torch.device) -> torch.Tensor:
+    """The queries of all observations, shape ``[num_layers, num_heads, num_queries, head_size]``. One by one: beside
+    those of a launch there is room for those of one sequence."""
+    length = sum(observation.queries.shape[2] for observation in observations)
+    found, first = None, 0
+    for observation in observations:
+        queries = observation.queries.to(device)
+        if found is None:
+            found = queries.new_empty(*queries.shape[:2], length, queries.shape[3])
+        end = first + queries.shape[2]
+        found[:, :, first:end] = queries
+        first = end
+    assert found is not None
+    return found
+
+
 def _observe(
     cache: StridedCache,
     batch: CompactionBatch,
@@ -331,8 +347,7 @@ def _observe(
     table = torch.tensor(numbers, dtype=torch.int64, pin_memory=key_values.is_cuda).to(
         key_values.device, non_blocking=True
     )
-    queries = torch.cat([observation.queries for observation in observations], dim=2)
-    assert queries.stride(3) == 1
+    queries = _side_by_side(observations, key_values.device)
     if key_scales is not None:
         queries *= key_scales.view(-1, 1, 1, 1)
     num_layer_heads, group = cache.num_layers * cache.num_kv_heads, queries.shape[1] // cache.num_kv_heads

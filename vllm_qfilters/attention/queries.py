@@ -2,54 +2,98 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from vllm_qfilters.methods.base import RecentQueries
 
 
-@dataclasses.dataclass
-class _Prompt:
-    """Where the last queries of a prompt are.
+class KeptQueries:
+    """Queries of one sequence where they were kept.
 
-    Attributes:
-        row: theirs; they are the last ones in it.
-        num_queries: kept.
-        end: the position after the last one.
-        num_tokens: of the whole prompt.
+    They may still be on their way there from the device that computed them: only what the device is told later may read
+    them, such as :meth:`to`.
+
+    Args:
+        pieces: the queries of one step after the other, each of shape
+            ``[num_layers, num_queries, num_heads, head_size]``.
     """
 
-    row: int
-    num_queries: int = 0
+    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
+        self._pieces = pieces
+        num_layers, _, num_heads, head_size = pieces[0].shape
+        self.shape = num_layers, num_heads, sum(piece.shape[1] for piece in pieces), head_size
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """A copy on the device, shape ``[num_layers, num_heads, num_queries, head_size]``. Waits for nobody."""
+        num_layers, num_heads, num_queries, head_size = self.shape
+        found = torch.empty(num_layers, num_queries, num_heads, head_size, dtype=self._pieces[0].dtype, device=device)
+        first = 0
+        for piece in self._pieces:
+            end = first + piece.shape[1]
+            for layer in range(num_layers):  # contiguous memory alone is copied without waiting
+                found[layer, first:end].copy_(piece[layer], non_blocking=True)
+            first = end
+        return found.transpose(1, 2)
+
+
+@dataclasses.dataclass
+class _Sequence:
+    """What is kept of a sequence.
+
+    Attributes:
+        pieces: of :class:`KeptQueries`.
+        end: the position after the last query.
+        num_prompt_tokens: of the whole prompt.
+    """
+
+    pieces: list[torch.Tensor] = dataclasses.field(default_factory=list)
     end: int = 0
-    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+
+
+class _Block(NamedTuple):
+    """Room for queries of a step: of the ``count`` tokens from ``first`` on, of those whose queries are kept."""
+
+    first: int
+    count: int
+    queries: torch.Tensor
 
 
 class QueryRecorder:
     """The last queries of prompts, in all layers, while they are read and until their first eviction afterwards.
 
-    Args:
-        queries: the room for them, shape ``[num_layers, num_prompts, num_queries, num_heads, head_size]``. They take no
-            more: a prompt for which there is no row is not observed. With as many rows as requests run at once there
-            always is one.
-        follows_decoding: the queries of generated tokens are kept too.
+    They are kept in the memory of the host, where GPUs have theirs apart: a layer's go there as they are computed, and
+    come back when they are looked from.
 
-    Attributes:
-        num_queries: kept of each prompt.
-        prompt_bytes: these take.
+    Args:
+        num_layers, num_heads, head_size: of this rank.
+        num_queries: kept of each prompt, at most.
+        dtype: of the model.
+        device: the queries are computed on.
+        follows_decoding: the queries of generated tokens are kept too.
     """
 
-    def __init__(self, queries: torch.Tensor, follows_decoding: bool = False) -> None:
-        _, num_prompts, self.num_queries, _, _ = queries.shape
-        self.prompt_bytes = queries[:, :1].numel() * queries.element_size()
+    def __init__(
+        self,
+        num_layers: int,
+        num_queries: int,
+        num_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        follows_decoding: bool = False,
+    ) -> None:
+        self.num_queries = num_queries
+        self._num_layers, self._shape, self._dtype = num_layers, (num_heads, head_size), dtype
+        self._is_pinned = device.type == "cuda"
         self._follows_decoding = follows_decoding
-        self._queries = queries
-        self._free_rows = list(range(num_prompts))
-        self._prompts: dict[str, _Prompt] = {}
+        self._sequences: dict[str, _Sequence] = {}
         self._ignored: set[str] = set()
         self._tokens: list[int] = []  # of the step, whose queries are kept
-        self._places: list[int] = []  # where: row * num_queries + place in the row
-        self._indices: torch.Tensor | None = None  # both of them on the device, [2, len(_tokens)]
+        self._blocks: list[_Block] = []  # where
+        self._indices: torch.Tensor | None = None  # _tokens on the device
 
     def ignore(self, req_id: str) -> None:
         """Keeps nothing of a request until it is forgotten: it will not evict."""
@@ -71,24 +115,26 @@ class QueryRecorder:
             prompt: of the request; later queries are kept only by a recorder that follows decoding.
         """
         self.skip_step()
-        start = 0
+        start, kept = 0, []
         for req_id, num_tokens, position, num_prompt in zip(
             req_ids, num_scheduled_tokens, computed, prompt, strict=True
         ):
             end = position + num_tokens
             if not self._follows_decoding:
                 end = min(end, num_prompt)
-            if end > position and self._has_row(req_id):
+            if end > position and req_id not in self._ignored:
                 num_new = min(end - position, self.num_queries)
                 after_last = start + end - position
                 self._tokens += range(after_last - num_new, after_last)
-                self._places += self._make_room(req_id, num_new)
-                self._prompts[req_id].end, self._prompts[req_id].num_tokens = end, num_prompt
+                sequence = self._sequences.setdefault(req_id, _Sequence())
+                sequence.end, sequence.num_prompt_tokens = end, num_prompt
+                kept.append((sequence, num_new))
             start += num_tokens
+        self._make_blocks(kept)
 
     def skip_step(self) -> None:
         """Announces a step whose queries are not to be kept."""
-        self._tokens, self._places, self._indices = [], [], None
+        self._tokens, self._blocks, self._indices = [], [], None
 
     def record(
         self, layer: int, query: torch.Tensor, dequantise: Callable[[torch.Tensor], torch.Tensor] = lambda query: query
@@ -103,40 +149,54 @@ class QueryRecorder:
         if not self._tokens:
             return
         if self._indices is None:
-            indices = torch.tensor([self._tokens, self._places], pin_memory=query.is_cuda)
+            indices = torch.tensor(self._tokens, pin_memory=query.is_cuda)
             self._indices = indices.to(query.device, non_blocking=True)
-        tokens, places = self._indices.unbind()
         bits = query.view(torch.uint8) if query.element_size() == 1 else query  # PyTorch need not index fp8
-        kept = dequantise(bits.index_select(0, tokens).view(query.dtype))
-        self._queries[layer].flatten(0, 1).index_copy_(0, places, kept.to(self._queries.dtype))
+        kept = dequantise(bits.index_select(0, self._indices).view(query.dtype)).to(self._dtype)
+        for block in self._blocks:
+            block.queries[layer].copy_(kept[block.first : block.first + block.count], non_blocking=True)
 
-    def get(self, req_id: str) -> RecentQueries | None:
-        """What is kept of a request's prompt, where it is kept: another step may write there."""
-        prompt = self._prompts.get(req_id)
-        if prompt is None:
+    def get(self, req_id: str, first_position: int = 0) -> RecentQueries | None:
+        """The last queries of a request, from a position on; None if none are kept."""
+        sequence = self._sequences.get(req_id)
+        if sequence is None or sequence.end <= first_position:
             return None
-        queries = self._queries[:, prompt.row, self.num_queries - prompt.num_queries :]
-        return RecentQueries(queries.transpose(1, 2), prompt.end, prompt.num_tokens)
+        queries = KeptQueries(_last(sequence.pieces, sequence.end - first_position))
+        return RecentQueries(queries, sequence.end, sequence.num_prompt_tokens)
 
     def forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._ignored.discard(req_id)
-            prompt = self._prompts.pop(req_id, None)
-            if prompt is not None:
-                self._free_rows.append(prompt.row)
+            self._sequences.pop(req_id, None)
 
-    def _has_row(self, req_id: str) -> bool:
-        """Whether queries of a request can be kept; it gets a row if there is one and it has none yet."""
-        if req_id not in self._prompts and req_id not in self._ignored and self._free_rows:
-            self._prompts[req_id] = _Prompt(self._free_rows.pop())
-        return req_id in self._prompts
+    def _make_blocks(self, kept: Sequence[tuple[_Sequence, int]]) -> None:
+        """Takes room for the queries of a step, and gives each sequence its piece of it.
 
-    def _make_room(self, req_id: str, num_new: int) -> range:
-        """The last ``num_new`` places of a request's row; what is there moves forward, and the first of it out."""
-        prompt = self._prompts[req_id]
-        if prompt.num_queries and num_new < self.num_queries:
-            row = self._queries[:, prompt.row]
-            row[:, :-num_new] = row[:, num_new:].clone()
-        prompt.num_queries = min(prompt.num_queries + num_new, self.num_queries)
-        after_row = (prompt.row + 1) * self.num_queries
-        return range(after_row - num_new, after_row)
+        A block is free when no sequence has a piece of it: a prompt has one of its own, since another may be kept for
+        long. Where generated tokens are followed, all sequences go on together, and one copy per layer does for a step.
+        """
+        counts = [count for _, count in kept]
+        if self._follows_decoding and kept:
+            block = self._make_block(0, sum(counts))
+            pieces = block.queries.split(counts, dim=1)
+        else:
+            firsts = [sum(counts[:index]) for index in range(len(counts))]
+            pieces = [self._make_block(first, count).queries for first, count in zip(firsts, counts, strict=True)]
+        for (sequence, _), piece in zip(kept, pieces, strict=True):
+            sequence.pieces = _last([*sequence.pieces, piece], self.num_queries)
+
+    def _make_block(self, first: int, count: int) -> _Block:
+        shape = self._num_layers, count, *self._shape
+        self._blocks.append(_Block(first, count, torch.empty(shape, dtype=self._dtype, pin_memory=self._is_pinned)))
+        return self._blocks[-1]
+
+
+def _last(pieces: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """Of the last ``count`` queries."""
+    found: list[torch.Tensor] = []
+    for piece in reversed(pieces):
+        if count <= 0:
+            break
+        found.insert(0, piece[:, -count:])
+        count -= piece.shape[1]
+    return found

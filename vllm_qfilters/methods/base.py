@@ -15,7 +15,7 @@ import torch
 
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
+from vllm_qfilters.kernels.ops import Cache, Ops, Queries, TokenStat
 from vllm_qfilters.methods.catalog import Entry
 
 
@@ -24,12 +24,12 @@ class RecentQueries:
     """The last queries of a sequence that were recorded.
 
     Attributes:
-        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``.
+        queries: after RoPE, shape ``[num_layers, num_heads, num_queries, head_size]``, on whatever device.
         end: the position after the last one.
         num_prompt_tokens: of the whole prompt, which may not have been read to its end.
     """
 
-    queries: torch.Tensor
+    queries: Queries
     end: int
     num_prompt_tokens: int
 
@@ -38,10 +38,6 @@ class RecentQueries:
         for.
         """
         return position >= self.num_prompt_tokens
-
-    def last(self, count: int) -> "RecentQueries":
-        """At most the last ``count`` of them."""
-        return dataclasses.replace(self, queries=self.queries[:, :, -count:])
 
 
 def _no_filters() -> NoReturn:

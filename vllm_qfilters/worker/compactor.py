@@ -49,7 +49,7 @@ def workspace_bytes(
     kept = (num_layers * num_kv_heads + 2) * cached_tokens
     # Sums over tokens of each head, and what turns filters to the positions of each sequence.
     per_sequence = 4 * num_layers * (2 * num_heads + 2 * head_size)
-    return scores + kept + num_sequences * per_sequence + OBSERVATIONS_AT_ONCE * prompt_bytes
+    return scores + kept + num_sequences * per_sequence + (OBSERVATIONS_AT_ONCE + 1) * prompt_bytes
 
 
 class Compactor:

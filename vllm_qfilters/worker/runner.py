@@ -23,7 +23,6 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
-from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
@@ -70,7 +69,7 @@ class CompressedModelRunner:
         ops: operators on the cache, once it exists.
         cache: keys, values and token stats of ``layers``, once they exist.
         lengths: what sequences hold in the cache.
-        recorder: keeps last queries where scores go by them, once there is room for them.
+        recorder: keeps last queries where scores go by them.
         page_scorer: in page granularity, where keys are scored.
         kept_tokens: while somebody wants to see them.
     """
@@ -225,19 +224,6 @@ class CompressedModelRunner:
         self.compression.check_block_size(block_size)
         return compressed
 
-    def reserve_recent_queries(self) -> None:
-        """Takes the memory for the last queries of the prompts of all requests that can run at once."""
-        if self.compression.observed_queries:
-            specs = self.get_kv_cache_spec()
-            layer = self.compilation_config.static_forward_context[next(iter(specs))]
-            num_prompts, num_queries = self.scheduler_config.max_num_seqs, self.compression.observed_queries
-            shape = (len(specs), num_prompts, num_queries, layer.num_heads, layer.head_size)
-            queries = torch.empty(shape, dtype=self.model_config.dtype, device=self.device)
-            self.recorder = QueryRecorder(queries, self.compression.entry.follows_decoding)
-            logger.info(
-                "KV compression: the last queries of %d prompts take %s GiB", num_prompts, format_gib(queries.nbytes)
-            )
-
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if is_profiling:
@@ -264,6 +250,16 @@ class CompressedModelRunner:
                 *self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
             )
         self.start_scoring(filters)
+        if self.compression.observed_queries:
+            self.recorder = QueryRecorder(
+                len(self.layers),
+                self.compression.observed_queries,
+                self.layers[0].num_heads,
+                self.layers[0].head_size,
+                self.model_config.dtype,
+                self.device,
+                self.compression.entry.follows_decoding,
+            )
         for index, layer in enumerate(self.layers):
             layer.impl.index, layer.impl.recorder = index, self.recorder
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
@@ -356,12 +352,12 @@ class CompressedModelRunner:
         """
         if self.recorder is None or compaction.distinct_tokens:
             return None
-        recent = self.recorder.get(compaction.req_id)
+        recent = self.recorder.get(compaction.req_id, compaction.position - compaction.resident_tokens)
         if recent is None:
             return None
         if not self.compression.entry.follows_decoding and recent.have_read_prompt_at(compaction.position):
             self.recorder.forget([compaction.req_id])
-        return recent.last(compaction.resident_tokens - (compaction.position - recent.end))
+        return recent
 
     def _may_evict(self, request: NewRequestData) -> bool:
         params = request.sampling_params

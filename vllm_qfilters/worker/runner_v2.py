@@ -51,7 +51,11 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             num_sequences=self.scheduler_config.max_num_seqs,
             longest_sequence=min(longest, cached_tokens),
             cached_tokens=cached_tokens,
-            prompt_bytes=0 if self.recorder is None else self.recorder.prompt_bytes,
+            prompt_bytes=len(specs)
+            * self.compression.observed_queries
+            * layer.num_heads
+            * layer.head_size
+            * self.model_config.dtype.itemsize,
         )
 
     def bind_cache(self) -> None:

@@ -9,11 +9,6 @@ from vllm_qfilters.filters.load import cache_path
 class CompressedWorker:
     """Goes before a worker of vLLM whose model runner is a ``CompressedModelRunner``."""
 
-    def determine_available_memory(self) -> int:
-        # First, so that vLLM counts what it takes.
-        self.model_runner.reserve_recent_queries()
-        return super().determine_available_memory()
-
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """See :meth:`_refuse_new_weights`."""
         self._refuse_new_weights("reload_weights")

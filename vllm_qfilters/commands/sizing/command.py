@@ -100,11 +100,16 @@ class Row(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What goes beside the cache on one device, in bytes."""
+    """What goes beside the cache on one device, in bytes.
+
+    Attributes:
+        weights, compaction: of the device.
+        observed: queries of one prompt, in the memory of the host until it is cut.
+    """
 
     weights: int
-    recent_queries: int
     compaction: int
+    observed: int
 
 
 def run(args: argparse.Namespace) -> int:
@@ -206,8 +211,8 @@ class _Sizes:
         share = self._engine_args.gpu_memory_utilization
         return (
             f"Of {show(self._memory)} vLLM uses {share:.0%}. Weights take {show(self._beside.weights)}. With "
-            f"compression observed queries take {show(self._beside.recent_queries)} for {self._max_num_seqs:,} "
-            f"sequences (--max-num-seqs), and compacting up to {show(self._beside.compaction)}.\n"
+            f"compression compacting takes up to {show(self._beside.compaction)}, and in the memory of the host the "
+            f"observed queries of a prompt that is not cut yet take {show(self._beside.observed)}.\n"
             f"The cache gets at most {show(plain)} with plain vLLM, {show(compressed)} with compression; activations "
             "and CUDA graphs, which vLLM measures when it starts, come off both"
         )
@@ -237,7 +242,7 @@ class _Sizes:
         assert self._beside is not None, "run() asks for one of the two sizes"
         left = int(self._memory * self._engine_args.gpu_memory_utilization) - self._beside.weights
         if is_compressed:
-            left -= self._beside.recent_queries + self._beside.compaction
+            left -= self._beside.compaction
         return max(0, left)
 
     def _reckon_beside(self, weights: int | None) -> Beside:
@@ -250,8 +255,7 @@ class _Sizes:
         prompt = (
             layers.number * policy.observed_queries * num_heads * layers.head_size * _bytes(self.model_config.dtype)
         )
-        queries = prompt * self._max_num_seqs
-        left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices - queries)
+        left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices)
         cached_tokens = left // self._compressed.page_bytes * self._block_size
         longest = policy.max_compacted_tokens(self.model_config.max_model_len, self._block_size)
         compaction = 0
@@ -266,7 +270,7 @@ class _Sizes:
                 cached_tokens=cached_tokens,
                 prompt_bytes=prompt,
             )
-        return Beside(whole // devices, queries, compaction)
+        return Beside(whole // devices, compaction, prompt)
 
 
 def weight_bytes(model_config: "ModelConfig") -> int:
