@@ -16,8 +16,9 @@ preempted all the time, and sends at once
 
 Then everything must have been answered, no page be held, the same prompt get the same answer as before, and no
 exception stand in the log. At last the worker's process is killed while it streams, and on another server the engine's:
-every client must hear of it, and the server say why and end. Prints a report, writes it to benchmarks/results/load.json
-and the logs of the servers to build/, and ends with status 1 if anything was not as it must be.
+every client must hear of it, and the server say why and end. Prints a report, writes it with a plot to
+benchmarks/results/load.json and the logs of the servers to build/, and ends with status 1 if anything was not as it
+must be.
 
 The model has the demo model's vocabulary and random weights of 2 small layers, unless --full-size: the subject is the
 engine.
@@ -61,6 +62,7 @@ SMALL = {
 }  # fmt: skip
 MALFORMED = (-1, 7, 1.5, "256", "much", [256], {"budget": 256}, True, 1e400, None)
 HANG_SECONDS = 60.0
+MEMORY_SAMPLES = 20  # while there is load, and one before
 
 
 class LoadedServer(Server):
@@ -325,10 +327,11 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
 
     async def watch_memory() -> None:
         # In a thread: the kernel may take seconds over it, in which the server gives up connections that nobody reads.
-        for tenth in range(11):
-            memory.append({"seconds": round(seconds * tenth / 10), **await asyncio.to_thread(server.resident_mb)})
-            if tenth < 10:
-                await asyncio.sleep(seconds / 10)
+        for number in range(MEMORY_SAMPLES + 1):
+            now = round(seconds * number / MEMORY_SAMPLES)
+            memory.append({"seconds": now, **await asyncio.to_thread(server.resident_mb)})
+            if number < MEMORY_SAMPLES:
+                await asyncio.sleep(seconds / MEMORY_SAMPLES)
 
     bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
     mix = {load.short: 32, load.long: 4, load.converse: 4, load.leave: 3, load.malformed: 1, load.operate: 1}
@@ -446,7 +449,8 @@ def violations(report: dict[str, Any]) -> Iterator[str]:
     for name in ("went_idle", "same_answer_as_before"):
         if not report[name]:
             yield f"not so: {name.replace('_', ' ')}"
-    halfway, at_end = (sum(sample.values()) - sample["seconds"] for sample in report["resident_mb"][5::5])
+    samples = report["resident_mb"]
+    halfway, at_end = (sum(sample.values()) - sample["seconds"] for sample in (samples[len(samples) // 2], samples[-1]))
     if at_end > 1.05 * halfway:
         yield f"memory grew from {halfway:.0f} MB halfway through to {at_end:.0f} MB"
     for exception in report["exceptions_in_the_log"]:
@@ -461,6 +465,34 @@ def violations(report: dict[str, Any]) -> Iterator[str]:
             yield f"{title} killed: the server's log does not say so"
         if kill["processes_left"]:
             yield f"{title} killed: {kill['processes_left']} processes of the server are left"
+
+
+def draw(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws memory over time, and how long whole answers took."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    samples = report["resident_mb"]
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    for name in (name for name in samples[0] if name != "seconds"):
+        left.plot(minutes, [sample[name] for sample in samples], marker=".", label=name)
+    left.set_ylim(bottom=0)
+    left.set_xlabel("minutes")
+    left.set_title("resident MB")
+    left.legend()
+    for place, (kind, seconds) in enumerate(report["seconds_to_whole_answers"].items()):
+        shown = {name: value for name, value in seconds.items() if name.startswith("p")}
+        right.plot(list(shown), list(shown.values()), marker="o", color=f"C{place}", label=kind)
+    right.set_yscale("log")
+    right.set_title("seconds to whole answers, percentiles")
+    right.legend()
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -504,6 +536,7 @@ def main() -> int:
     report["violations"] = list(violations(report))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, arguments.output.with_suffix(".png"))
     print_report(report)
     for violation in report["violations"]:
         print(f"VIOLATION: {violation}")

@@ -21,7 +21,7 @@ from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
-from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
+from vllm_qfilters.worker.specs import check_cuda_graphs, check_query_heads, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -315,6 +315,16 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
         check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
+
+
+@pytest.mark.parametrize("method", ["qfilters", "snapkv", "knorm", "streaming"])
+def test_query_heads_that_differ_between_layers_are_refused_where_scores_go_by_queries(method):
+    config = policy_of(method=method)
+    check_query_heads(config, {"first": 32, "second": 32})
+    if method in ("knorm", "streaming"):
+        return check_query_heads(config, {"first": 32, "second": 48})
+    with pytest.raises(ValueError, match="second has 48, first 32; choose a method that goes by keys and values"):
+        check_query_heads(config, {"first": 32, "second": 48})
 
 
 @pytest.mark.parametrize("method", ["snapkv", "tova"])

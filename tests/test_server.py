@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -122,6 +124,14 @@ def test_two_budgets_at_once_give_what_each_gives_alone(client):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert together == alone
+
+
+def test_the_example_of_a_client(server):
+    command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), "--url", f"{server.url}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "server's budget: refused" not in done.stdout and "half of the prompt: refused" not in done.stdout
+    assert "too small a budget: refused: kv_budget=1: at least " in done.stdout
 
 
 def test_a_budget_is_refused_where_beams_would_not_have_it(client):

@@ -55,7 +55,7 @@ from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.page_scorer import PageScorer
-from vllm_qfilters.worker.specs import check_specs
+from vllm_qfilters.worker.specs import check_query_heads, check_specs
 from vllm_qfilters.worker.timer import CompactionTimer
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -199,6 +199,7 @@ class CompressedModelRunner:
         layers = self.compilation_config.static_forward_context
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
             raise ValueError("KV compression does not support models whose layers share one KV cache")
+        check_query_heads(self.compression, {name: layers[name].num_heads for name in specs})
         block_size = self.cache_config.block_size
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
