@@ -327,11 +327,11 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
 
     async def watch_memory() -> None:
         # In a thread: the kernel may take seconds over it, in which the server gives up connections that nobody reads.
+        begin = time.monotonic()
         for number in range(MEMORY_SAMPLES + 1):
-            now = round(seconds * number / MEMORY_SAMPLES)
+            await asyncio.sleep(begin + seconds * number / MEMORY_SAMPLES - time.monotonic())
+            now = round(time.monotonic() - begin)
             memory.append({"seconds": now, **await asyncio.to_thread(server.resident_mb)})
-            if number < MEMORY_SAMPLES:
-                await asyncio.sleep(seconds / MEMORY_SAMPLES)
 
     bench = asyncio.to_thread(bench_rounds, server, arguments.model, load) if arguments.bench else asyncio.sleep(0)
     mix = {load.short: 32, load.long: 4, load.converse: 4, load.leave: 3, load.malformed: 1, load.operate: 1}
@@ -347,9 +347,10 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
     went_idle = await wait_until(is_idle, HANG_SECONDS)
     last_answer = await load.ask()
     numbers = await asyncio.to_thread(server.metrics, "vllm:")
+    lines_before = len(server.log)
     async with load.session.post(f"{server.url}/reset_prefix_cache") as response:
         all_pages_free = (await response.json())["success"]
-    held = [re.search(r"some blocks \((\d+)\) are not freed", line) for line in server.log]
+    held = [re.search(r"some blocks \((\d+)\) are not freed", line) for line in server.log[lines_before:]]
     kinds = sorted({kind for kind, _ in load.counts})
     outcomes = ("sent", "answered", "refused", "left", "failed")
     return {
@@ -478,7 +479,7 @@ def draw(report: dict[str, Any], path: pathlib.Path) -> None:
     samples = report["resident_mb"]
     minutes = [sample["seconds"] / 60 for sample in samples]
     for name in (name for name in samples[0] if name != "seconds"):
-        left.plot(minutes, [sample[name] for sample in samples], marker=".", label=name)
+        left.plot(minutes, [sample.get(name) for sample in samples], marker=".", label=name)
     left.set_ylim(bottom=0)
     left.set_xlabel("minutes")
     left.set_title("resident MB")
@@ -536,8 +537,8 @@ def main() -> int:
     report["violations"] = list(violations(report))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, arguments.output.with_suffix(".png"))
     print_report(report)
+    draw(report, arguments.output.with_suffix(".png"))
     for violation in report["violations"]:
         print(f"VIOLATION: {violation}")
     for failure in report["failures"]:

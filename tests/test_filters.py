@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import random
+import shutil
 import stat
 from types import SimpleNamespace
 
@@ -14,10 +15,19 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
+from tests.models import (
+    HEAD_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    make_tiny_adapter,
+    make_tiny_llama,
+    tiny_identity,
+)
 from vllm_qfilters.filters import calibrate, format, load
+from vllm_qfilters.filters import fingerprint as fingerprint_module
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
-from vllm_qfilters.filters.fingerprint import SAMPLES, fingerprint
+from vllm_qfilters.filters.fingerprint import fingerprint
 from vllm_qfilters.filters.format import Filters, ModelIdentity
 from vllm_qfilters.filters.load import cache_path, cached_filters, given_filters, keep
 from vllm_qfilters.filters.rotary import Rotation
@@ -419,36 +429,91 @@ def test_the_cache_path_changes_with_the_model(cache_root, change):
     assert cache_path(dataclasses.replace(model, **change), WEIGHTS) != cache_path(model, WEIGHTS)
 
 
-def model_of(dtype=torch.bfloat16, seed=0):
+@pytest.fixture
+def folder(tmp_path):
+    """A model's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_weights(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def write_weights(path: pathlib.Path, seed: int = 0, **changes: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(seed)
-    model = torch.nn.Module()
-    for name, shape in (("wide", (300, 70)), ("narrow", (7,)), ("single", ()), ("none", (0, 4))):
-        values = torch.randn(shape, generator=generator).to(dtype)
-        model.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
-    return model
+    shapes = {"wide": (300, 70), "narrow": (7,), "single": (), "none": (0, 4)}
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    save_file({**tensors, **changes}, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_the_fingerprint_goes_by_numbers_and_types(dtype):
-    expected = fingerprint(model_of(dtype))
-    assert fingerprint(model_of(dtype)) == expected
-    assert fingerprint(model_of(dtype, seed=1)) != expected
-    other_dtype = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    assert fingerprint(model_of(dtype).to(other_dtype)) != expected
-    for name in ("wide", "narrow", "single"):
-        changed = model_of(dtype)
-        getattr(changed, name).copy_((getattr(changed, name).float() * 2 + 1).to(dtype))
-        assert fingerprint(changed) != expected, name
-    transposed = model_of(dtype)
-    transposed.wide = torch.nn.Parameter(transposed.wide.t().contiguous().t(), requires_grad=False)
-    assert not transposed.wide.is_contiguous() and fingerprint(transposed) == expected
+def fingerprint_of(folder: pathlib.Path | str, **more: str) -> str:
+    return fingerprint(dataclasses.replace(tiny_identity(str(folder)), **more))
 
 
-def test_the_fingerprint_sees_an_adapter_that_was_merged_into_one_parameter():
-    model = model_of()
-    before = fingerprint(model)
-    model.wide += torch.outer(torch.full((300,), 0.01), torch.ones(70))
-    assert fingerprint(model) != before and model.wide.numel() / 100 > SAMPLES
+def test_the_fingerprint_goes_by_numbers_and_not_by_names_and_times(folder, tmp_path, monkeypatch):
+    expected = fingerprint_of(folder)
+    monkeypatch.chdir(tmp_path)
+    assert {fingerprint_of(name) for name in (f"{folder}/", "model", "./model")} == {expected}
+    os.utime(folder / "model.safetensors", (0, 0))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "README.md").write_text("words")
+    assert fingerprint_of(shutil.copytree(folder, tmp_path / "copied"), revision="another commit") == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"wide": torch.ones(300, 70, dtype=torch.bfloat16)},
+        {"narrow": torch.ones(7, dtype=torch.bfloat16)},
+        {"single": torch.tensor(2.0, dtype=torch.bfloat16)},
+        {"none": torch.zeros(4, 0, dtype=torch.bfloat16)},
+        {"wide": torch.ones(300, 70, dtype=torch.float16)},
+        {"more": torch.ones(1)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_fingerprint_changes_with_every_tensor(folder, changes):
+    expected = fingerprint_of(folder)
+    write_weights(folder / "model.safetensors", **changes)
+    assert fingerprint_of(folder) != expected
+
+
+def test_the_fingerprint_of_a_merged_adapter_is_another(tmp_path):
+    make_tiny_llama(tmp_path / "model")
+    make_tiny_adapter(tmp_path / "adapter", tmp_path / "model", tmp_path / "merged")
+    assert fingerprint_of(tmp_path / "model") != fingerprint_of(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf"])
+def test_files_of_other_formats_count_by_size_and_time(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"weights")
+    before = fingerprint_of(tmp_path)
+    assert fingerprint_of(path) == before
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    changed = fingerprint_of(tmp_path)
+    path.write_bytes(b"other weights")
+    assert len({before, changed, fingerprint_of(tmp_path)}) == 3
+
+
+def test_a_repository_is_looked_for_among_downloads_and_else_goes_by_its_commit(folder, monkeypatch):
+    asked = []
+
+    def look(repository, name, cache_dir, revision):
+        asked.append((repository, name, cache_dir, revision))
+        return str(folder / name) if cache_dir == "there" else None
+
+    monkeypatch.setattr(fingerprint_module, "try_to_load_from_cache", look)
+    model = dataclasses.replace(tiny_identity("org/tiny"), revision="abc123")
+    assert fingerprint(model, "there") == fingerprint_of(folder)
+    assert fingerprint(model) == "org/tiny@abc123"
+    assert asked == [("org/tiny", "config.json", place, "abc123") for place in ("there", None)]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "org/..", "a\n/b", "org/" + "x" * 500])
+def test_a_model_of_a_strange_name_is_no_folder_of_this_machine(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint_of(name) == f"{name}@"
 
 
 class Hub:
@@ -757,14 +822,17 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
     assert sequences != random_sequences(10, 3, 200, seed=1)
 
 
-def look_for_filters(monkeypatch, group, wanted="auto"):
+def look_for_filters(monkeypatch, group, wanted="auto", load_format="auto"):
     """As a rank of a group of ranks does."""
     monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
     monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
     runner = SimpleNamespace(
         model_config=None,
         compression=SimpleNamespace(entry=entry("qfilters", "static"), filters=wanted),
-        weights_fingerprint=lambda: WEIGHTS if wanted == "auto" else 1 / 0,
+        load_config=SimpleNamespace(load_format=load_format),
+        weights_fingerprint=lambda: WEIGHTS if wanted == "auto" and load_format == "auto" else 1 / 0,
+        calibrate_filters=lambda sequences, description: "calibrated",
+        _random_sequences=lambda: [[1, 2, 3]],
     )
     return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
 
@@ -790,6 +858,17 @@ def test_named_filters_are_taken_whatever_the_weights_are(monkeypatch):
     monkeypatch.setattr(runner_module, "given_filters", lambda wanted, model: ("given", wanted))
     monkeypatch.setattr(runner_module, "cached_filters", lambda model, weights: 1 / 0)
     assert look_for_filters(monkeypatch, group, "model.safetensors") == ("given", "model.safetensors")
+
+
+def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch):
+    """Where nobody names any: they come from no file that could tell them from others."""
+    group = SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
+    for name in ("cached_filters", "keep"):
+        monkeypatch.setattr(runner_module, name, lambda *arguments: 1 / 0)
+    monkeypatch.setattr(runner_module, "given_filters", lambda wanted, model: ("given", wanted))
+    filters, origin = look_for_filters(monkeypatch, group, load_format="dummy")
+    assert filters == "calibrated" and origin.endswith("not kept, as the weights are random")
+    assert look_for_filters(monkeypatch, group, "model.safetensors", "dummy") == ("given", "model.safetensors")
 
 
 def test_new_weights_are_refused_where_filters_are_of_the_old_ones():

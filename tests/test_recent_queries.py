@@ -119,3 +119,8 @@ def test_generated_tokens_are_followed_in_one_block_per_step():
         assert len(recorder._blocks) == 1
         for req_id in "123":
             assert_last_queries(recorder, req_id, computed[req_id], prompt[req_id])
+
+
+def test_what_the_queries_of_a_sequence_take():
+    recorder = QueryRecorder(36, 32, 32, 128, torch.bfloat16, CPU)
+    assert recorder.sequence_bytes == 16 << 20, "9 MiB come as 16"

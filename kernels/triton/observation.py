@@ -321,6 +321,7 @@ def _side_by_side(observations: Sequence[Observation], device: torch.device) -> 
         end = first + queries.shape[2]
         found[:, :, first:end] = queries
         first = end
+        del queries  # before the next ones come
     assert found is not None
     return found
 

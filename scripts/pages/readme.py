@@ -12,7 +12,7 @@ from scripts.pages.results import File, Values, by_variant
 from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.report import kind, loss_increase
 from vllm_qfilters.commands.evaluation.results import Results
-from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.config import EVICTS, KVCompressionConfig
 from vllm_qfilters.core.scheduler import QFiltersScheduler
 from vllm_qfilters.policy import resolve
 
@@ -72,7 +72,12 @@ def parts(files: Sequence[File], all_files: Sequence[File]) -> dict[str, str]:
         files: the results that README shows.
         all_files: all results.
     """
-    return {"results": results(files), "prefix-cache": prefix_cache(), "quality": quality(all_files)}
+    return {
+        "results": results(files),
+        "prefix-cache": prefix_cache(),
+        "quality": quality(all_files),
+        "elastic": elastic(all_files),
+    }
 
 
 def plots(folder: pathlib.Path, link: str) -> str:
@@ -144,6 +149,20 @@ def quality(files: Sequence[File]) -> str:
                 for kind_of_budget in (int, float):
                     found.append(_quality_table(measured, tasks, kind_of_budget, unit))
     return "\n\n".join(filter(None, found)) or NOT_MEASURED
+
+
+def elastic(files: Sequence[File]) -> str:
+    """Requests per second and preemptions of plain vLLM and of both values of ``evict``, cache by cache."""
+    file = _case(files, "elastic")
+    if file is None:
+        return NOT_MEASURED
+    rows = []
+    for share in file.values["options"]["shares"]:
+        variants = {kind: f"{kind}, cache {share:g}" for kind in ("plain", *EVICTS)}
+        for key, label in (("requests_per_s", "requests per second"), ("preemptions", "preemptions")):
+            cells = [number(value) for value in _medians(file, key, variants).values() if value is not None]
+            rows.append([f"{label}, cache of {share:g} of the demand", *cells])
+    return table(["", "plain vLLM", *(f"`{kind}`" for kind in EVICTS)], rows)
 
 
 def _quality_table(measured: Results, tasks: Sequence[str], kind_of_budget: type, unit: str) -> str:

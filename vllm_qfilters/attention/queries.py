@@ -1,6 +1,7 @@
 """Keeps the last queries of sequences, for methods that go by what a prompt's end, or the last tokens, look at."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -62,10 +63,11 @@ class _Block(NamedTuple):
 
 
 class QueryRecorder:
-    """The last queries of prompts, in all layers, while they are read and until their first eviction afterwards.
+    """The last queries of sequences, in all layers.
 
     They are kept in the memory of the host, where GPUs have theirs apart: a layer's go there as they are computed, and
-    come back when they are looked from.
+    come back when they are looked from. Those of prompts are given up at their first eviction, those of a recorder that
+    follows decoding when their sequence ends.
 
     Args:
         num_layers, num_heads, head_size: of this rank.
@@ -94,6 +96,12 @@ class QueryRecorder:
         self._tokens: list[int] = []  # of the step, whose queries are kept
         self._blocks: list[_Block] = []  # where
         self._indices: torch.Tensor | None = None  # _tokens on the device
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Those of a sequence take, where pinned memory comes in powers of two, as PyTorch has it."""
+        exact = self._num_layers * self.num_queries * math.prod(self._shape) * self._dtype.itemsize
+        return 1 << (exact - 1).bit_length()
 
     def ignore(self, req_id: str) -> None:
         """Keeps nothing of a request until it is forgotten: it will not evict."""

@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     """Makes filters for a model from forward passes over random token ids or texts."""
     if args.kv_compression is not None or args.kv_compression_config is not None:
         raise UsageError("calibration needs no --kv-compression: drop it and its options")
+    if args.load_format == "dummy" and args.output is None:
+        raise UsageError(
+            "filters of random weights are not for the cache: name a file (-o), or drop --load-format dummy"
+        )
     texts = {path: _read_text(path, args.sequences * args.tokens * _TOKEN_CHARACTERS) for path in args.text}
     if args.output is not None:
         check_writable(args.output)
@@ -131,7 +135,7 @@ def _said_after(args: argparse.Namespace, path: str, description: str) -> str:
     """Returns where the filters are and how they are used."""
     how = f"vllm serve {shlex.quote(args.model)} --kv-compression qfilters"
     if args.output is None:
-        how += "\nIt finds them by itself, as long as the model is given by this name."
+        how += "\nIt finds them by itself, as long as the weights are these."
     else:
         how += f" --kv-compression-config.filters {shlex.quote(str(args.output))}"
     return f"\nCalibrated with {description}. The filters are in\n  {args.output or path}\nUse them with\n  {how}"

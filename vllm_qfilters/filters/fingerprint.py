@@ -1,38 +1,79 @@
 """What the weights of a model are, in a word: filters that were calibrated for others must not be found for them."""
 
 import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
-import torch
-from torch import nn
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
-SAMPLES = 64  # of every parameter
+from vllm_qfilters.filters.format import ModelIdentity
+
+_WINDOWS, _WINDOW_BYTES = 4, 64  # of every tensor; more would be long to read from a disk far away
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".tensors")
 
 
-@torch.inference_mode()
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a few numbers of every parameter.
+def fingerprint(model: ModelIdentity, download_dir: str | None = None) -> str:
+    """A hash of the files that the weights were loaded from.
 
-    A fine-tuned model, a merged adapter, another revision and random weights differ in nearly every number of some
-    parameter from what they were made of. Neither the names of parameters count, which adapters change, nor where the
-    weights came from.
+    Of safetensors a few numbers of every tensor are read: a fine-tuned model, a merged adapter, another revision and
+    another quantization differ in nearly every number of some tensor from what they were made of. Names, folders and
+    times do not count. Of files in other formats name, size and time of change count, and of a repository whose files
+    are not found on this machine its commit.
 
     Args:
-        model: as it was loaded, or what a rank holds of it: other ways to divide it up have other fingerprints.
+        download_dir: where the engine keeps what it downloads; None: where the hub's client does.
     """
+    folder = _folder(model, download_dir)
+    if folder is None:
+        return f"{model.name}@{model.revision}"
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
     found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
-        if parameter.layout == torch.strided and parameter.numel():
-            found.update(_samples(parameter).cpu().view(torch.uint8).numpy().tobytes())
+    for line in _of_safetensors(files) or _of_other_formats(files):
+        found.update(line)
     return found.hexdigest()
 
 
-def _samples(parameter: torch.Tensor) -> torch.Tensor:
-    """Numbers at even distances, from the first to the last; strided parameters are not copied as a whole."""
-    count = min(SAMPLES, parameter.numel())
-    places = torch.linspace(0, parameter.numel() - 1, count, dtype=torch.float64, device=parameter.device).long()
-    if parameter.element_size() == 1:
-        parameter = parameter.view(torch.uint8)  # indexing knows no numbers of 8 bits that have a fraction
-    if not parameter.dim():
-        return parameter.reshape(1)
-    return parameter[torch.unravel_index(places, parameter.shape)].contiguous()
+def _folder(model: ModelIdentity, download_dir: str | None) -> pathlib.Path | None:
+    path = pathlib.Path(model.name)
+    if path.exists():
+        return path
+    try:
+        config = try_to_load_from_cache(
+            model.name, "config.json", cache_dir=download_dir, revision=model.revision or None
+        )
+    except HFValidationError:
+        return None
+    return pathlib.Path(config).parent if isinstance(config, str) else None
+
+
+def _of_safetensors(files: list[pathlib.Path]) -> list[bytes]:
+    """A line per tensor of all files, in the order of their names."""
+    tensors = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                tensors.update(_tensors(file))
+    return [tensors[name] for name in sorted(tensors)]
+
+
+def _tensors(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Names of the tensors of a file, with what tells each from others."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = described["data_offsets"]
+        last = max(0, end - begin - _WINDOW_BYTES)
+        line = f"{name} {described['dtype']} {described['shape']}".encode()
+        for window in range(_WINDOWS):
+            file.seek(8 + header_bytes + begin + last * window // (_WINDOWS - 1))
+            line += file.read(min(_WINDOW_BYTES, end - begin))
+        yield name, line
+
+
+def _of_other_formats(files: list[pathlib.Path]) -> list[bytes]:
+    stats = [(path.name, path.stat()) for path in files if path.suffix in _OTHER_FORMATS]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]

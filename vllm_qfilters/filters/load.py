@@ -89,7 +89,7 @@ def cache_path(model: ModelIdentity, weights: str) -> pathlib.Path:
 
     Args:
         model: its name and revision do not count: a folder may be moved and renamed.
-        weights: their :func:`vllm_qfilters.filters.fingerprint.fingerprint`, of all ranks.
+        weights: their :func:`vllm_qfilters.filters.fingerprint.fingerprint`.
     """
     described = dataclasses.asdict(model)
     del described["name"], described["revision"]

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
+from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
@@ -261,6 +262,14 @@ class CompressedModelRunner:
                 self.device,
                 self.compression.entry.follows_decoding,
             )
+            if self._is_first_rank and self.device.type == "cuda":
+                most = self.recorder.sequence_bytes * self.scheduler_config.max_num_seqs
+                logger.info(
+                    "KV compression: observed queries take up to %s GiB of the host's memory, pinned, if no prompt of "
+                    "--max-num-seqs %d is cut",
+                    format_gib(most),
+                    self.scheduler_config.max_num_seqs,
+                )
         for index, layer in enumerate(self.layers):
             layer.impl.index, layer.impl.recorder = index, self.recorder
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
@@ -366,28 +375,31 @@ class CompressedModelRunner:
         return limits is not None and request.prompt_len + params.max_tokens > limits.budget
 
     def weights_fingerprint(self) -> str:
-        """Of the weights of all ranks. Call on all of them."""
-        own = fingerprint(self.model)
-        group = get_world_group()
-        of_ranks = [own] * group.world_size
-        if group.world_size > 1:
-            torch.distributed.all_gather_object(of_ranks, own, group=group.cpu_group)
-        return " ".join(of_ranks)
+        """What the weights are, for the cache of filters."""
+        model = ModelIdentity.from_model_config(self.model_config)
+        return fingerprint(model, self.load_config.download_dir)
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
-        model, wanted, weights = ModelIdentity.from_model_config(self.model_config), self.compression.filters, ""
-        if wanted == AUTO:
-            weights = self.weights_fingerprint()
+        model, wanted = ModelIdentity.from_model_config(self.model_config), self.compression.filters
+        # Random weights, as benchmarks and trainers start with, come from no file.
+        is_random = self.load_config.load_format == "dummy"
+        weights = self.weights_fingerprint() if wanted == AUTO and not is_random else ""
         found = None
         if get_world_group().is_first_rank:  # for all: another one may be on another machine, with other files
-            found = cached_filters(model, weights) if wanted == AUTO else given_filters(wanted, model)
+            if wanted != AUTO:
+                found = given_filters(wanted, model)
+            elif not is_random:
+                found = cached_filters(model, weights)
         found = get_world_group().broadcast_object(found)
         if found is not None:
             return found
         sequences = self._random_sequences()
         description = describe_sequences(sequences)
         filters = self.calibrate_filters(sequences, description)
-        kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
+        if is_random:
+            kept = "not kept, as the weights are random"
+        else:
+            kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
         return filters, f"calibrated now ({description}), {kept}"
 
     def _random_sequences(self) -> list[list[int]]:
