@@ -61,6 +61,7 @@ SMALL = {
     "head_dim": 32,
 }  # fmt: skip
 MALFORMED = (-1, 7, 1.5, "256", "much", [256], {"budget": 256}, True, 1e400, None)
+ENDS = ("EngineDeadError", "died unexpectedly")  # an API server says, and what started several of them
 HANG_SECONDS = 60.0
 MEMORY_SAMPLES = 20  # while there is load, and one before
 
@@ -408,7 +409,7 @@ async def kill(title: str, server: LoadedServer, load: Load) -> dict[str, Any]:
         "seconds_until_the_server_ended": seconds_to_end,
         "processes_left": len(server.processes()),
         "seconds_until_all_processes_ended": round(time.monotonic() - begin, 1),
-        "log_says_why": any("EngineDeadError" in line for line in server.log[lines_before:]),
+        "log_says_why": any(why in line for line in server.log[lines_before:] for why in ENDS),
     }
 
 

@@ -115,7 +115,6 @@ OVERRIDDEN = {
         "self vllm_config local_rank rank distributed_init_method is_driver_worker"
     ),
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": "self",
-    "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory": "self",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__": "self vllm_config device",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (

@@ -84,6 +84,23 @@ def test_engine_arguments_without_the_flag_are_untouched(tiny_model):
     assert (arguments.scheduler_cls, arguments.worker_cls, arguments.additional_config) == (None, "auto", {})
 
 
+def test_each_of_several_api_servers_has_compression(tiny_model):
+    """Such a process makes its engine arguments of the parent's, with vLLM's own method: it loads plugins only while it
+    does so."""
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", str(tiny_model), "--kv-compression", "streaming", "--additional-config", '{"mine": 1}']
+    args = parser.parse_args(flags)
+    of_parent = AsyncEngineArgs.from_cli_args(args)
+    unpatched = EngineArgs.__dict__["from_cli_args"].__func__.__wrapped__
+    of_child = unpatched(AsyncEngineArgs, args)
+    assert of_child == of_parent == AsyncEngineArgs.from_cli_args(args)
+    assert of_child.additional_config["mine"] == 1
+    assert KVCompressionConfig.from_dict(of_child.additional_config["kv_compression"]).method == "streaming"
+
+
 def test_the_flag_and_dotted_keys_reach_the_engine_arguments(tiny_model):
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -133,3 +133,19 @@ def test_more_queries_are_observed_than_tokens_are_held(engines):
     del method.scores
     assert len(scores) >= 3 and all(bool(found.isfinite().all()) for found in scores)
     engine.assert_idle()
+
+
+def test_a_budget_that_no_front_end_refused_ends_no_engine(engines, monkeypatch):
+    """vLLM's front end in Rust runs no plugin: the request gets the server's own budget, and the log says so."""
+    engine = engines.get(**OPTIONS)
+    monkeypatch.setattr("vllm_qfilters.frontend.compat.check_request", lambda *arguments: None)
+    errors = []
+    monkeypatch.setattr("vllm_qfilters.core.scheduler.logger.error", lambda text, *values: errors.append(text % values))
+    prompt = random_prompt(300, seed=3)
+    for wrong in ({"kv_budget": "256"}, {"kv_budget": -1}, {"kv_evict": "never"}):
+        engine.add(prompt, max_tokens=70, extra_args=wrong)
+    answers = [list(output.outputs[0].token_ids) for output in engine.run().values()]
+    (expected,) = engine.generate([prompt], max_tokens=70)
+    assert answers == 3 * [list(expected.outputs[0].token_ids)]
+    assert len(errors) == 3 and "gets the server's own budget: kv_budget='256': give tokens" in errors[0]
+    engine.assert_idle()

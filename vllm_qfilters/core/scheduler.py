@@ -24,8 +24,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import EVICT_PRESSURE
+from vllm_qfilters.budget import RequestLimits, cdiv
+from vllm_qfilters.config import EVICT_PRESSURE, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
@@ -103,11 +103,23 @@ class QFiltersScheduler(AsyncScheduler):
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
 
     def add_request(self, request: Request) -> None:
-        extra_args = request.sampling_params.extra_args if request.sampling_params else None
-        limits = self.compression.request_limits(extra_args, request.num_prompt_tokens, self.block_size)
+        limits = self._limits_of(request)
         if limits is not None:
             self.block_manager.limits[request.request_id] = limits
         super().add_request(request)
+
+    def _limits_of(self, request: Request) -> RequestLimits | None:
+        params = request.sampling_params
+        extra_args = params.extra_args if params else None
+        try:
+            return self.compression.request_limits(extra_args, request.num_prompt_tokens, self.block_size)
+        except ValueError as error:
+            # Front ends in Python refuse it at the door; an exception here would end the engine for all. The workers
+            # read the same arguments.
+            logger.error("KV compression: request %s gets the server's own budget: %s", request.request_id, error)
+            keys = (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY)
+            params.extra_args = {key: value for key, value in extra_args.items() if key not in keys}
+            return self.compression.request_limits(params.extra_args, request.num_prompt_tokens, self.block_size)
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()

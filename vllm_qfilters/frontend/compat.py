@@ -3,7 +3,8 @@ flag. The targets are of vLLM 0.32; tests/test_compat.py fails when one of their
 
 ``EngineArgs.add_cli_args``, ``EngineArgs.from_cli_args``
     add ``--kv-compression`` and ``--kv-compression-config``: plugins are loaded before the parser is built, but cannot
-    add arguments to it. They go when vLLM lets a plugin add arguments.
+    add arguments to it. What becomes of them is left on the parsed arguments too: of these each of several API servers
+    makes its own, before its plugins are loaded. They go when vLLM lets a plugin add arguments.
 ``EngineArgs.create_engine_config``
     refuses what cannot work before any process is started: a worker's error is buried under those of its parents. It
     goes when platforms or plugins are asked about a finished VllmConfig.
@@ -126,6 +127,9 @@ def _with_kv_compression(from_cli_args: Function) -> Function:
         method, options = getattr(args, "kv_compression", None), getattr(args, "kv_compression_config", None)
         if method is not None:
             apply_kv_compression(engine_args, method, options or {})
+            # Each of several API servers makes engine arguments of these anew, and loads plugins while it does so.
+            for name in ("additional_config", "scheduler_cls", "worker_cls"):
+                setattr(args, name, getattr(engine_args, name))
         elif options is not None:
             raise ValueError(
                 "--kv-compression-config does nothing without --kv-compression METHOD: add it, e.g. --kv-compression "
