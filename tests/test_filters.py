@@ -484,7 +484,16 @@ def test_the_fingerprint_of_a_merged_adapter_is_another(tmp_path):
     assert fingerprint_of(tmp_path / "model") != fingerprint_of(tmp_path / "merged")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf"])
+@pytest.mark.parametrize("content", [b"", b"no header", b"\x02" + bytes(7) + b"[]", b"\xff" * 100])
+def test_a_damaged_file_counts_by_size_and_time(folder, content):
+    before = fingerprint_of(folder)
+    (folder / "adapter.safetensors").write_bytes(content)
+    damaged = fingerprint_of(folder)
+    (folder / "adapter.safetensors").write_bytes(content + b"more")
+    assert len({before, damaged, fingerprint_of(folder)}) == 3
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "weights.unheard-of"])
 def test_files_of_other_formats_count_by_size_and_time(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"weights")

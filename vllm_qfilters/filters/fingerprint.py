@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from vllm_qfilters.filters.format import ModelIdentity
 
 _WINDOWS, _WINDOW_BYTES = 4, 64  # of every tensor; more would be long to read from a disk far away
+_MOST_HEADER_BYTES = 100_000_000  # of safetensors, as their own readers have it
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".tensors")
 
 
@@ -20,8 +21,8 @@ def fingerprint(model: ModelIdentity, download_dir: str | None = None) -> str:
 
     Of safetensors a few numbers of every tensor are read: a fine-tuned model, a merged adapter, another revision and
     another quantization differ in nearly every number of some tensor from what they were made of. Names, folders and
-    times do not count. Of files in other formats name, size and time of change count, and of a repository whose files
-    are not found on this machine its commit.
+    times do not count. Of files in other formats, and of damaged ones, name, size and time of change count, and of a
+    repository whose files are not found on this machine its commit.
 
     Args:
         download_dir: where the engine keeps what it downloads; None: where the hub's client does.
@@ -31,7 +32,11 @@ def fingerprint(model: ModelIdentity, download_dir: str | None = None) -> str:
         return f"{model.name}@{model.revision}"
     files = [folder] if folder.is_file() else sorted(folder.iterdir())
     found = hashlib.sha256()
-    for line in _of_safetensors(files) or _of_other_formats(files):
+    lines = _of_safetensors(files)
+    if not lines:
+        others = [path for path in files if path.suffix in _OTHER_FORMATS]
+        lines = [_stat(path) for path in others or files]
+    for line in lines:
         found.update(line)
     return found.hexdigest()
 
@@ -54,14 +59,19 @@ def _of_safetensors(files: list[pathlib.Path]) -> list[bytes]:
     tensors = {}
     for path in files:
         if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                tensors.update(_tensors(file))
+            try:
+                with path.open("rb") as file:
+                    tensors.update(_tensors(file))
+            except (ValueError, TypeError, KeyError):
+                tensors[path.name] = _stat(path)
     return [tensors[name] for name in sorted(tensors)]
 
 
 def _tensors(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Names of the tensors of a file, with what tells each from others."""
     header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > _MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {header_bytes} bytes")
     header = json.loads(file.read(header_bytes))
     header.pop("__metadata__", None)
     for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -74,6 +84,6 @@ def _tensors(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         yield name, line
 
 
-def _of_other_formats(files: list[pathlib.Path]) -> list[bytes]:
-    stats = [(path.name, path.stat()) for path in files if path.suffix in _OTHER_FORMATS]
-    return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
+def _stat(path: pathlib.Path) -> bytes:
+    stat = path.stat()
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()

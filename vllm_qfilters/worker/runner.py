@@ -383,12 +383,12 @@ class CompressedModelRunner:
         model, wanted = ModelIdentity.from_model_config(self.model_config), self.compression.filters
         # Random weights, as benchmarks and trainers start with, come from no file.
         is_random = self.load_config.load_format == "dummy"
-        weights = self.weights_fingerprint() if wanted == AUTO and not is_random else ""
-        found = None
+        found, weights = None, ""
         if get_world_group().is_first_rank:  # for all: another one may be on another machine, with other files
             if wanted != AUTO:
                 found = given_filters(wanted, model)
             elif not is_random:
+                weights = self.weights_fingerprint()
                 found = cached_filters(model, weights)
         found = get_world_group().broadcast_object(found)
         if found is not None:
