@@ -109,17 +109,18 @@ class QFiltersScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _limits_of(self, request: Request) -> RequestLimits | None:
-        params = request.sampling_params
-        extra_args = params.extra_args if params else None
+        params, tokens = request.sampling_params, request.num_prompt_tokens
+        given = (params.extra_args if params else None) or {}
         try:
-            return self.compression.request_limits(extra_args, request.num_prompt_tokens, self.block_size)
+            return self.compression.request_limits(given, tokens, self.block_size)
         except ValueError as error:
             # Front ends in Python refuse it at the door; an exception here would end the engine for all. The workers
             # read the same arguments.
             logger.error("KV compression: request %s gets the server's own budget: %s", request.request_id, error)
-            keys = (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY)
-            params.extra_args = {key: value for key, value in extra_args.items() if key not in keys}
-            return self.compression.request_limits(params.extra_args, request.num_prompt_tokens, self.block_size)
+            kept = {key: value for key, value in given.items() if key not in (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY)}
+            if params:
+                params.extra_args = kept
+            return self.compression.request_limits(kept, tokens, self.block_size)
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()
