@@ -22,9 +22,7 @@ KINDS = (PLAIN, EVICT_ALWAYS, EVICT_PRESSURE)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=3000, help="tokens; default %(default)s")
-    parser.add_argument("--output-tokens", type=int, default=300, help="per request; default %(default)s")
+    throughput.add_load_options(parser, requests=16, output_tokens=300)
     parser.add_argument(
         "--shares",
         type=float,
@@ -33,7 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of what plain vLLM needs; default 1.25 0.5 0.125",
     )
     parser.add_argument("--method", default="qfilters")
-    parser.add_argument("--max-num-seqs", type=int, default=64)
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

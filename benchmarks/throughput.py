@@ -19,11 +19,16 @@ from benchmarks.engine import Engine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=3000, help="tokens; default %(default)s")
-    parser.add_argument("--output-tokens", type=int, default=500, help="per request; default %(default)s")
+    add_load_options(parser, requests=32, output_tokens=500)
     parser.add_argument("--cache", type=float, default=1 / 8, help="share of what the load would need; default 1/8")
     parser.add_argument("--methods", nargs="+", default=["qfilters", "streaming"])
+
+
+def add_load_options(parser: argparse.ArgumentParser, requests: int, output_tokens: int) -> None:
+    """Adds the options that :func:`serve` and :func:`cache_bytes` read, with these defaults."""
+    parser.add_argument("--requests", type=int, default=requests)
+    parser.add_argument("--prompt", type=int, default=3000, help="tokens; default %(default)s")
+    parser.add_argument("--output-tokens", type=int, default=output_tokens, help="per request; default %(default)s")
     parser.add_argument("--max-num-seqs", type=int, default=64)
 
 

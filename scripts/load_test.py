@@ -179,14 +179,11 @@ class Load:
 
     async def _order(self, order: str) -> None:
         self.counts["operator", "sent"] += 1
-        try:
-            async with self.session.post(f"{self.server.url}/{order}") as response:
-                if response.status == 200:
-                    self.counts["operator", "answered"] += 1
-                else:
-                    self._fail("operator", f"{order}: {response.status}: {await response.text()}")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self._fail("operator", f"{order}: {error!r}")
+        status, text = await self._post(order)
+        if status == 200:
+            self.counts["operator", "answered"] += 1
+        else:
+            self._fail("operator", f"{order}: {status}: {text}")
 
     async def leave(self) -> None:
         body = self._body(self._tokens(10, 1500), 600, stream=True)
@@ -207,7 +204,7 @@ class Load:
         value = self.rng.choice(MALFORMED)
         body = self._body(self._tokens(5, 50), 5, vllm_xargs={"kv_budget": value})
         self.counts["malformed", "sent"] += 1
-        status, text = await self._post(body)
+        status, text = await self._post("v1/completions", body)
         if status in (400, 422) and ("kv_budget" in text or "vllm_xargs" in text):
             self.counts["malformed", "refused"] += 1
         else:
@@ -221,7 +218,7 @@ class Load:
         answers = []
         for evict in ("pressure", "always"):
             await self._order("reset_prefix_cache")
-            status, text = await self._post(self._body(prompt, 64, vllm_xargs={"kv_evict": evict}))
+            status, text = await self._post("v1/completions", self._body(prompt, 64, vllm_xargs={"kv_evict": evict}))
             answers.append(json.loads(text)["choices"][0]["text"] if status == 200 else f"{status}: {text}")
         return answers
 
@@ -239,7 +236,7 @@ class Load:
         """Returns the answer, or None if it is not what was asked for."""
         self.counts[kind, "sent"] += 1
         begin = time.monotonic()
-        status, text = await self._post(self._body(prompt, max_tokens, **extra))
+        status, text = await self._post("v1/completions", self._body(prompt, max_tokens, **extra))
         usage = json.loads(text)["usage"] if status == 200 else {}
         if usage.get("completion_tokens") == max_tokens and usage.get("prompt_tokens") == len(prompt):
             self.counts[kind, "answered"] += 1
@@ -248,9 +245,9 @@ class Load:
         self._fail(kind, f"{len(prompt)} tokens, {max_tokens} wanted, {extra}: {status} {usage or text[:300]}")
         return None
 
-    async def _post(self, body: dict[str, Any]) -> tuple[int, str]:
+    async def _post(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
         try:
-            async with self.session.post(f"{self.server.url}/v1/completions", json=body) as response:
+            async with self.session.post(f"{self.server.url}/{path}", json=body) as response:
                 return response.status, await response.text()
         except (aiohttp.ClientError, TimeoutError) as error:
             return 0, repr(error)
