@@ -114,7 +114,9 @@ class CompressedRunner(CompressedModelRunner, Runner):
         )
         self.specs, layers = {}, {}
         for index, window in enumerate(windows):
-            layers[f"layer{index}"] = SimpleNamespace(get_attn_backend=lambda: attn_backend, sliding_window=window)
+            layers[f"layer{index}"] = SimpleNamespace(
+                get_attn_backend=lambda: attn_backend, sliding_window=window, num_heads=4
+            )
             self.specs[f"layer{index}"] = (
                 FullAttentionSpec(block_size=block_size, **usual)
                 if window is None
