@@ -1,6 +1,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -9,6 +10,9 @@
 
 namespace vllm_qfilters {
 namespace {
+
+// Of one thread at once, as many queries' as that allows: 8 MiB. The keys are gathered anew for the next ones.
+constexpr int64_t kMostLogits = 2 << 20;
 
 // sum += weights * share, and peak is the most of itself and weights.
 CLONE_FOR_WIDER_VECTORS
@@ -28,23 +32,27 @@ void observed_attention_of(
   const float* first_query = queries.const_data_ptr<float>();
   float* first_mean = mean.mutable_data_ptr<float>();
   float* first_peak = peak.mutable_data_ptr<float>();
+  const float share = 1.0f / static_cast<float>(num_vectors);
+  const int64_t at_once = std::clamp<int64_t>(kMostLogits / num_tokens, 1, num_vectors);
   at::parallel_for(0, mean.size(0) * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> logits(num_vectors * num_tokens);
+    std::vector<float> logits(at_once * num_tokens);
     for (int64_t index = begin; index < end; ++index) {
-      auto keep = [&](int64_t first, int64_t count, const float* products) {
-        for (int64_t vector = 0; vector < num_vectors; ++vector) {
-          std::copy_n(products + vector * kTile, count, logits.data() + vector * num_tokens + first);
+      for (int64_t first_vector = 0; first_vector < num_vectors; first_vector += at_once) {
+        const int64_t some = std::min(at_once, num_vectors - first_vector);
+        auto keep = [&](int64_t first, int64_t count, const float* products) {
+          for (int64_t vector = 0; vector < some; ++vector) {
+            std::copy_n(products + vector * kTile, count, logits.data() + vector * num_tokens + first);
+          }
+        };
+        const float* vectors = first_query + (index * num_vectors + first_vector) * head_size;
+        keys.project(index / num_kv_heads, index % num_kv_heads, num_tokens, vectors, some, keep);
+        for (int64_t vector = 0; vector < some; ++vector) {
+          // No query sees the tokens after its own.
+          const int64_t seen = num_tokens - num_queries + (first_vector + vector) % num_queries + 1;
+          float* own = logits.data() + vector * num_tokens;
+          softmax(own, seen);
+          accumulate(own, seen, share, first_mean + index * num_tokens, first_peak + index * num_tokens);
         }
-      };
-      const float* vectors = first_query + index * num_vectors * head_size;
-      keys.project(index / num_kv_heads, index % num_kv_heads, num_tokens, vectors, num_vectors, keep);
-      for (int64_t vector = 0; vector < num_vectors; ++vector) {
-        // No query sees the tokens after its own.
-        const int64_t seen = num_tokens - num_queries + vector % num_queries + 1;
-        float* own = logits.data() + vector * num_tokens;
-        softmax(own, seen);
-        const float share = 1.0f / static_cast<float>(num_vectors);
-        accumulate(own, seen, share, first_mean + index * num_tokens, first_peak + index * num_tokens);
       }
     }
   });

@@ -8,8 +8,10 @@ the keys and values of all heads, each page carries one or more planes of float3
 first holds scores or what they are made of.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 
@@ -81,13 +83,29 @@ class _Planes:
     """The planes of a cache.
 
     Attributes:
+        num_layers: of the cache, or of the part of it that this is.
+        key_scales: float32, shape ``[num_layers]``, or None.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
         scores: the first plane.
     """
 
+    _BY_LAYER: tuple[str, ...] = ("planes", "scores", "key_scales")
+
+    num_layers: int
+    key_scales: torch.Tensor | None
+
     def __init__(self, planes: torch.Tensor) -> None:
         self.planes = planes
         self.scores = planes[:, :, 0]
+
+    def of_layers(self, layers: slice) -> Self:
+        """Some layers of the cache, in the same memory: as if it had no others."""
+        part = copy.copy(self)
+        for name in self._BY_LAYER:
+            tensor = getattr(self, name)
+            setattr(part, name, None if tensor is None else tensor[layers])
+        part.num_layers = part.planes.shape[0]
+        return part
 
 
 def read_plane(plane: torch.Tensor, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -132,6 +150,8 @@ class PagedCache(_Planes):
         ValueError: the views are not laid out like that.
     """
 
+    _BY_LAYER = (*_Planes._BY_LAYER, "pages")
+
     def __init__(
         self,
         kv_caches: Sequence[torch.Tensor],
@@ -145,7 +165,7 @@ class PagedCache(_Planes):
         if first.stride()[1:] != (page_elements, content, 1):
             shape = tuple(first.shape)
             raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {shape}")
-        self.layout = layout
+        self.layout, self.head_size = layout, content // 2
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
         self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
@@ -212,6 +232,8 @@ class StridedCache(_Planes):
     Raises:
         ValueError: the views are not laid out like that.
     """
+
+    _BY_LAYER = (*_Planes._BY_LAYER, "key_values", "words")
 
     def __init__(
         self, kv_caches: Sequence[torch.Tensor], num_planes: int = 1, key_scales: torch.Tensor | None = None

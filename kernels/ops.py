@@ -53,10 +53,17 @@ class Queries(Protocol):
 
     Attributes:
         shape: of the tensor.
+        nbytes: of the tensor.
     """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, layers: slice) -> "Queries":
+        """Those of some layers."""
 
     def to(self, device: torch.device) -> torch.Tensor:
         """The tensor on ``device``."""

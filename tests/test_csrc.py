@@ -459,6 +459,29 @@ def test_observed_attention_matches_reference(group, head_size, num_seen, num_qu
 
 
 @needs_library
+def test_observed_attention_takes_little_memory_however_long_the_sequence():
+    """96 queries of a KV head, whose logits would take 48 MiB."""
+    num_tokens, num_pages = 131_072, 1024
+    geometry = Geometry(num_layers=1, num_blocks=num_pages, block_size=128, head_size=16, dtype=torch.float32)
+    _, cache = make_cache(geometry)
+    queries = torch.randn(1, geometry.num_kv_heads * 3, 32, 16, generator=torch.Generator().manual_seed(1))
+    arguments = (cache, torch.arange(num_pages), num_tokens, queries, 0, 7, 13)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the most that was resident so far
+    before = most_resident_bytes()
+    found = cpp.observed_attention(*arguments)
+    # Of each thread its logits; beside them the result, and as much again twice while it is pooled.
+    taken = 2 * geometry.num_kv_heads * num_tokens * 4 * 3 + 9 * torch.get_num_threads() * 2**20
+    assert most_resident_bytes() - before < taken
+    for part, expected in zip(found, reference.observed_attention(*arguments), strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-3)
+
+
+def most_resident_bytes() -> int:
+    (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(line.split()[1]) << 10
+
+
+@needs_library
 @pytest.mark.parametrize("lowest", [0.0, -1e-3, -10.0, -86.0, -1e4])
 def test_attention_holds_over_the_range_of_logits(lowest):
     """One query, whose products with the keys run from 0 down to ``lowest``."""

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "frontend": {"budget", "config", "cpu", "filters.format", "filters.load", "methods.catalog", "policy", "stats"},
     "commands": {
         "",
+        "attention.queries",
         "budget",
         "config",
         "cpu",

@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 EVICTIONS = [Eviction(300, 48, 4, 60), Eviction(330, 32, 0, 37), Eviction(97, 16, 7, 0)]
 
 
-def model_of(cache, ops=REFERENCE_OPS, **options) -> Model:
+def model_of(cache, ops=REFERENCE_OPS, num_rotations=1, **options) -> Model:
     filters = random_tensor(cache.num_layers, cache.num_kv_heads, cache.head_size, seed=9).cpu()
     return Model(
         cache,
         ops,
         scale=0.3,
         static_filters=lambda: filters,
-        filter_bank=lambda: make_bank(cache, 3, 2, 1),
+        filter_bank=lambda: make_bank(cache, 3, 2, num_rotations),
         **options,
     )
 
@@ -87,7 +87,9 @@ def test_the_highest_scores_stay_beside_sinks_and_window_exactly_as_many(name, s
     sequences = Scattered(ENTRIES[name], shared_by_heads=shared_by_heads)
     scores = [part.clone() for part in sequences.scores()]
     compactor = Compactor(sequences.method, 6, shared_by_heads)
-    kept = compactor.apply(sequences.compactions, sequences.table_rows, sequences.batch.block_table, sequences.recent)
+    kept = compactor.apply(
+        sequences.compactions, sequences.table_rows, sequences.batch.block_table, sequences.recent, returns_kept=True
+    )
     for index, (is_kept, eviction) in enumerate(zip(kept, EVICTIONS, strict=True)):
         is_kept = is_kept.bool()
         assert bool((is_kept.sum(-1) == eviction.kept).all())
@@ -110,9 +112,26 @@ def test_equal_scores_do_not_change_how_many_stay(name):
     sequences.cache.key_values.fill_(0.5)
     sequences.cache.planes.fill_(0.25)
     compactor = Compactor(sequences.method, 6, shared_by_heads=False)
-    kept = compactor.apply(sequences.compactions, sequences.table_rows, sequences.batch.block_table, sequences.recent)
+    kept = compactor.apply(
+        sequences.compactions, sequences.table_rows, sequences.batch.block_table, sequences.recent, returns_kept=True
+    )
     for is_kept, eviction in zip(kept, EVICTIONS, strict=True):
         assert bool((is_kept.bool().sum(-1) == eviction.kept).all())
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 20_000], ids=["one by one", "layer by layer"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_parts_of_a_cut_keep_what_the_whole_one_keeps(name, bytes_at_once):
+    """Layers of two rotations, and seeds that differ between layers."""
+    kept, caches = [], []
+    for limit in (bytes_at_once, 1 << 30):
+        sequences = Scattered(ENTRIES[name], num_rotations=2)
+        arguments = sequences.compactions, sequences.table_rows, sequences.batch.block_table, sequences.recent
+        compactor = Compactor(sequences.method, 6, shared_by_heads=False, bytes_at_once=limit)
+        kept.append(compactor.apply(*arguments, returns_kept=True))
+        caches.append(sequences.cache)
+    assert all(torch.equal(*pair) for pair in zip(*kept, strict=True))
+    assert torch.equal(caches[0].words, caches[1].words)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -122,7 +141,7 @@ def test_nothing_moves_where_nothing_is_evicted(name):
     untouched = RequestCompaction("request", 1000, 90, 0, 4, 20, tuple(sequences.old_pages[0].tolist()))
     before = sequences.cache.key_values.clone()
     compactor = Compactor(sequences.method, 6, shared_by_heads=True)
-    (is_kept,) = compactor.apply([untouched], [0], sequences.batch.block_table, sequences.recent)
+    (is_kept,) = compactor.apply([untouched], [0], sequences.batch.block_table, sequences.recent, returns_kept=True)
     assert bool(is_kept.bool().all()) and torch.equal(sequences.cache.key_values, before)
     assert compaction.evicted_tokens == 0
 
@@ -147,7 +166,6 @@ def test_caches_of_cpus_are_scored_like_those_of_gpus(name):
     sequences = Scattered(entry, [Eviction(150, 32, 4, 20)])
     num_blocks = sequences.cache.num_blocks
     _, cache = make_cpu_cache(CpuGeometry(2, num_blocks, 2, 16, 12, num_planes=entry.stats(32)))
-    cache.head_size = 12
     for layer in range(2):
         key, value = sequences.cache.key_values[layer].transpose(1, 2).flatten(0, 1).split(12, dim=-1)
         slots = torch.arange(num_blocks * 16)

@@ -1,13 +1,17 @@
 """Keeps the last queries of sequences, for methods that go by what a prompt's end, or the last tokens, look at."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from vllm_qfilters.methods.base import RecentQueries
+
+
+def query_bytes(num_queries: int, num_heads: int, head_size: int, dtype: torch.dtype) -> int:
+    """Those of a prompt take in one layer."""
+    return num_queries * num_heads * head_size * dtype.itemsize
 
 
 class KeptQueries:
@@ -25,6 +29,14 @@ class KeptQueries:
         self._pieces = pieces
         num_layers, _, num_heads, head_size = pieces[0].shape
         self.shape = num_layers, num_heads, sum(piece.shape[1] for piece in pieces), head_size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces)
+
+    def __getitem__(self, layers: slice) -> "KeptQueries":
+        """Those of some layers."""
+        return KeptQueries([piece[layers] for piece in self._pieces])
 
     def to(self, device: torch.device) -> torch.Tensor:
         """A copy on the device, shape ``[num_layers, num_heads, num_queries, head_size]``. Waits for nobody."""
@@ -100,7 +112,7 @@ class QueryRecorder:
     @property
     def sequence_bytes(self) -> int:
         """Those of a sequence take, where pinned memory comes in powers of two, as PyTorch has it."""
-        exact = self._num_layers * self.num_queries * math.prod(self._shape) * self._dtype.itemsize
+        exact = self._num_layers * query_bytes(self.num_queries, *self._shape, self._dtype)
         return 1 << (exact - 1).bit_length()
 
     def ignore(self, req_id: str) -> None:

@@ -66,6 +66,13 @@ class FilterBank:
         moved._rotation_of_layer = self._rotation_of_layer.to(device)
         return moved
 
+    def of_layers(self, layers: slice) -> "FilterBank":
+        """The statistics of some layers."""
+        part = copy.copy(self)
+        part.means, part.factors = self.means[layers], self.factors[layers]
+        part._rotation_of_layer = self._rotation_of_layer[layers]
+        return part
+
     def turns(self, positions: torch.Tensor) -> Turns:
         """What turns means and factors to the queries from ``positions`` on.
 

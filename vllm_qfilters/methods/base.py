@@ -6,10 +6,11 @@ on CPUs and GPUs alike, because it asks the operators (:class:`vllm_qfilters.ker
 depends on the device.
 """
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import torch
 
@@ -32,6 +33,10 @@ class RecentQueries:
     queries: Queries
     end: int
     num_prompt_tokens: int
+
+    def of_layers(self, layers: slice) -> "RecentQueries":
+        """Those of some layers."""
+        return dataclasses.replace(self, queries=self.queries[layers])
 
     def have_read_prompt_at(self, position: int) -> bool:
         """Whether a sequence that stands at ``position`` has read its prompt, so that these queries are what it asks
@@ -75,6 +80,8 @@ class Method:
     """Goes by the token stats that were written with the keys.
 
     Attributes:
+        cache: of the layers that are scored, all or some.
+        first_layer: the index of the first of them.
         stat: what is written to the first plane beside each key.
         filters: for ``TokenStat.PROJECTION``, shape ``[num_layers, num_kv_heads, head_size]``, float32.
     """
@@ -86,6 +93,16 @@ class Method:
         self.model = model
         self.cache = model.cache
         self.ops = model.ops
+        self.first_layer = 0
+
+    def of_layers(self, layers: slice) -> Self:
+        """The same method for some of its layers, so that what it computes takes less memory at once. To be extended
+        by methods that hold anything else by layer.
+        """
+        part = copy.copy(self)
+        part.cache = self.cache.of_layers(layers)
+        part.first_layer = self.first_layer + layers.start
+        return part
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         """What each resident token is worth to the queries to come: higher = keep.
@@ -110,7 +127,7 @@ class PerSequence(Method):
             for layer in range(self.cache.num_layers):
                 keys = self.cache.resident_keys(layer, pages, num_tokens)
                 values = self.cache.resident_values(layer, pages, num_tokens)
-                seed = compaction.position * self.cache.num_layers + layer
+                seed = compaction.position * self.model.cache.num_layers + self.first_layer + layer
                 parts.append(self.scores_of_layer(keys, values, compaction.sinks, seed).flatten())
         return torch.cat(parts)
 

@@ -17,16 +17,14 @@ class Random(Method):
     """
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
-        num_heads = self.cache.num_layers * self.cache.num_kv_heads
-        drawn = [
-            torch.rand(num_heads * compaction.resident_tokens, generator=_generator(compaction.position))
-            for compaction in batch.compactions
-        ]
+        layers = slice(self.first_layer, self.first_layer + self.cache.num_layers)
+        num_layers, num_heads = self.model.cache.num_layers, self.cache.num_kv_heads
+        drawn = []
+        for compaction in batch.compactions:
+            generator = torch.Generator().manual_seed(compaction.position)
+            of_model = torch.rand(num_layers, num_heads * compaction.resident_tokens, generator=generator)
+            drawn.append(of_model[layers].flatten())
         on_host = torch.cat(drawn)
         if self.model.device.type == "cuda":
             on_host = on_host.pin_memory()
         return on_host.to(self.model.device, non_blocking=True)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

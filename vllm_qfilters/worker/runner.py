@@ -163,7 +163,9 @@ class CompressedModelRunner:
             table_rows, block_table = self.tables_of(compactions)
             recent_queries = [self.recent_queries(compaction) for compaction in compactions]
             with self.compaction_timer.measure():
-                kept = self.compactor.apply(compactions, table_rows, block_table, recent_queries)
+                kept = self.compactor.apply(
+                    compactions, table_rows, block_table, recent_queries, returns_kept=self.kept_tokens is not None
+                )
             if self.kept_tokens is not None:
                 for compaction, is_kept in zip(compactions, kept, strict=True):
                     self.kept_tokens.follow(compaction, is_kept)

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
+from vllm_qfilters.attention.queries import query_bytes
 from vllm_qfilters.attention.scoring import BACKENDS, ScoringAttention
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.triton import TritonOps
@@ -51,11 +52,9 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             num_sequences=self.scheduler_config.max_num_seqs,
             longest_sequence=min(longest, cached_tokens),
             cached_tokens=cached_tokens,
-            prompt_bytes=len(specs)
-            * self.compression.observed_queries
-            * layer.num_heads
-            * layer.head_size
-            * self.model_config.dtype.itemsize,
+            query_bytes=query_bytes(
+                self.compression.observed_queries, layer.num_heads, layer.head_size, self.model_config.dtype
+            ),
         )
 
     def bind_cache(self) -> None:

@@ -246,15 +246,14 @@ class _Sizes:
         return max(0, left)
 
     def _reckon_beside(self, weights: int | None) -> Beside:
+        from vllm_qfilters.attention.queries import query_bytes
         from vllm_qfilters.worker.compactor import workspace_bytes
 
         args, layers, policy = self._engine_args, self._layers, self._policy
         devices = args.tensor_parallel_size * args.pipeline_parallel_size
         whole = weight_bytes(self.model_config) if weights is None else weights
         num_heads = self.model_config.hf_text_config.num_attention_heads // args.tensor_parallel_size
-        prompt = (
-            layers.number * policy.observed_queries * num_heads * layers.head_size * _bytes(self.model_config.dtype)
-        )
+        in_layer = query_bytes(policy.observed_queries, num_heads, layers.head_size, self.model_config.dtype)
         left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices)
         cached_tokens = left // self._compressed.page_bytes * self._block_size
         longest = policy.max_compacted_tokens(self.model_config.max_model_len, self._block_size)
@@ -268,9 +267,9 @@ class _Sizes:
                 num_sequences=self._max_num_seqs,
                 longest_sequence=min(longest, cached_tokens),
                 cached_tokens=cached_tokens,
-                prompt_bytes=prompt,
+                query_bytes=in_layer,
             )
-        return Beside(whole // devices, compaction, prompt)
+        return Beside(whole // devices, compaction, layers.number * in_layer)
 
 
 def weight_bytes(model_config: "ModelConfig") -> int:

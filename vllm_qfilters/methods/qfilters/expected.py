@@ -1,6 +1,7 @@
 """Q-Filters with the covariance of the queries, and with what a prompt's last queries look at: the default."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -33,6 +34,11 @@ class ExpectedAttention(Method):
         super().__init__(model)
         self.bank = model.filter_bank().to(model.device)
         self.observes = self.cache.planes.shape[2] > 1
+
+    def of_layers(self, layers: slice) -> Self:
+        part = super().of_layers(layers)
+        part.bank = self.bank.of_layers(layers)
+        return part
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         bank = self.bank

@@ -1,6 +1,7 @@
 """Q-Filters that follow the position."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -20,6 +21,11 @@ class RotaryFilter(Method):
         self.bank = model.filter_bank().to(model.device)
         by_kv_head = self.bank.means.unflatten(1, (self.cache.num_kv_heads, -1))
         self.mean_of_group = by_kv_head.mean(2).contiguous()  # [num_layers, num_kv_heads, head_size]
+
+    def of_layers(self, layers: slice) -> Self:
+        part = super().of_layers(layers)
+        part.bank, part.mean_of_group = self.bank.of_layers(layers), self.mean_of_group[layers]
+        return part
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         return self.ops.project(self.cache, batch, self.mean_of_group, self.bank.turns(batch.positions))
