@@ -14,6 +14,7 @@ CASES = {
     "identity": "does a budget nobody reaches leave plain vLLM's output as it is, bit by bit?",
     "page_scores": "what page scores cost of a decode step",
     "operators": "the C++ kernels against the PyTorch ones, on the shapes of the demo model",
+    "gpu_all": "all that only a GPU can show, in ten minutes, one file of results: scripts/gpu_all.sh",
     "gpu_kernels": "the Triton kernels on a GPU, on the shapes of Llama-3.1-8B",
 }
 

@@ -49,7 +49,7 @@ def measure(job: dict[str, Any]) -> Numbers:
     )
     for layer in getattr(engine.runner, "layers", []):
         # On GPUs the token stats are written by the kernel that writes keys and values.
-        if layer.impl.write_stats is not None and not engine.runner.ops.compiles:
+        if layer.impl.write_stats is not None and not engine.runner.ops.warm_up_tokens:
             engine.time_calls(layer.impl, "write_stats", "token stats")
     by_context = {str(context): measure_context(engine, job, context) for context in job["contexts"]}
     return {

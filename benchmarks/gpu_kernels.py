@@ -151,7 +151,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
         observe(cache, batch, observations, cache.scores, HEAD_SIZE**-0.5, 7, 13, shared_by_heads=True)
 
     def whole():
-        again = CompactionBatch.make(batch.compactions, block_table)
+        again = CompactionBatch.make(batch.compactions, batch.table_rows, block_table)
         scores = mean_standardised(gather_scores(cache.scores, again), again, NUM_LAYERS, NUM_KV_HEADS)
         compact(cache, again, select_kept(scores, again, NUM_LAYERS, 1), 1)
 
@@ -195,7 +195,7 @@ def attention_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object],
     cache = make_cache(num_sequences * CONTEXT // ATTENTION_BLOCK, num_layers=1, block_size=ATTENTION_BLOCK)
     batch = make_batch(num_sequences, CONTEXT, CONTEXT - BUDGET, min(WINDOW, BUDGET // 2), ATTENTION_BLOCK)
     query = torch.randn(1, num_sequences, NUM_KV_HEADS, group, HEAD_SIZE, device=DEVICE, dtype=DTYPE)
-    before, after = (batch.block_table.tolist(), CONTEXT), ([row.new_pages for row in batch.compactions], BUDGET)
+    before, after = (batch.block_table.tolist(), CONTEXT), ([list(row.block_ids) for row in batch.compactions], BUDGET)
     key, value = keys_and_values(cache.key_values[0], group)
     scores = gather_scores(cache.scores, batch)
     compact(cache, batch, select_kept(scores, batch, 1, NUM_KV_HEADS), NUM_KV_HEADS)

@@ -19,7 +19,7 @@ class SequenceOps:
         name: of the kernels, for the log.
     """
 
-    compiles = False
+    warm_up_tokens = ()
 
     def __init__(self, functions: ModuleType, name: str) -> None:
         self.functions = functions

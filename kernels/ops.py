@@ -91,11 +91,12 @@ class Ops(Protocol):
 
     Attributes:
         name: of the kernels, for the log.
-        compiles: kernels are compiled at their first launch, so that they should be warmed up.
+        warm_up_tokens: numbers of tokens to write before an engine serves, one for each kernel that is compiled at its
+            first launch; none where nothing is compiled.
     """
 
     name: str
-    compiles: bool
+    warm_up_tokens: tuple[int, ...]
 
     def write(
         self,

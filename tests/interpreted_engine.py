@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from tests.paged import ForbiddenReads
+from tests.specialisations import recorded
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.scoring import BACKENDS
@@ -192,6 +193,14 @@ def run(
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
     else:
         register_triton(AttentionBackendEnum.TRITON_ATTN.value)
+    warm_up, warmed_up = QFiltersGPUModelRunner.warm_up, set()
+
+    def recorded_warm_up(runner):
+        with recorded() as launched:
+            warm_up(runner)
+        warmed_up.update(launched)
+
+    QFiltersGPUModelRunner.warm_up = recorded_warm_up
     engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
@@ -199,14 +208,18 @@ def run(
         engine.collective_rpc("record_kept_tokens")
         if engine.llm_engine.vllm_config.parallel_config.world_size == 1:  # else no worker is in this process
             check_metadata(engine.llm_engine.model_executor.driver_worker.worker.model_runner, scheduler)
+    QFiltersGPUModelRunner.warm_up = warm_up
     batches = requests if isinstance(requests[0], list) else [requests]
-    outputs = []
+    outputs, launched_while_serving = [], set()
     for batch in batches:
         prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in batch]
         params = [
             SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **request) for request in batch
         ]
-        for output in engine.generate(prompts, params, use_tqdm=False):
+        with recorded() as launched:
+            results = engine.generate(prompts, params, use_tqdm=False)
+        launched_while_serving |= launched
+        for output in results:
             completion = output.outputs[0]
             outputs.append(
                 {
@@ -223,6 +236,8 @@ def run(
         "v2_stages": engine.collective_rpc(runs_v2),
         "preemptions": len(preempted),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
+        "launches": len(launched_while_serving),
+        "not_warmed_up": sorted(launched_while_serving - warmed_up),
     }
     if compression is not None:
         stats = scheduler.compression_stats

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import types
 
 import pytest
 
-from benchmarks import case, readme
+from benchmarks import case, gpu_all, readme
 from benchmarks.__main__ import CASES
 from vllm_qfilters.commands.evaluation import command as evaluation
 
-STANDALONE = ("operators", "gpu_kernels", "readme")  # measure no variants
+STANDALONE = ("operators", "gpu_kernels", "gpu_all", "readme")  # measure no variants
 
 
 class FakeChild:
@@ -385,3 +386,28 @@ def test_eval_knows_the_options_that_readme_gives_it(sizes):
             assert math.ceil(fraction * length) == readme.BUDGET
         elif sizes is readme.SIZES:
             assert readme.BUDGET in args.budgets
+
+
+def test_the_check_for_gpus_writes_what_it_found_after_each_part(tmp_path):
+    """A dry run of the part that needs no engine."""
+    command = ["scripts/gpu_all.sh", "--dry-run", "--only", "timings", "--output", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["dry_run"] and result["run"]["torch"]
+    part = result["parts"]["timings"]
+    assert part["status"] == "passed" and part["results"]["dry_run"] and part["memory_mib"]["most"] is None
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_the_file_says_so(monkeypatch, tmp_path):
+    program = "print('begun', flush=True); import time; time.sleep(60)"
+    sleeps = gpu_all.Part("sleeps", [sys.executable, "-c", program], 2)
+    late = gpu_all.Part("late", ["true"], 60)
+    monkeypatch.setattr(gpu_all, "dry_parts", lambda llm: [sleeps, late])
+    monkeypatch.setattr(gpu_all, "BUILD", tmp_path)
+    monkeypatch.setattr(gpu_all, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(sys, "argv", ["gpu_all", "--dry-run", "--minutes", "0.04"])
+    assert gpu_all.main() == 1
+    parts = json.loads((tmp_path / "gpu_all.json").read_text())["parts"]
+    assert parts["sleeps"]["status"] == "stopped after 2 s" and parts["sleeps"]["last_lines"] == ["begun"]
+    assert parts["late"]["status"] == "not started, no time left"

@@ -30,6 +30,12 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
     assert compressed["compactions"] == 0
 
 
+def test_serving_launches_nothing_that_was_not_warmed_up(runs):
+    """Of engines whose workers are in the process that looks, not of pipelines."""
+    seen = [result for result in runs[1:] if len(result["v2_stages"]) == 1]
+    assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
+
+
 def assert_like_v1(engine, batches, result):
     assert engine.llm.reset_prefix_cache()
     engine.llm.collective_rpc("record_kept_tokens")

@@ -28,7 +28,7 @@ from tests.paged import (
     random_evictions,
     random_tensor,
 )
-from vllm_qfilters.attention.queries import query_bytes
+from tests.specialisations import recorded
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
@@ -624,7 +624,7 @@ def test_compaction_takes_at_most_128_mib_at_any_context(shape):
         num_sequences=1024,
         longest_sequence=context,
         cached_tokens=max(1 << 20, context),
-        query_bytes=query_bytes(32, num_heads, head_size, torch.bfloat16),
+        query_bytes=32 * num_heads * head_size * torch.bfloat16.itemsize,
     )
     assert taken <= 128 << 20
 
@@ -679,8 +679,43 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
 def test_warming_up_touches_the_null_page_alone():
     _buffer, _, cache = make_cache(Geometry())
     before = cache.words.clone()
-    Compactor(Method(Model(cache, TRITON_OPS)), cache.num_kv_heads, shared_by_heads=True).warm_up()
+    method = ExpectedAttention(model_of(cache, TRITON_OPS, 2, 3))
+    Compactor(method, 4, shared_by_heads=True).warm_up(RecentQueries(torch.zeros(2, 4, 40, 8, device=DEVICE), 0, 0))
     assert torch.equal(cache.words[:, 1:], before[:, 1:])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="launches are seen under Triton's interpreter")
+@pytest.mark.parametrize(
+    ("num_rotations", "dtype", "is_shared"),
+    [(1, torch.bfloat16, True), (2, torch.float8_e4m3fn, False)],
+    ids=["layer", "two rotations, fp8, head"],
+)
+def test_cuts_launch_nothing_that_was_not_warmed_up(num_rotations, dtype, is_shared):
+    """Few and many sequences, layers, queries and pages."""
+    geometry = Geometry(num_layers=3, num_kv_heads=2, head_size=24, dtype=dtype)
+    sequences = Sequences([Eviction(66, 16, 4, 20), Eviction(130, 64, 4, 40), Eviction(48, 16, 4, 16)], geometry, 1)
+    cache = sequences.cache
+    cache.key_scales = torch.ones(3) if dtype.itemsize == 1 else None
+    method = ExpectedAttention(model_of(cache, TRITON_OPS, 4, 3, num_rotations, scale=0.1, shared_by_heads=is_shared))
+    queries = torch.zeros(3, 8, 32, 24, dtype=torch.bfloat16)
+    with recorded() as warmed_up:
+        Compactor(method, 8, is_shared).warm_up(RecentQueries(queries, 0, 0))
+    assert len({name for name, *_ in warmed_up}) > 10
+    with recorded() as launched:
+        for count, num_queries, bytes_at_once in ((3, 1, 1 << 30), (2, 17, 1)):
+            compactions = [
+                dataclasses.replace(compaction, distinct_tokens=index, copied_pages=compaction.copied_pages[:index])
+                for index, compaction in enumerate(sequences.compactions[:count])
+            ]
+            recent = [
+                None if compaction.distinct_tokens else RecentQueries(queries[:, :, :num_queries], position, position)
+                for compaction in compactions
+                for position in (compaction.position,)
+            ]
+            Compactor(method, 8, is_shared, bytes_at_once=bytes_at_once).apply(
+                compactions, sequences.table_rows, sequences.batch.block_table, recent
+            )
+    assert launched <= warmed_up
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -1,4 +1,9 @@
-"""Operators in Triton, for GPUs: one launch for all sequences of a batch. Imported where Triton is."""
+"""Operators in Triton, for GPUs: one launch for all sequences of a batch. Imported where Triton is.
+
+Kernels are specialised on what an engine keeps as long as it runs, such as strides of its cache, and on nothing that
+differs between launches, such as how many layers are cut at once: what is compiled in the warm-up is all that is
+compiled.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +14,14 @@ from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Observation, TokenStat, Turns
 from vllm_qfilters.kernels.triton import compaction, distinctness, observation, score_pages, selection
 from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
-from vllm_qfilters.kernels.triton.write_and_score import write_and_score
+from vllm_qfilters.kernels.triton.write_and_score import NUMBERS_OF_TOKENS, write_and_score
 
 
 class TritonOps:
     """Implements :class:`vllm_qfilters.kernels.ops.Ops`."""
 
     name = "Triton"
-    compiles = True
+    warm_up_tokens = NUMBERS_OF_TOKENS
 
     def write(
         self,

@@ -24,7 +24,7 @@ from vllm_qfilters.kernels.triton.columns import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"], do_not_specialize_on_alignment=["copied_pages_ptr"])
 def _copy_pages_kernel(
     words_ptr,  # [num_layers, num_blocks, num_words]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -79,7 +79,7 @@ def _max_moves(sequence):
     return tl.minimum(evicted, tl.load(sequence + RESIDENT) - evicted - tl.load(sequence + WINDOW))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layer_selections"])
 def _pair_moves_kernel(
     is_kept_ptr,  # flat [num_layers, num_selections, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
@@ -114,7 +114,7 @@ def _pair_moves_kernel(
     tl.store(counts_ptr + tl.program_id(0) * num_layer_selections + tl.program_id(1), num_sources)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layers", "block_table_stride"])
 def _move_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     planes_ptr,  # [num_layers, num_blocks, num_planes, num_kv_heads, block_size]

@@ -55,7 +55,7 @@ def _load_keys(
     return loaded, tl.maximum(tl.sqrt(tl.sum(loaded * loaded, axis=1)), 1e-12)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def _anchor_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -85,7 +85,7 @@ def _anchor_kernel(
     tl.store(_anchor_at(anchors_ptr, dim, HEAD_SIZE), total / norm, mask=dim < HEAD_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def _distinctness_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]

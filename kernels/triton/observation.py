@@ -69,7 +69,9 @@ def _key_at(keys, pages, token, num_seen, block_stride, slot_stride, BLOCK_SIZE:
     return keys + page * block_stride + token % BLOCK_SIZE * slot_stride
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"]
+)
 def _observed_terms_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -125,7 +127,9 @@ def _observed_terms_kernel(
     tl.store(terms + 1, total, mask=index < GROUP * num_queries)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"]
+)
 def _observed_attention_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -189,7 +193,7 @@ def _observed_attention_kernel(
     tl.store(peak_ptr + start + token, peak, mask=token < resident)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def _pool_kernel(
     mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     peak_ptr,  # likewise
@@ -357,7 +361,8 @@ def _observe(
     terms = torch.empty(
         len(observations), num_layer_heads, most_queries, 2, dtype=torch.float32, device=key_values.device
     )
-    mean, peak = torch.empty(2, num_layer_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
+    mean = torch.empty(num_layer_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
+    peak = torch.empty_like(mean)
     sizes = (
         scale,
         cache.num_kv_heads,

@@ -28,7 +28,18 @@ def _load_vectors(
     return vectors
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_layers",
+        "block_table_stride",
+        "filters_sequence_stride",
+        "factors_sequence_stride",
+        "turn_sequence_stride",
+        "turn_layer_stride",
+        "partner_layer_stride",
+    ],
+    do_not_specialize_on_alignment=["key_scales_ptr"],
+)
 def _score_resident_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -207,7 +218,7 @@ def score_resident(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layer_heads"])
 def _softmax_terms_kernel(
     logits_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
@@ -232,7 +243,7 @@ def _softmax_terms_kernel(
     tl.store(terms + 1, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layer_kv_heads"])
 def _mean_softmax_kernel(
     logits_ptr,  # flat [num_layers, num_kv_heads * GROUP, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]

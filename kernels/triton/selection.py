@@ -12,7 +12,7 @@ from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.triton.columns import EVICTED, NUM_COLUMNS, RESIDENT, SINKS, TABLE_ROW, TOKEN_START, WINDOW
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layers", "block_table_stride"])
 def _gather_scores_kernel(
     plane_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
@@ -75,7 +75,7 @@ def gather_scores(plane: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layer_heads"])
 def _head_moments_kernel(
     scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
@@ -105,7 +105,7 @@ def _head_moments_kernel(
     tl.store(moments + 1, tl.maximum(tl.sqrt(tl.sum(squares) / count), 1e-12))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layers"])
 def _mean_standardised_kernel(
     scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
@@ -161,7 +161,7 @@ def _ordered_bits(score):
     return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_layer_heads"])
 def _select_kept_kernel(
     scores_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]

@@ -13,10 +13,15 @@ _RANDOM: tl.constexpr = tl.constexpr(TokenStat.RANDOM.value)
 _VALUE_NORM: tl.constexpr = tl.constexpr(TokenStat.VALUE_NORM.value)
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 
+MOST_TOKENS_OF_SMALL_TILES = 512
+NUMBERS_OF_TOKENS = (1, MOST_TOKENS_OF_SMALL_TILES + 1)  # one of each size of tile
+
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "seed"])  # of every step and layer its own
+@triton.jit(
+    do_not_specialize=["num_tokens", "seed"], do_not_specialize_on_alignment=["key_scale_ptr", "value_scale_ptr"]
+)
 def _write_and_score_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
     value_ptr,  # [num_tokens, num_kv_heads, head_size]
@@ -140,7 +145,7 @@ def write_and_score(
     )
     if num_tokens == 0:
         return
-    tile = 4 if num_tokens <= 512 else 16
+    tile = 4 if num_tokens <= MOST_TOKENS_OF_SMALL_TILES else 16
     _write_and_score_kernel[(triton.cdiv(num_tokens, tile), num_kv_heads)](
         key,
         value,

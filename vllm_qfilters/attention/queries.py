@@ -184,6 +184,11 @@ class QueryRecorder:
         queries = KeptQueries(_last(sequence.pieces, sequence.end - first_position))
         return RecentQueries(queries, sequence.end, sequence.num_prompt_tokens)
 
+    def blank(self) -> RecentQueries:
+        """As many queries as are kept of a prompt, all of them zero, of a sequence that has just read it."""
+        shape = self._num_layers, self._shape[0], self.num_queries, self._shape[1]
+        return RecentQueries(torch.zeros(shape, dtype=self._dtype), end=0, num_prompt_tokens=0)
+
     def forget(self, req_ids: Iterable[str]) -> None:
         for req_id in req_ids:
             self._ignored.discard(req_id)

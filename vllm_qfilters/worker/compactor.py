@@ -1,12 +1,12 @@
 """Applies the evictions of a plan to the cache of this rank: some layers of all sequences at a time, so that it takes
-little memory beside the cache. Knows tensors, not engines.
+little memory beside the cache. Knows tensors, not vLLM.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from vllm.utils.math_utils import cdiv
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Cache
@@ -129,7 +129,7 @@ class Compactor:
             self.ops.copy_pages(self.cache, batch)
             by_layers = []
             needed = num_layers * self._layer_bytes(batch.num_tokens, batch.num_sequences, query_bytes // num_layers)
-            for layers in _equal_parts(num_layers, cdiv(needed, self.bytes_at_once)):
+            for layers in _equal_parts(num_layers, math.ceil(needed / self.bytes_at_once)):
                 of_layers = [queries and queries.of_layers(layers) for queries in recent_queries[part]]
                 is_kept = self._compact(self._method_of(layers), batch, of_layers)
                 if returns_kept:
@@ -200,12 +200,20 @@ class Compactor:
         shared = self.ops.mean_standardised(values, batch, cache.num_layers, cache.num_kv_heads)
         return self.mean_over_ranks(shared)
 
-    def warm_up(self) -> None:
-        """Compiles the kernels, on vLLM's null page, which nobody reads."""
+    def warm_up(self, recent_queries: RecentQueries | None = None) -> None:
+        """Compiles the kernels, on vLLM's null page, which nobody reads.
+
+        Args:
+            recent_queries: of a sequence that has read its prompt, where any are kept.
+        """
         bs = self.cache.block_size
-        block_table = torch.zeros(1, 2, dtype=torch.int32, device=self.cache.planes.device)
-        null = RequestCompaction("", 2 * bs, 2 * bs, bs, 0, 0, (0,), ((0, 0),), distinct_tokens=1)
-        self.apply([null], [0], block_table, [None])
+        num_pages = 1 + math.ceil((1 if recent_queries is None else recent_queries.queries.shape[2]) / bs)
+        block_table = torch.zeros(1, num_pages, dtype=torch.int32, device=self.cache.planes.device)
+        num_tokens, pages_after = num_pages * bs, (0,) * (num_pages - 1)
+        null = RequestCompaction("", num_tokens, num_tokens, bs, 0, 0, pages_after, ((0, 0),))
+        recent_queries = recent_queries and dataclasses.replace(recent_queries, end=num_tokens)
+        self.apply([null], [0], block_table, [recent_queries])
+        self.apply([dataclasses.replace(null, distinct_tokens=1)], [0], block_table, [None])
 
 
 def _equal_parts(length: int, count: int) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 No state is kept per page: a page is scored once, when it is full, from the scores of its tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -38,6 +38,10 @@ class PageScorer:
         self._mean_over_ranks = mean_over_ranks
         self._of_step: torch.Tensor | None = None  # [num_pages] on the host, once the device has come to it
 
+    def warm_up(self) -> None:
+        """Scores the null page, for nobody."""
+        self._mean_over_ranks(self._page_scores(self._scores, self._on_device([0]), self._mean, self._std))
+
     def score_filled_pages(self, scheduler_output: SchedulerOutput) -> None:
         """Call when the step's forward pass is launched, and before its output is made.
 
@@ -46,12 +50,14 @@ class PageScorer:
         """
         if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.pages_to_score:
             return
-        is_cuda = self._scores.is_cuda
-        pages = torch.tensor(scheduler_output.pages_to_score, dtype=torch.int64, pin_memory=is_cuda)
-        pages = pages.to(self._scores.device, non_blocking=True)
+        pages = self._on_device(scheduler_output.pages_to_score)
         scores = self._mean_over_ranks(self._page_scores(self._scores, pages, self._mean, self._std))
         # Only a copy to pinned memory is asynchronous.
-        self._of_step = torch.empty(scores.shape, pin_memory=is_cuda).copy_(scores, non_blocking=True)
+        self._of_step = torch.empty(scores.shape, pin_memory=scores.is_cuda).copy_(scores, non_blocking=True)
+
+    def _on_device(self, pages: Sequence[int]) -> torch.Tensor:
+        on_host = torch.tensor(pages, dtype=torch.int64, pin_memory=self._scores.is_cuda)
+        return on_host.to(self._scores.device, non_blocking=True)
 
     def attach(self, output: ModelRunnerOutput | AsyncModelRunnerOutput) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """The step's output with the scores of its pages."""

@@ -127,8 +127,6 @@ class CompressedModelRunner:
         if not self.compression.evicts_whole_pages:
             num_heads = self.layers[0].num_heads if self.compression.expects_attention else self.cache.num_kv_heads
             self.compactor = Compactor(method, num_heads, self.compression.heads_keep_the_same, mean_over_ranks)
-            if self.ops.compiles:
-                self.compactor.warm_up()
         if method.stat == TokenStat.NONE:
             return
         for index, layer in enumerate(self.layers):
@@ -139,6 +137,22 @@ class CompressedModelRunner:
                 filters=None if method.filters is None else method.filters[index],
                 seed=index,
             )
+
+    def warm_up(self) -> None:
+        """Launches every kernel that serving will, each as often as it is compiled, on vLLM's null page, which nobody
+        reads."""
+        if not self.ops.warm_up_tokens:
+            return
+        layer, dtype = self.layers[0], self.model_config.dtype
+        for num_tokens in self.ops.warm_up_tokens if layer.impl.write_stats is not None else ():
+            keys = torch.zeros(num_tokens, layer.num_kv_heads, layer.head_size, dtype=dtype, device=self.device)
+            nowhere = torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device)
+            layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, nowhere)
+        if self.page_scorer is not None:
+            self.page_scorer.warm_up()
+        if not self.compression.evicts_whole_pages:
+            recent = None if self.recorder is None else self.recorder.blank()
+            self.compactor.warm_up(recent)
 
     def _method(self, filters: Filters | None) -> Method:
         model = Model(
@@ -276,6 +290,7 @@ class CompressedModelRunner:
             layer.impl.index, layer.impl.recorder = index, self.recorder
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
             self.page_scorer = self._page_scorer(filters)
+        self.warm_up()
         if self._is_first_rank:
             logger.info("%s", describe(self.compression, self.cache_config.block_size, origin, self.ops.name))
 

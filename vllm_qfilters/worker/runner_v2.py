@@ -72,6 +72,11 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             self.lengths.compute_slot_mappings, self.block_tables
         )
 
+    def warm_up(self) -> None:
+        super().warm_up()
+        nobody = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.block_tables.compute_slot_mappings(nobody, self.input_buffers.query_start_loc, self.positions, 0)
+
     def tables_of(self, compactions):
         table_rows = [self.req_states.req_id_to_index[compaction.req_id] for compaction in compactions]
         return table_rows, self.block_tables.block_tables[0].gpu
