@@ -5,8 +5,9 @@
     python scripts/make_docs.py --check    # changes nothing, prints differences, ends with status 1 if there are any
 
 Whole pages: docs/options.md from the configuration and the catalogue of methods, docs/results.md from all files of
-benchmarks/results/. Parts between ``<!-- NAME: ... -->`` and ``<!-- /NAME -->`` of README.md and docs/budget.md: from
-the same sources; README's table is made from the files of benchmarks/results/ whose names begin with ``readme-``.
+benchmarks/results/. Parts between ``<!-- NAME: ... -->`` and ``<!-- /NAME -->`` of README.md, docs/budget.md and
+docs/filters.md: from the same sources; README's table is made from the files of benchmarks/results/ whose names begin
+with ``readme-``.
 """
 
 import argparse
@@ -18,11 +19,11 @@ from collections.abc import Mapping
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.pages import options, readme, results
+from scripts.pages import filters, options, readme, results
 from scripts.pages.markdown import fill_in
 
 RESULTS = ROOT / "benchmarks" / "results"
-WITH_PARTS = ("README.md", "docs/budget.md")
+WITH_PARTS = ("README.md", "docs/budget.md", "docs/filters.md")
 
 
 def make(folder: pathlib.Path = RESULTS) -> dict[str, str]:
@@ -33,7 +34,11 @@ def make(folder: pathlib.Path = RESULTS) -> dict[str, str]:
     """
     files = results.read(folder)
     of_readme = [file for file in files if file.path.name.startswith("readme-")]
-    parts = {**readme.parts(of_readme, files), "plots": readme.plots(folder, "benchmarks/results")}
+    parts = {
+        **readme.parts(of_readme, files),
+        "plots": readme.plots(folder, "benchmarks/results"),
+        "filters": filters.tensors(),
+    }
     pages = {path: fill_in((ROOT / path).read_text(encoding="utf-8"), parts) for path in WITH_PARTS}
     return {"docs/options.md": options.page(), "docs/results.md": results.page(files, "../benchmarks/results"), **pages}
 

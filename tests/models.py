@@ -1,5 +1,6 @@
 """Small models, filters, tokenizers and adapters for the tests, made on the spot."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -28,7 +29,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from vllm_qfilters.filters.format import Filters, ModelIdentity, save
+from vllm_qfilters.filters.format import FORMAT, Filters, ModelIdentity
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 32, 512
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -227,9 +228,21 @@ def tiny_identity(name: str = "tiny", architecture: str = "LlamaForCausalLM", ro
     return ModelIdentity(name, architecture, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, rope)
 
 
+def layer_names(num_layers: int = NUM_LAYERS) -> tuple[str, ...]:
+    """As vLLM has them."""
+    return tuple(f"model.layers.{layer}.self_attn.attn" for layer in range(num_layers))
+
+
+def save_version_2(path: pathlib.Path, model: ModelIdentity, filters: torch.Tensor, **statistics: torch.Tensor) -> None:
+    """A filters file as the package wrote them before version 3: layers stacked, and second moments."""
+    identity = {name: value for name, value in dataclasses.asdict(model).items() if name != "has_long_rope"}
+    metadata = {"format": FORMAT, "version": "2", "model": json.dumps(identity), "calibration": "long ago"}
+    save_file({"q_filters": -filters, **statistics}, path, metadata)
+
+
 def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None) -> Filters:
-    """Random filters with statistics of random queries, saved at ``path``; higher projection = keep. model: a Llama if
-    None.
+    """Random filters with statistics of random queries, saved at ``path`` in version 2, whose moments are exact; higher
+    projection = keep. model: a Llama if None.
     """
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
@@ -242,19 +255,15 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | N
         5 * torch.randn(shape, generator=generator),
         0.3 + 3 * torch.rand(shape, generator=generator),
     )
-    made = Filters(
-        filters,
-        query_mean_before_rope=mean,
-        query_second_before_rope=second,
-        score_mean=score_mean,
-        score_std=score_std,
+    statistics = dict(
+        query_mean_before_rope=mean, query_second_before_rope=second, score_mean=score_mean, score_std=score_std
     )
     identity = tiny_identity()
     if model is not None:
         config = AutoConfig.from_pretrained(model)
         identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters)
-    save(path, made, identity)
-    return made
+    save_version_2(path, identity, filters, **statistics)
+    return Filters(filters, **statistics)
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

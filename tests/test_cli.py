@@ -20,7 +20,8 @@ from vllm_qfilters.commands.arguments import UsageError
 from vllm_qfilters.commands.evaluation.engine import serve
 from vllm_qfilters.commands.generate.command import batch_generator
 from vllm_qfilters.commands.generate.offline import Refusal, Request
-from vllm_qfilters.filters.format import load
+from vllm_qfilters.filters.format import STORED_RANK
+from vllm_qfilters.filters.reader import load
 
 
 class FakeLLM:
@@ -112,7 +113,15 @@ def test_without_a_subcommand(argv, status):
     [
         (
             "calibrate",
-            ["--text FILE", "-o FILE", "--sequences N", "--tokens N", "vllm-qfilters calibrate Qwen/", "--help=all"],
+            [
+                "--text FILE",
+                "-o FILE",
+                "--sequences N",
+                "--tokens N",
+                "--rank N",
+                "vllm-qfilters calibrate Qwen/",
+                "--help=all",
+            ],
         ),
         (
             "eval",
@@ -162,6 +171,7 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["calibrate", "MODEL", "-o", "."], "is a folder"),
         (["calibrate", "MODEL", "-o", "missing/f.safetensors"], "missing is no folder"),
         (["calibrate", "MODEL", "--sequences", "0"], "'0' is no integer >= 1"),
+        (["calibrate", "MODEL", "--rank", "0"], "'0' is no integer >= 1"),
         (["calibrate", "MODEL", "--tokens", "many"], "'many' is no integer >= 1"),
         (["calibrate", "MODEL", "--kv-compression", "qfilters"], "calibration needs no --kv-compression"),
         (["calibrate", "MODEL", "--scheduler-cls", "my.Scheduler"], "cannot be combined with --kv-compression"),
@@ -284,8 +294,8 @@ def test_an_interrupt_ends_the_engine(prompts, started, tiny_model, capsys):
 
 def test_calibrate_where_auto_looks(started, tiny_model, capsys):
     assert run(["calibrate", "MODEL", "--sequences", "3", "--tokens", "500", "--seed", "5"], tiny_model) == 0
-    ((method, sequences, description, path),) = started.next.calls
-    assert method == "calibrate_filters" and path == ""
+    ((method, sequences, description, path, rank),) = started.next.calls
+    assert method == "calibrate_filters" and path == "" and rank == STORED_RANK
     assert [len(sequence) for sequence in sequences] == [500] * 3
     assert description == "3 sequences of 500 random token ids (seed 5)"
     printed = capsys.readouterr().out
@@ -294,8 +304,8 @@ def test_calibrate_where_auto_looks(started, tiny_model, capsys):
 
 def test_calibrate_into_a_file(started, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["calibrate", "--model", "MODEL", "-o", "my filters"], tiny_model) == 0
-    assert started.next.calls[0][3] == str(tmp_path / "my filters")
+    assert run(["calibrate", "--model", "MODEL", "--rank", "64", "-o", "my filters"], tiny_model) == 0
+    assert started.next.calls[0][3:] == (str(tmp_path / "my filters"), 64)
     assert "--kv-compression-config.filters 'my filters'" in capsys.readouterr().out
 
 
@@ -328,7 +338,7 @@ def test_calibrate_with_texts(started, tiny_model, tmp_path):
     (tmp_path / "b.txt").write_text(words(700))
     texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     assert run(["calibrate", "MODEL", "--tokens", "400", "--text", *texts], tiny_model) == 0
-    _, sequences, description, _ = started.next.calls[0]
+    _, sequences, description, *_ = started.next.calls[0]
     assert [(sequence[0], len(sequence)) for sequence in sequences] == [(0, 400), (0, 400), (400, 400), (400, 300)]
     assert description == "4 sequences, 1500 tokens, of a.txt, b.txt"
 

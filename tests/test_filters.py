@@ -1,18 +1,24 @@
 """Filters: their file, where they are looked for, and how they are made from statistics."""
 
+import concurrent.futures
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
+import pickle
+import queue
 import random
 import shutil
 import stat
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.models import (
@@ -20,16 +26,18 @@ from tests.models import (
     NUM_HEADS,
     NUM_KV_HEADS,
     NUM_LAYERS,
+    layer_names,
     make_tiny_adapter,
     make_tiny_llama,
+    save_version_2,
     tiny_identity,
 )
-from vllm_qfilters.filters import calibrate, format, load
+from vllm_qfilters.filters import calibrate, format, load, reader
 from vllm_qfilters.filters import fingerprint as fingerprint_module
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
 from vllm_qfilters.filters.fingerprint import fingerprint
-from vllm_qfilters.filters.format import Filters, ModelIdentity
-from vllm_qfilters.filters.load import cache_path, cached_filters, given_filters, keep
+from vllm_qfilters.filters.format import HORIZON, STORED_RANK, Filters, ModelIdentity, Part
+from vllm_qfilters.filters.load import FiltersFile, cache_path, cached_file, given_file, keep, part_of
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, Moments
 from vllm_qfilters.methods.catalog import entry
@@ -38,8 +46,15 @@ from vllm_qfilters.worker.worker import CompressedWorker
 
 SHAPE = (NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE)
 QUERY_SHAPE = (NUM_LAYERS, NUM_HEADS, HEAD_SIZE)
+RANK = 12
 TENSORS = {
     "filters": SHAPE,
+    "query_mean_before_rope": QUERY_SHAPE,
+    "query_factors": (*QUERY_SHAPE[:2], RANK, HEAD_SIZE),
+    "score_mean": SHAPE[:2],
+    "score_std": SHAPE[:2],
+}
+BEFORE_VERSION_3 = {  # beside the filters
     "query_mean_before_rope": QUERY_SHAPE,
     "query_second_before_rope": (*QUERY_SHAPE, HEAD_SIZE),
     "query_mean_after_rope": QUERY_SHAPE,
@@ -54,12 +69,18 @@ def random_filters(seed: int = 0) -> Filters:
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
     tensors["score_std"].abs_()
-    return Filters(**tensors, calibration="4 sequences of noise")
+    return Filters(layers=layer_names(), **tensors, calibration="4 sequences of noise")
+
+
+def random_statistics(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Of a file of version 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) for name, shape in BEFORE_VERSION_3.items()}
 
 
 def assert_same(found: Filters, expected: Filters) -> None:
-    assert found.calibration == expected.calibration
-    for name in TENSORS:
+    assert found.calibration == expected.calibration and found.layers == expected.layers
+    for name in (*TENSORS, "query_second_before_rope"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert (ours is None) == (theirs is None), name
         assert ours is None or (ours.dtype == torch.float32 and torch.equal(ours, theirs)), name
@@ -72,9 +93,9 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("has_statistics", [True, False], ids=["statistics", "filters-alone"])
 def test_what_is_saved_is_loaded(path, has_statistics):
-    filters = random_filters() if has_statistics else Filters(random_filters().filters)
+    filters = random_filters() if has_statistics else Filters(random_filters().filters, layer_names())
     format.save(path, filters, tiny_identity())
-    assert_same(format.load(path, tiny_identity()), filters)
+    assert_same(reader.load(path, tiny_identity()), filters)
 
 
 def test_the_file_has_the_published_name_and_sign(path):
@@ -85,8 +106,8 @@ def test_the_file_has_the_published_name_and_sign(path):
 
 def test_a_view_is_saved_whole(path):
     filters = random_filters().filters.transpose(0, 1).contiguous().transpose(0, 1)
-    format.save(path, Filters(filters), tiny_identity())
-    assert torch.equal(format.load(path, tiny_identity()).filters, filters)
+    format.save(path, Filters(filters, layer_names()), tiny_identity())
+    assert torch.equal(reader.load(path, tiny_identity()).filters, filters)
 
 
 def test_folders_are_made_and_others_may_read_the_file(tmp_path):
@@ -107,7 +128,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         format.save(path, random_filters(seed=2), tiny_identity())
     assert os.listdir(path.parent) == [path.name]
-    assert_same(format.load(path, tiny_identity()), random_filters(seed=1))
+    assert_same(reader.load(path, tiny_identity()), random_filters(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +138,12 @@ def test_a_published_file_is_loaded_negated_as_float32(path, dtype):
     """It has filters alone, in any floating-point type, and names no model."""
     published = random_filters().filters.to(dtype)
     save_file({"q_filters": published}, path)
-    assert_same(format.load(path, tiny_identity()), Filters(-published.to(torch.float32)))
+    assert_same(reader.load(path, tiny_identity()), Filters(-published.to(torch.float32)))
 
 
 def test_a_model_that_was_moved_keeps_its_filters(path):
     format.save(path, random_filters(), tiny_identity("here/tiny"))
-    assert_same(format.load(path, tiny_identity("there/tiny")), random_filters())
+    assert_same(reader.load(path, tiny_identity("there/tiny")), random_filters())
 
 
 OTHER_MODEL = {
@@ -140,7 +161,7 @@ def test_filters_made_for_another_model_are_refused_naming_both(path, field):
     made_for, value = tiny_identity("maker/tiny"), OTHER_MODEL[field]
     format.save(path, random_filters(), made_for)
     with pytest.raises(ValueError) as refusal:
-        format.load(path, dataclasses.replace(made_for, name="user/other", **{field: value}))
+        reader.load(path, dataclasses.replace(made_for, name="user/other", **{field: value}))
     for part in (str(path), f"maker/tiny ({field} {getattr(made_for, field)})", f"user/other has {field} {value}"):
         assert part in str(refusal.value)
 
@@ -157,17 +178,41 @@ def test_filters_made_for_another_model_are_refused_naming_both(path, field):
 def test_a_published_file_of_another_shape_is_refused_naming_both(path, shape):
     save_file({"q_filters": torch.zeros(shape)}, path)
     with pytest.raises(ValueError) as refusal:
-        format.load(path, tiny_identity("user/tiny"))
+        reader.load(path, tiny_identity("user/tiny"))
     for part in (str(path), f"q_filters has shape {shape}", f"user/tiny needs {SHAPE}"):
         assert part in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", [name for name in TENSORS if name != "filters"])
+@pytest.mark.parametrize("name", [name for name in BEFORE_VERSION_3 if "after" not in name])
 def test_statistics_of_another_shape_are_refused_naming_both(path, name):
     save_file({"q_filters": torch.zeros(SHAPE), name: torch.zeros(2, 3)}, path)
     with pytest.raises(ValueError) as refusal:
-        format.load(path, tiny_identity())
-    assert f"{name} has shape (2, 3)" in str(refusal.value) and f"needs {TENSORS[name]}" in str(refusal.value)
+        reader.load(path, tiny_identity())
+    assert f"{name} has shape (2, 3)" in str(refusal.value) and f"needs {BEFORE_VERSION_3[name]}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", format.BY_LAYER)
+def test_a_layer_of_another_shape_or_type_or_with_bad_numbers_is_refused_naming_it(path, name):
+    """Whatever part of the file is asked for, unless it is another layer."""
+    format.save(path, random_filters(), tiny_identity())
+    tensors, key = load_file(path), f"{layer_names()[1]}.{name}"
+    needed = tuple(TENSORS[name][1:])
+    for damaged, message in (
+        (torch.zeros(2, 3), f"{key} has shape (2, 3), but tiny needs ({', '.join(map(str, needed[:1]))}"),
+        (torch.zeros(needed[0] + 1, *needed[1:]), f"{key} has shape ({needed[0] + 1}"),
+        (torch.zeros(needed, dtype=torch.int32), f"{key} must hold floating-point numbers"),
+        (torch.full(needed, torch.nan), f"{key} must hold finite numbers"),
+    ):
+        save_file({**tensors, key: damaged}, path, header_of(path))
+        for part in (Part(), Part(layers=layer_names()[1:2]), Part(rank=1)):
+            with pytest.raises(ValueError) as refusal:
+                reader.load(path, tiny_identity(), part)
+            assert message in str(refusal.value)
+        reader.load(path, tiny_identity(), Part(layers=layer_names()[2:]))
+    del tensors[key]
+    save_file(tensors, path, header_of(path))
+    with pytest.raises(ValueError, match=f"lacks {key}, which others have"):
+        reader.load(path, tiny_identity())
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 40, -1000, -1], ids=lambda length: f"bytes{length}")
@@ -175,45 +220,46 @@ def test_a_truncated_file_is_refused(path, length):
     format.save(path, random_filters(), tiny_identity())
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_garbage_is_refused(path):
     path.write_bytes(random.Random(0).randbytes(5000))
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_a_pickle_is_refused_unread(path, tmp_path):
     torch.save({"q_filters": torch.zeros(SHAPE), "touch": _Touch(tmp_path / "ran")}, path)
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_too_large_for_the_model_is_refused_unread(path, monkeypatch):
-    most = format.max_file_bytes(tiny_identity())
-    assert most == 8 * sum(math.prod(shape) for shape in TENSORS.values()) + format.MAX_HEADER_BYTES
+    most = reader.max_file_bytes(tiny_identity())
+    numbers = math.prod(SHAPE) + sum(math.prod(shape) for shape in BEFORE_VERSION_3.values())
+    assert most == 8 * numbers + reader.MAX_HEADER_BYTES
     path.touch()
     os.truncate(path, most + 1)
-    monkeypatch.setattr(format.safetensors, "safe_open", None)
+    monkeypatch.setattr(reader.safetensors, "safe_open", None)
     with pytest.raises(ValueError, match=rf"{most + 1} bytes, a filters file of tiny at most {most}"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_what_is_no_regular_file_is_refused_and_not_waited_for(path):
     os.mkfifo(path)
     for other in (path, path.parent, "/dev/zero"):
         with pytest.raises(ValueError, match="is not a regular file"):
-            format.load(other, tiny_identity())
+            reader.load(other, tiny_identity())
 
 
 def test_a_header_of_absurd_length_is_refused_unparsed(path, monkeypatch):
-    monkeypatch.setattr(format.safetensors, "safe_open", None)
-    for length in (format.MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1):
+    monkeypatch.setattr(reader.safetensors, "safe_open", None)
+    for length in (reader.MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1):
         path.write_bytes(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(ValueError, match=f"its header would have {length} bytes"):
-            format.load(path, tiny_identity())
+            reader.load(path, tiny_identity())
 
 
 GOOD = {"dtype": "F32", "shape": list(SHAPE), "data_offsets": [0, 4 * math.prod(SHAPE)]}
@@ -250,18 +296,18 @@ GOOD = {"dtype": "F32", "shape": list(SHAPE), "data_offsets": [0, 4 * math.prod(
 def test_a_hostile_header_is_refused_in_one_line(path, header):
     write_safetensors(path, header)
     with pytest.raises(ValueError) as refusal:
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
     assert str(path) in str(refusal.value) and str(refusal.value).isprintable() and len(str(refusal.value)) < 600
 
 
 def test_the_same_header_undamaged_is_loaded(path):
     write_safetensors(path, {"q_filters": GOOD})
-    assert not format.load(path, tiny_identity()).filters.any()
+    assert not reader.load(path, tiny_identity()).filters.any()
 
 
 def test_nothing_but_the_filters_is_read_of_a_file_that_holds_more(path):
     save_file({"q_filters": torch.zeros(SHAPE), "other": torch.full((4,), torch.nan)}, path)
-    assert_same(format.load(path, tiny_identity()), Filters(torch.zeros(SHAPE)))
+    assert_same(reader.load(path, tiny_identity()), Filters(torch.zeros(SHAPE)))
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jgone\nINFO all is well", "x" * 10_000], ids=["control-characters", "long"])
@@ -269,11 +315,11 @@ def test_what_a_file_says_of_itself_is_shown_in_one_short_line(path, text):
     other = dataclasses.replace(tiny_identity(text), head_size=2 * HEAD_SIZE)
     format.save(path, random_filters(), other)
     with pytest.raises(ValueError, match="was made for .*head_size 64") as refusal:
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
     assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
     save_file({text: torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="holds no tensor 'q_filters', only") as refusal:
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
     assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
 
 
@@ -283,7 +329,7 @@ def test_what_a_file_says_of_itself_is_shown_in_one_short_line(path, text):
 def test_a_file_without_filters_is_refused_naming_what_it_has(path, tensors):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=f"no tensor 'q_filters', only {', '.join(tensors)}"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e13, -1e13], ids=str)
@@ -293,26 +339,26 @@ def test_numbers_that_are_not_finite_are_refused(path, name, value):
     tensors[name].view(-1)[-1] = value
     save_file(tensors, path)
     with pytest.raises(ValueError, match=f"{name} must hold finite"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_a_negative_deviation_is_refused(path):
     save_file({"q_filters": torch.zeros(SHAPE), "score_std": torch.full(SHAPE[:2], -1.0)}, path)
     with pytest.raises(ValueError, match="score_std has negative numbers"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_numbers_too_large_for_float32_are_refused(path):
     save_file({"q_filters": torch.full(SHAPE, 1e300, dtype=torch.float64)}, path)
     with pytest.raises(ValueError, match="q_filters must hold finite"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
 def test_numbers_that_are_not_floating_point_are_refused_naming_their_type(path, dtype):
     save_file({"q_filters": torch.zeros(SHAPE, dtype=dtype)}, path)
     with pytest.raises(ValueError, match=r"q_filters must hold floating-point numbers \(F64, .*\), not [A-Z]"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 @pytest.mark.parametrize(
@@ -327,36 +373,160 @@ def test_numbers_that_are_not_floating_point_are_refused_naming_their_type(path,
         pytest.param({"version": "one"}, id="version-no-number"),
         pytest.param({"version": "-1"}, id="version-negative"),
         pytest.param({"version": "9" * 10_000}, id="version-of-many-digits"),
+        pytest.param({"layers": None}, id="no-layers"),
+        pytest.param({"layers": "7"}, id="layers-a-number"),
+        pytest.param({"layers": "[" * 100_000}, id="layers-nested-without-end"),
+        pytest.param({"layers": '["a", "b"]'}, id="layers-too-few"),
+        pytest.param({"layers": '["a", "b", "b"]'}, id="layers-twice"),
+        pytest.param({"layers": '["a", "b", "c", "c"]'}, id="layers-too-many"),
+        pytest.param({"layers": '["a", "b", ["c"]]'}, id="layers-no-names"),
+        pytest.param({"layers": '{"a": 1, "b": 2, "c": 3}'}, id="layers-an-object"),
+        pytest.param({"horizon": None}, id="no-horizon"),
+        pytest.param({"horizon": "far"}, id="horizon-no-number"),
     ],
 )
 def test_a_damaged_header_is_refused(path, damage):
     save_with_header(path, damage)
     with pytest.raises(ValueError, match="has a damaged header .*: calibrate it again"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_a_model_with_fields_missing_is_refused(path):
     save_with_header(path, {"model": "{}"})
     with pytest.raises(ValueError, match="made for None"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
 def test_a_newer_version_is_refused_naming_both(path):
     save_with_header(path, {"version": str(format.VERSION + 1)})
     with pytest.raises(ValueError, match=rf"has version {format.VERSION + 1}, .* up to {format.VERSION}: update"):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
+
+
+def test_factors_of_other_coming_positions_are_refused_naming_both(path):
+    save_with_header(path, {"horizon": "512"})
+    with pytest.raises(ValueError, match=f"averaged over 512 positions, this package needs {HORIZON}"):
+        reader.load(path, tiny_identity())
 
 
 def test_a_missing_file_is_an_os_error(path):
     with pytest.raises(OSError):
-        format.load(path, tiny_identity())
+        reader.load(path, tiny_identity())
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 1), (0, 1)])
-def test_a_rank_gets_the_filters_of_its_heads(first, count):
+STAGE = layer_names()[1:]
+PARTS = {
+    "whole": Part(),
+    "stage": Part(STAGE, first_layer=1),
+    "heads": Part(layer_names(), heads=slice(2, 4), kv_heads=slice(1, 2), rank=5),
+    "shared-kv-head": Part(layer_names()[:2], heads=slice(3, 4), kv_heads=slice(1, 2), rank=1),
+    "without-factors": Part(STAGE, first_layer=1, heads=slice(0, 2), kv_heads=slice(0, 1), rank=0),
+    "full-rank": Part(rank=RANK),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_rank_reads_its_layers_and_heads(path, part):
     filters = random_filters()
-    assert torch.equal(filters.of_heads(first, count), filters.filters[:, first : first + count])
-    assert filters.of_heads(first, count).shape == (NUM_LAYERS, count, HEAD_SIZE)
+    format.save(path, filters, tiny_identity())
+    found = reader.load(path, tiny_identity(), part)
+    assert_same(found, filters.of(part))
+    layers = slice(part.first_layer, part.first_layer + len(found.layers))
+    assert torch.equal(found.filters, filters.filters[layers, part.kv_heads])
+    assert torch.equal(found.query_mean_before_rope, filters.query_mean_before_rope[layers, part.heads])
+    rank = RANK if part.rank is None else part.rank
+    assert torch.equal(found.query_factors, filters.query_factors[layers, part.heads, RANK - rank :])
+    assert torch.equal(found.score_std, filters.score_std[layers, part.kv_heads])
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_rank_reads_its_part_of_a_file_of_version_2(path, part):
+    """Of second moments nothing where nobody scores by them, and of what is after RoPE nothing at all."""
+    statistics = random_statistics()
+    statistics["query_mean_after_rope"].fill_(torch.nan)
+    save_version_2(path, tiny_identity(), random_filters().filters, **statistics)
+    found = reader.load(path, tiny_identity(), part)
+    layers = slice(None) if part.layers is None else slice(part.first_layer, part.first_layer + len(part.layers))
+    assert torch.equal(found.filters, random_filters().filters[layers, part.kv_heads])
+    assert torch.equal(found.query_mean_before_rope, statistics["query_mean_before_rope"][layers, part.heads])
+    assert torch.equal(found.score_mean, statistics["score_mean"][layers, part.kv_heads])
+    assert found.query_factors is None and found.calibration == "long ago"
+    if part.rank == 0:
+        assert found.query_second_before_rope is None
+    else:
+        assert torch.equal(found.query_second_before_rope, statistics["query_second_before_rope"][layers, part.heads])
+
+
+def test_nothing_is_read_of_other_layers_and_heads(path):
+    """What lies there may be anything: a rank never sees it."""
+    filters, part = random_filters(), PARTS["heads"]
+    filters.query_factors[:, :2], filters.query_factors[:, :, : RANK - 5] = torch.nan, torch.nan
+    filters.query_mean_before_rope[:, :2], filters.filters[:, 0], filters.score_mean[:, 0] = (torch.nan,) * 3
+    format.save(path, filters, tiny_identity())
+    assert_same(reader.load(path, tiny_identity(), part), filters.of(part))
+    with pytest.raises(ValueError, match="must hold finite numbers"):
+        reader.load(path, tiny_identity())
+
+
+def test_a_file_without_the_layers_of_a_model_is_refused(path):
+    format.save(path, random_filters(), tiny_identity())
+    with pytest.raises(ValueError, match=r"has no layer text.layers.0.attn, only model.layers.0.self_attn.attn"):
+        reader.load(path, tiny_identity(), Part(("text.layers.0.attn",)))
+
+
+@pytest.mark.parametrize(("rank", "needed"), [(RANK + 1, RANK + 1), (HEAD_SIZE + 100, HEAD_SIZE)])
+def test_a_higher_rank_than_stored_is_refused_naming_both(path, rank, needed):
+    format.save(path, random_filters(), tiny_identity())
+    with pytest.raises(ValueError, match=f"holds {RANK} factors per query head, and rank={rank} needs {needed}") as no:
+        given_file(str(path), tiny_identity(), rank)
+    assert f"set rank to {RANK} at most" in str(no.value) and f"calibrate --rank {needed}`" in str(no.value)
+
+
+def test_of_layers_that_store_other_ranks_as_many_factors_are_read_as_all_have(path):
+    format.save(path, random_filters(), tiny_identity())
+    tensors, key = load_file(path), f"{layer_names()[1]}.query_factors"
+    save_file({**tensors, key: tensors[key][:, -5:].contiguous()}, path, header_of(path))
+    assert_same(reader.load(path, tiny_identity()), random_filters().of(Part(rank=5)))
+    with pytest.raises(ValueError, match="holds 5 factors"):
+        reader.load(path, tiny_identity(), Part(rank=6))
+
+
+def test_the_table_of_longrope_is_part_of_the_model_and_not_before_version_3(path):
+    """Factors are averaged over rotations by it, moments before RoPE are not."""
+    is_long = dataclasses.replace(tiny_identity(), has_long_rope=True)
+    format.save(path, random_filters(), tiny_identity())
+    with pytest.raises(ValueError, match="tiny has has_long_rope True"):
+        reader.load(path, is_long)
+    save_version_2(path, tiny_identity(), random_filters().filters, **random_statistics())
+    reader.load(path, is_long)
+
+
+BYTES = {  # of version 2: layers, query heads, KV heads, MiB
+    "Llama-3-8B": (32, 32, 8, 129),
+    "Qwen3-32B": (64, 64, 8, 516),
+    "Llama-3.1-405B": (126, 128, 8, 2032),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_a_file_takes_an_eighth_of_the_bytes_of_version_2(name, path):
+    num_layers, num_heads, num_kv_heads, before = BYTES[name]
+    model = ModelIdentity(name, "", num_layers, num_heads, num_kv_heads, head_size=128, rope={})
+    version_2 = 4 * sum(math.prod(shape) for shape in reader.shapes_before_version_3(model).values())
+    assert version_2 // 2**20 == before
+    version_3 = format.file_bytes(model, STORED_RANK)
+    assert version_3 < version_2 / 10
+    if name == "Llama-3-8B":
+        filters = Filters(
+            torch.zeros(num_layers, num_kv_heads, 128),
+            layer_names(num_layers),
+            torch.zeros(num_layers, num_heads, 128),
+            torch.zeros(num_layers, num_heads, STORED_RANK, 128),
+            score_mean=torch.zeros(num_layers, num_kv_heads),
+            score_std=torch.zeros(num_layers, num_kv_heads),
+        )
+        format.save(path, filters, model)
+        assert version_3 < path.stat().st_size < version_3 + reader.MAX_HEADER_BYTES / 16
 
 
 class _Touch:
@@ -375,12 +545,20 @@ def save_with_header(path: pathlib.Path, changes: dict[str, str | None]) -> None
         "format": format.FORMAT,
         "version": str(format.VERSION),
         "model": json.dumps(dataclasses.asdict(tiny_identity())),
+        "layers": json.dumps(layer_names()),
+        "horizon": str(HORIZON),
         "calibration": "",
         **changes,
     }
     save_file(
         {"q_filters": torch.zeros(SHAPE)}, path, {name: value for name, value in header.items() if value is not None}
     )
+
+
+def header_of(path: pathlib.Path) -> dict[str, str]:
+    """What a file says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def write_safetensors(path: pathlib.Path, header: bytes | dict) -> None:
@@ -566,31 +744,39 @@ def save_for(path: pathlib.Path, model: ModelIdentity, seed: int = 0) -> pathlib
 def test_cached_filters_are_found_by_their_weights(cache_root):
     model = tiny_identity("org/tiny")
     path = save_for(cache_path(model, WEIGHTS), model, seed=1)
-    filters, origin = cached_filters(model, WEIGHTS)
-    assert_same(filters, random_filters(seed=1))
-    assert origin == f"cache {path}"
-    assert cached_filters(model, "other weights") is None
+    found = cached_file(model, WEIGHTS, 8)
+    assert (found.path, found.origin) == (str(path), f"cache {path}")
+    assert cached_file(model, "other weights", 8) is None
+
+
+def test_cached_filters_of_a_lower_rank_or_an_earlier_version_are_calibrated_anew(cache_root, monkeypatch):
+    model, warnings = tiny_identity("org/tiny"), []
+    monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
+    save_for(cache_path(model, WEIGHTS), model)
+    assert cached_file(model, WEIGHTS, RANK) is not None and not warnings
+    assert cached_file(model, WEIGHTS, RANK + 1) is None and "12 factors per query head, and rank=13" in warnings[0]
+    path = cache_path(model, WEIGHTS)
+    monkeypatch.setattr(load, "VERSION", 2)
+    assert cache_path(model, WEIGHTS) != path
 
 
 def test_a_given_file_is_taken(hub, path):
     save_for(path, tiny_identity("org/tiny"), seed=2)
-    filters, origin = given_filters(str(path), tiny_identity("org/tiny"))
-    assert_same(filters, random_filters(seed=2))
-    assert origin == str(path)
+    found = given_file(str(path), tiny_identity("org/tiny"), 8)
+    assert found.path == found.origin == str(path)
     assert not hub.asked
 
 
 def test_a_given_folder_is_searched_for_a_published_file(hub, tmp_path):
     path = save_for(tmp_path / "model.safetensors", tiny_identity())
-    filters, origin = given_filters(str(tmp_path), tiny_identity())
-    assert_same(filters, random_filters())
-    assert origin == str(path)
+    found = given_file(str(tmp_path), tiny_identity(), 8)
+    assert found.path == found.origin == str(path)
 
 
 def test_a_given_file_for_another_model_is_refused(hub, path):
     save_for(path, dataclasses.replace(tiny_identity(), num_kv_heads=4))
     with pytest.raises(ValueError, match="num_kv_heads"):
-        given_filters(str(path), tiny_identity())
+        given_file(str(path), tiny_identity(), 8)
 
 
 @pytest.mark.parametrize("wanted", ["someone/tiny_qfilt", "someone/tiny_qfilt/", "someone/tiny_qfilt@abc123"])
@@ -599,9 +785,8 @@ def test_a_given_repository_is_downloaded_and_named_with_its_commit(hub, tmp_pat
     monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
     (tmp_path / "abc123").mkdir()
     hub.answer = save_for(tmp_path / "abc123" / "model.safetensors", tiny_identity())
-    filters, origin = given_filters(wanted, tiny_identity())
-    assert_same(filters, random_filters())
-    assert origin == "hub someone/tiny_qfilt@abc123"
+    found = given_file(wanted, tiny_identity(), 8)
+    assert found.path == str(hub.answer) and found.origin == "hub someone/tiny_qfilt@abc123"
     assert hub.asked == ["someone/tiny_qfilt" + ("@abc123" if "@" in wanted else "")]
     assert "commit abc123" in warnings[0] and "filters someone/tiny_qfilt@abc123 pins them" in warnings[0]
 
@@ -610,7 +795,7 @@ def test_a_given_repository_is_downloaded_and_named_with_its_commit(hub, tmp_pat
 def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
     hub.answer = DOWNLOAD_ERRORS[error]
     with pytest.raises(ValueError, match="filters='someone/tiny_qfilt': neither a file nor a repository"):
-        given_filters("someone/tiny_qfilt", tiny_identity())
+        given_file("someone/tiny_qfilt", tiny_identity(), 8)
 
 
 @pytest.mark.parametrize(
@@ -619,18 +804,18 @@ def test_a_given_repository_that_cannot_be_downloaded_is_refused(hub, error):
 def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_asked_for(wanted):
     """The real hub client, which is offline: a name that passes would be looked for in its cache."""
     with pytest.raises(ValueError, match="neither a file nor a repository") as refusal:
-        given_filters(wanted, tiny_identity())
+        given_file(wanted, tiny_identity(), 8)
     assert isinstance(refusal.value.__cause__, HFValidationError | OSError)
     assert not isinstance(refusal.value.__cause__, LocalEntryNotFoundError)
 
 
 def test_a_repository_too_large_to_hold_filters_is_not_downloaded(monkeypatch):
-    most = format.max_file_bytes(tiny_identity())
+    most = reader.max_file_bytes(tiny_identity())
     monkeypatch.setattr(load, "try_to_load_from_cache", lambda repository, name, revision: None)
     monkeypatch.setattr(load, "get_hf_file_metadata", lambda url: SimpleNamespace(size=most + 1))
     monkeypatch.setattr(load, "hf_hub_download", None)
     with pytest.raises(ValueError, match=f"org/model holds {most + 1} bytes, filters of this model {most} at most"):
-        given_filters("org/model", tiny_identity())
+        given_file("org/model", tiny_identity(), 8)
 
 
 def test_a_damaged_or_foreign_file_in_the_cache_is_calibrated_anew(cache_root, monkeypatch):
@@ -640,10 +825,10 @@ def test_a_damaged_or_foreign_file_in_the_cache_is_calibrated_anew(cache_root, m
     whole = path.read_bytes()
     for content in (b"half", whole[:-10], b"", whole.replace(b"tiny", b"tinz").replace(b"Llama", b"Other")):
         path.write_bytes(content)
-        assert cached_filters(model, WEIGHTS) is None
+        assert cached_file(model, WEIGHTS, 8) is None
         assert str(path) in warnings.pop() and not warnings
     assert keep(random_filters(seed=3), model, WEIGHTS) == f"kept in {path}"
-    assert_same(cached_filters(model, WEIGHTS)[0], random_filters(seed=3))
+    assert_same(reader.load(cached_file(model, WEIGHTS, 8).path, model), random_filters(seed=3))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache_root, monkeypatch):
@@ -659,13 +844,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache_root, monkeypatch)
 )
 def test_a_missing_file_is_refused_by_name(hub, wanted):
     with pytest.raises(ValueError, match=f"filters='{wanted}': no such file"):
-        given_filters(wanted, tiny_identity())
+        given_file(wanted, tiny_identity(), 8)
     assert not hub.asked
 
 
 def test_a_folder_without_a_file_is_refused(hub, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        given_filters(str(tmp_path), tiny_identity())
+        given_file(str(tmp_path), tiny_identity(), 8)
     assert not hub.asked
 
 
@@ -729,6 +914,9 @@ class Layers:
         return filters
 
 
+NAMES = layer_names(2)
+
+
 @pytest.fixture
 def one_stage(monkeypatch):
     stage = SimpleNamespace(world_size=1, broadcast_object=lambda layers, rank: layers)
@@ -748,23 +936,23 @@ GROUPS = pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2),
 @GROUPS
 def test_made_filters_are_the_signed_singular_vectors_averaged_over_query_heads(one_rank, num_heads, num_kv_heads):
     layers = Layers(num_heads=num_heads, num_kv_heads=num_kv_heads)
-    filters = make_filters(layers.statistics(), num_kv_heads, "noise")
+    filters = make_filters(NAMES, layers.statistics(), num_kv_heads, "noise")
     torch.testing.assert_close(filters.filters, layers.direct_filters(), atol=1e-4, rtol=0)
     assert filters.calibration == "noise"
 
 
 def test_made_filters_point_along_the_mean_query(one_rank):
     layers = Layers(num_heads=2, num_kv_heads=2)
-    filters = make_filters(layers.statistics(), 2, "").filters
+    filters = make_filters(NAMES, layers.statistics(), 2, "").filters
     assert bool(((filters * layers.queries.mean(1)).sum(-1) > 0).all())
     layers.queries.neg_()
-    torch.testing.assert_close(make_filters(layers.statistics(), 2, "").filters, -filters)
+    torch.testing.assert_close(make_filters(NAMES, layers.statistics(), 2, "").filters, -filters)
 
 
 @GROUPS
 def test_scores_of_made_filters_have_the_mean_and_deviation_over_the_keys(one_rank, num_heads, num_kv_heads):
     layers = Layers(num_heads=num_heads, num_kv_heads=num_kv_heads)
-    filters = make_filters(layers.statistics(), num_kv_heads, "")
+    filters = make_filters(NAMES, layers.statistics(), num_kv_heads, "")
     scores = (layers.keys.double() * filters.filters[:, None]).sum(-1)
     torch.testing.assert_close(filters.score_mean, scores.mean(1).float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(filters.score_std, scores.std(1, correction=0).float(), atol=1e-4, rtol=1e-4)
@@ -773,20 +961,24 @@ def test_scores_of_made_filters_have_the_mean_and_deviation_over_the_keys(one_ra
 def test_scores_of_equal_keys_have_no_deviation(one_rank):
     layers = Layers()
     layers.keys[:] = 3.0
-    score_std = make_filters(layers.statistics(), 2, "").score_std
+    score_std = make_filters(NAMES, layers.statistics(), 2, "").score_std
     torch.testing.assert_close(score_std, torch.zeros(2, 2), atol=0.02, rtol=0)
 
 
-def test_made_filters_keep_the_moments_of_the_queries(one_rank):
+@pytest.mark.parametrize("rank", [1, 5, 16, 100])
+def test_made_filters_keep_mean_and_covariance_of_the_queries(one_rank, rank):
+    """Of layers that do not turn, those at any position."""
     layers = Layers()
-    filters = make_filters(layers.statistics(), 2, "")
-    second = torch.einsum("lnhi,lnhj->lhij", layers.queries, layers.queries) / 300
-    for mean, square in (
-        (filters.query_mean_before_rope, filters.query_second_before_rope),
-        (filters.query_mean_after_rope, filters.query_second_after_rope),
-    ):
-        torch.testing.assert_close(mean, layers.queries.mean(1), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(square, second, atol=1e-5, rtol=1e-5)
+    filters = make_filters(NAMES, layers.statistics(), 2, "", rank)
+    torch.testing.assert_close(filters.query_mean_before_rope, layers.queries.mean(1), atol=1e-5, rtol=1e-5)
+    centred = layers.queries - layers.queries.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.einsum("lnhi,lnhj->lhij", centred, centred) / 300)
+    values[..., :-rank] = 0
+    largest = vectors @ torch.diag_embed(values) @ vectors.mT
+    factors = filters.query_factors
+    assert factors.shape[2] == min(rank, 16)
+    torch.testing.assert_close(factors.mT @ factors, largest, atol=1e-4, rtol=1e-4)
+    assert bool((factors.norm(dim=-1).diff() >= -1e-4).all()), "the largest last"
 
 
 @pytest.mark.parametrize(
@@ -805,22 +997,25 @@ def test_all_ranks_together_make_the_filters_of_one(one_stage, monkeypatch, num_
         kv_head = rank * num_kv_heads // num_ranks
         of_rank = layers.statistics(slice(rank * num_heads, (rank + 1) * num_heads), slice(kv_head, kv_head + 1))
         use(lambda tensor, dim, rank=rank: given[rank].append(tensor) or tensor)
-        make_filters(of_rank, 1, "")
+        make_filters(NAMES, of_rank, 1, "")
     rounds = iter(zip(*given, strict=True))
     use(lambda tensor, dim: torch.cat(next(rounds), dim))
-    found = make_filters(of_rank, num_kv_heads, "")
+    found = make_filters(NAMES, of_rank, num_kv_heads, "")
 
     use(lambda tensor, dim: tensor)
-    expected = make_filters(layers.statistics(), num_kv_heads, "")
-    for name in TENSORS:
+    expected = make_filters(NAMES, layers.statistics(), num_kv_heads, "")
+    assert found.layers == expected.layers == NAMES
+    for name in set(TENSORS) - {"query_factors"}:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    covariance, expected_covariance = (made.query_factors.mT @ made.query_factors for made in (found, expected))
+    torch.testing.assert_close(covariance, expected_covariance, atol=1e-4, rtol=1e-4)
 
 
 def test_made_filters_fit_into_a_file(one_rank, path):
-    filters = make_filters(Layers().statistics(), 2, "noise")
+    filters = make_filters(NAMES, Layers().statistics(), 2, "noise")
     model = ModelIdentity("tiny", "LlamaForCausalLM", num_layers=2, num_heads=4, num_kv_heads=2, head_size=16, rope={})
     format.save(path, filters, model)
-    assert_same(format.load(path, model), filters)
+    assert_same(reader.load(path, model), filters)
 
 
 def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary():
@@ -831,53 +1026,109 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
     assert sequences != random_sequences(10, 3, 200, seed=1)
 
 
-def look_for_filters(monkeypatch, group, wanted="auto", load_format="auto"):
+def look_for_filters(monkeypatch, group, wanted="auto", load_format="auto", rank=8):
     """As a rank of a group of ranks does."""
     monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
     monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
     runner = SimpleNamespace(
         model_config=None,
-        compression=SimpleNamespace(entry=entry("qfilters", "static"), filters=wanted),
+        compression=SimpleNamespace(entry=entry("qfilters", "static"), filters=wanted, rank=rank),
         load_config=SimpleNamespace(load_format=load_format),
         weights_fingerprint=lambda: WEIGHTS if wanted == "auto" and load_format == "auto" else 1 / 0,
-        calibrate_filters=lambda sequences, description: "calibrated",
+        calibrate_filters=lambda sequences, description, rank: SimpleNamespace(of=lambda part: (rank, part)),
         _random_sequences=lambda: [[1, 2, 3]],
+        _part=lambda: "part",
     )
     return runner_module.CompressedModelRunner._find_or_calibrate_filters(runner)
 
 
-def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch):
+@pytest.fixture
+def ranks(monkeypatch):
+    """What a rank knows of the others, and what becomes of the file that the first one found."""
+    monkeypatch.setattr(runner_module, "part_of", lambda found, model, part, group: (found.path, part))
+    return SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
+
+
+def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch, ranks):
     """Each machine has a cache of its own: were each rank to look there, some would calibrate and wait for the
     others.
     """
-
-    def rank(is_first: bool, found: object) -> object:
-        group = SimpleNamespace(is_first_rank=is_first, broadcast_object=lambda given: sent.append(given) or sent[0])
-        monkeypatch.setattr(runner_module, "cached_filters", lambda model, weights: found)
-        return look_for_filters(monkeypatch, group)
-
-    sent: list[object] = []
-    assert rank(True, ("filters", "cache here")) == ("filters", "cache here")
-    assert rank(False, ("others", "cache there")) == ("filters", "cache here")
-    assert sent == [("filters", "cache here"), None]
+    sent: list[FiltersFile | None] = []
+    ranks.broadcast_object = lambda given: sent.append(given) or sent[0]
+    for is_first, where in ((True, "here"), (False, "there")):
+        ranks.is_first_rank = is_first
+        found = FiltersFile(where, "content", f"cache {where}")
+        monkeypatch.setattr(runner_module, "cached_file", lambda model, weights, rank, found=found: found)
+        assert look_for_filters(monkeypatch, ranks) == (("here", "part"), "cache here")
+    assert [each and each.path for each in sent] == ["here", None]
 
 
-def test_named_filters_are_taken_whatever_the_weights_are(monkeypatch):
-    group = SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
-    monkeypatch.setattr(runner_module, "given_filters", lambda wanted, model: ("given", wanted))
-    monkeypatch.setattr(runner_module, "cached_filters", lambda model, weights: 1 / 0)
-    assert look_for_filters(monkeypatch, group, "model.safetensors") == ("given", "model.safetensors")
+def test_named_filters_are_taken_whatever_the_weights_are(monkeypatch, ranks):
+    monkeypatch.setattr(runner_module, "given_file", lambda wanted, model, rank: FiltersFile(wanted, "", "given"))
+    monkeypatch.setattr(runner_module, "cached_file", lambda model, weights, rank: 1 / 0)
+    assert look_for_filters(monkeypatch, ranks, "model.safetensors") == (("model.safetensors", "part"), "given")
 
 
-def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch):
+def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch, ranks):
     """Where nobody names any: they come from no file that could tell them from others."""
-    group = SimpleNamespace(is_first_rank=True, broadcast_object=lambda found: found)
-    for name in ("cached_filters", "keep"):
+    for name in ("cached_file", "keep"):
         monkeypatch.setattr(runner_module, name, lambda *arguments: 1 / 0)
-    monkeypatch.setattr(runner_module, "given_filters", lambda wanted, model: ("given", wanted))
-    filters, origin = look_for_filters(monkeypatch, group, load_format="dummy")
-    assert filters == "calibrated" and origin.endswith("not kept, as the weights are random")
-    assert look_for_filters(monkeypatch, group, "model.safetensors", "dummy") == ("given", "model.safetensors")
+    monkeypatch.setattr(runner_module, "given_file", lambda wanted, model, rank: FiltersFile(wanted, "", "given"))
+    filters, origin = look_for_filters(monkeypatch, ranks, load_format="dummy")
+    assert filters == (STORED_RANK, "part") and origin.endswith("not kept, as the weights are random")
+    assert look_for_filters(monkeypatch, ranks, "model.safetensors", "dummy")[1] == "given"
+    assert look_for_filters(monkeypatch, ranks, load_format="dummy", rank=100)[0] == (100, "part")
+
+
+class Group:
+    """A rank of a group whose ranks are threads."""
+
+    def __init__(self, rank_in_group: int, world_size: int, sent: dict[tuple[int, int], queue.Queue]) -> None:
+        self.rank_in_group, self.world_size, self._sent = rank_in_group, world_size, sent
+        self.is_first_rank = rank_in_group == 0
+
+    def send_object(self, value: object, rank: int) -> None:
+        self._sent[self.rank_in_group, rank].put(pickle.dumps(value))
+
+    def recv_object(self, rank: int) -> object:
+        return pickle.loads(self._sent[rank, self.rank_in_group].get(timeout=20))
+
+    def broadcast_object(self, value: object, rank: int) -> object:
+        if self.rank_in_group != rank:
+            return self.recv_object(rank)
+        for other in set(range(self.world_size)) - {rank}:
+            self.send_object(value, other)
+        return value
+
+
+IS_HERE = load._is_here
+
+
+def test_ranks_read_their_part_and_the_first_one_reads_for_those_without_the_file(path, monkeypatch):
+    """Here ranks 2 and 3 run on a machine where another file lies, and none."""
+    filters, model, whole_bytes = random_filters(), tiny_identity(), format.file_bytes(tiny_identity(), RANK)
+    format.save(path, filters, model)
+    found = given_file(str(path), model, 5)
+    parts = [
+        Part(layer_names(), heads=slice(head, head + 1), kv_heads=slice(head // 2, head // 2 + 1), rank=5)
+        for head in range(NUM_HEADS)
+    ]
+    there = path.with_name("there")
+    sent = {pair: queue.Queue() for pair in itertools.product(range(NUM_HEADS), repeat=2)}
+    local, readers = threading.local(), []
+    monkeypatch.setattr(load, "_is_here", lambda file: IS_HERE(dataclasses.replace(file, path=local.path)))
+    monkeypatch.setattr(load, "load", lambda *arguments: readers.append(local.rank) or reader.load(*arguments))
+
+    def run(rank: int) -> Filters:
+        local.rank, local.path = rank, [str(path), str(path), str(there), str(path.with_name("nowhere"))][rank]
+        return part_of(found, model, parts[rank], Group(rank, NUM_HEADS, sent))
+
+    format.save(there, random_filters(seed=1), model)
+    with concurrent.futures.ThreadPoolExecutor(NUM_HEADS) as threads:
+        for part, own in zip(parts, threads.map(run, range(NUM_HEADS))):
+            assert_same(own, filters.of(part))
+            assert len(pickle.dumps(own)) < whole_bytes / 2
+    assert sorted(readers) == [0, 0, 0, 1]
 
 
 def test_new_weights_are_refused_where_filters_are_of_the_old_ones():

@@ -9,7 +9,8 @@ import torch
 from tests.engines import tokens_and_logprobs
 from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
-from vllm_qfilters.filters.format import Filters, load
+from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.reader import load
 
 
 @pytest.fixture(scope="module")

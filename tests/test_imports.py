@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "cpu",
         "filters.calibrate",
+        "filters.format",
         "frontend",
         "kernels",
         "methods.catalog",

@@ -1,12 +1,16 @@
 """The engine against Hugging Face with the same eviction rule, token by token."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.engines import BLOCK, tokens_and_logprobs
 from tests.marks import needs_fp8_caches
-from tests.models import random_prompt
+from tests.models import HEAD_SIZE, layer_names, random_prompt, tiny_identity
 from tests.oracle import Rule, hook_queries, rotate, teacher_forced_logprobs
+from vllm_qfilters.filters.bank import query_factors
+from vllm_qfilters.filters.format import HORIZON, STORED_RANK, save
 
 CASES = {
     # id: (configuration, prompt length, generated tokens)
@@ -168,6 +172,22 @@ def test_the_oracle_tells_eviction_from_none(hf_model, tiny_filters, engines):
     assert (torch.tensor(logprobs) - torch.tensor(uncompressed)).abs().max() > 0.05
 
 
+def test_factors_evict_the_same_as_the_moments_they_were_made_of(engines, tiny_filters, tmp_path):
+    """A file of version 3 against one of version 2."""
+    options = dict(CASES["chunked-head"][0], rank=5)
+    of_moments, filters, path = engines.get(**options), tiny_filters[1], tmp_path / "version-3.safetensors"
+    factors = query_factors(
+        filters.query_mean_before_rope, filters.query_second_before_rope, of_moments.runner.rotations(), STORED_RANK
+    )
+    save(path, dataclasses.replace(filters, layers=layer_names(), query_factors=factors), tiny_identity())
+    prompt = random_prompt(900, seed=5)
+    expected, found = (
+        tokens_and_logprobs(engine.generate([prompt], max_tokens=100)[0])
+        for engine in (of_moments, engines.get(**options, filters=str(path)))
+    )
+    assert found == expected
+
+
 def test_calibration_sees_the_queries_of_every_layer_before_and_after_rope(engines, hf_model):
     assert_calibrates_like_hugging_face(engines.get(**CASES["rotary"][0]), hf_model)
 
@@ -175,7 +195,7 @@ def test_calibration_sees_the_queries_of_every_layer_before_and_after_rope(engin
 def assert_calibrates_like_hugging_face(engine, hf_model) -> None:
     """The statistics of the engine's own forward passes, against Hugging Face's on the same tokens."""
     sequences = [random_prompt(300, seed=3), random_prompt(200, seed=4)]
-    found = engine.runner.calibrate_filters(sequences, "test")
+    found = engine.runner.calibrate_filters(sequences, "test", rank=HEAD_SIZE)
     before = [[] for _ in hf_model.model.layers]
     hooks = [hook_queries(layer, before[i].append) for i, layer in enumerate(hf_model.model.layers)]
     with torch.no_grad():
@@ -184,9 +204,12 @@ def assert_calibrates_like_hugging_face(engine, hf_model) -> None:
     for hook in hooks:
         hook.remove()
     for index, queries in enumerate(before):
-        after = torch.cat([rotate(hf_model, index, q, torch.arange(q.shape[1])) for q in queries], 1).transpose(0, 1)
-        whole = torch.cat(queries, 1).transpose(0, 1)
-        second = torch.einsum("nhd,nhe->hde", whole, whole) / len(whole)
-        torch.testing.assert_close(found.query_mean_before_rope[index], whole.mean(0), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.query_second_before_rope[index], second, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(found.query_mean_after_rope[index], after.mean(0), atol=1e-4, rtol=1e-4)
+        whole = torch.cat(queries, 1)
+        torch.testing.assert_close(found.query_mean_before_rope[index], whole.mean(1), atol=1e-4, rtol=1e-4)
+        num_queries = whole.shape[1]
+        coming = whole.repeat_interleave(HORIZON, 1)  # each of them, at every position to come
+        coming = rotate(hf_model, index, coming, torch.arange(HORIZON).repeat(num_queries))
+        centred = coming - coming.mean(1, keepdim=True)
+        covariance = centred.mT @ centred / (num_queries * HORIZON)
+        factors = found.query_factors[index]
+        torch.testing.assert_close(factors.mT @ factors, covariance, atol=1e-3, rtol=1e-3)

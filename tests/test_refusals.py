@@ -358,11 +358,11 @@ def test_full_graphs_of_prompts_are_refused_where_queries_are_observed():
 def test_filters_of_another_model_are_refused_at_start(tiny_model, tmp_path):
     from vllm import LLM
 
-    from tests.models import tiny_identity
+    from tests.models import layer_names, tiny_identity
     from vllm_qfilters.filters.format import Filters, save
 
     path = tmp_path / "other.safetensors"
-    save(path, Filters(torch.ones(3, 4, 32)), tiny_identity())
+    save(path, Filters(torch.ones(3, 4, 32), layer_names()), tiny_identity())
     with pytest.raises(ValueError, match=r"shape \(3, 4, 32\), but .* needs \(3, 2, 32\)"):
         LLM(
             str(tiny_model),

@@ -1,5 +1,7 @@
 """RoPE as a linear map, against vLLM's own rotary embeddings."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -7,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.bank import FilterBank, query_factors
 from vllm_qfilters.filters.calibrate import MOST_SPREAD
-from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.format import HORIZON, Filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 from vllm_qfilters.kernels import by_sequence
@@ -154,30 +156,45 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
     queries = torch.stack((before, 2 * before + 1), 1)
     rotation = Rotation(make_rope("neox"), HEAD_SIZE)
     filters = statistics_of(queries)
-    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], slice(1, 3), HEAD_SIZE, scale=0.125)
+    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], HEAD_SIZE, scale=0.125)
     turns = bank.turns(torch.tensor([100]))
     means, factors = by_sequence.turned(bank.means, turns, 0), by_sequence.turned(bank.factors, turns, 0)
     mean, covariance = rotation.average(filters.query_mean_before_rope[0], filters.query_second_before_rope[0], HORIZON)
-    torch.testing.assert_close(means[0], 0.125 * rotation.rotate(mean, 100)[1:3], atol=1e-5, rtol=1e-5)
-    turned = rotation.rotate(rotation.rotate(covariance, 100).mT, 100)[1:3] / 64
+    torch.testing.assert_close(means[0], 0.125 * rotation.rotate(mean, 100), atol=1e-5, rtol=1e-5)
+    turned = rotation.rotate(rotation.rotate(covariance, 100).mT, 100) / 64
     torch.testing.assert_close(factors[0].mT @ factors[0], turned, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(means[1], 0.125 * filters.query_mean_before_rope[1, 1:3])
+    torch.testing.assert_close(means[1], 0.125 * filters.query_mean_before_rope[1])
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, before):
     filters = statistics_of(before.unsqueeze(1))
-    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), HEAD_SIZE, scale=1.0)
-    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), rank, scale=1.0)
+    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], HEAD_SIZE, scale=1.0)
+    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], rank, scale=1.0)
     assert bank.factors.shape == (1, NUM_HEADS, rank, HEAD_SIZE)
     lengths = whole.factors.norm(dim=-1)
     assert torch.equal(bank.factors, whole.factors[:, :, HEAD_SIZE - rank :])
     assert bool((lengths.diff() >= -1e-4).all())
 
 
+@pytest.mark.parametrize("rank", [1, 5, HEAD_SIZE])
+def test_a_bank_of_factors_is_that_of_the_moments_they_were_made_of(rank, before):
+    """No eigenvector is looked for where they are stored."""
+    rotations = [Rotation(make_rope("yarn"), HEAD_SIZE), Rotation(None, HEAD_SIZE)]
+    of_moments = statistics_of(torch.stack((before, 2 * before + 1), 1))
+    mean, second = of_moments.query_mean_before_rope, of_moments.query_second_before_rope
+    factors = query_factors(mean, second, rotations, max(rank, 8))
+    of_factors = dataclasses.replace(of_moments, query_factors=factors, query_second_before_rope=None)
+    expected = FilterBank(of_moments, rotations, rank, scale=0.125)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", None)
+        found = FilterBank(of_factors, rotations, rank, scale=0.125)
+    assert torch.equal(found.means, expected.means) and torch.equal(found.factors, expected.factors)
+
+
 def test_a_bank_without_statistics_is_refused_saying_what_to_do():
     with pytest.raises(ValueError, match="vllm-qfilters calibrate"):
-        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], slice(None), 0, 1.0)
+        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], 0, 1.0)
 
 
 @pytest.mark.parametrize("case", ROPES)

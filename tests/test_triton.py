@@ -501,7 +501,7 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     filters = Filters(torch.zeros(1), query_mean_before_rope=mean, query_second_before_rope=second)
     rotation_of_layer = [rotations[layer % num_rotations] for layer in range(cache.num_layers)]
-    return FilterBank(filters, rotation_of_layer, slice(0, num_heads), rank, scale=0.1)
+    return FilterBank(filters, rotation_of_layer, rank, scale=0.1)
 
 
 def model_of(cache: StridedCache, ops, group: int, rank: int, num_rotations: int = 1, **options) -> Model:

@@ -19,7 +19,7 @@ MIN_TEXT_TOKENS = 256
 _TOKEN_CHARACTERS = 16  # the most that tokens have on average: it bounds how much of a text is read
 _DEFAULT_BLOCK_SIZE = 128  # tokens; vLLM's default on CPUs
 
-USAGE = "MODEL [--text FILE ...] [-o FILE]"
+USAGE = "MODEL [--text FILE ...] [--rank N] [-o FILE]"
 DESCRIPTION = (
     "Makes the Q-Filters of a model by running random token ids, or your texts, through it.\n"
     "It is needed once per model. --seed picks other random ids."
@@ -34,6 +34,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {"enforce_eager": True}  # compiling takes lon
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``calibrate``."""
+    from vllm_qfilters.filters.format import STORED_RANK
+
     parser.add_argument(
         "--text",
         type=pathlib.Path,
@@ -52,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     at_most: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     parser.add_argument("--sequences", default=4, help="sequences to run, at most; default %(default)s", **at_most)
     parser.add_argument("--tokens", default=2048, help="tokens per sequence, at most; default %(default)s", **at_most)
+    parser.add_argument(
+        "--rank",
+        default=STORED_RANK,
+        help="the largest option rank that the filters are to be used with; default %(default)s",
+        **at_most,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with start_engine(engine_args) as llm:
         sequences, description = _calibration_sequences(llm, args, texts)
         output = "" if args.output is None else str(args.output.absolute())
-        path = llm.collective_rpc("calibrate_filters", args=(sequences, description, output))[0]
+        path = llm.collective_rpc("calibrate_filters", args=(sequences, description, output, args.rank))[0]
     print(_said_after(args, path, description))
     return 0
 

@@ -5,25 +5,22 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.format import HORIZON, Filters, last
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels.ops import Turns
-
-HORIZON = 128  # coming positions a filter is averaged over; 128 and 512 lose the same (measured)
 
 
 class FilterBank:
     """Per query head the mean of the coming queries, and the directions they vary in most.
 
-    Calibration gives mean and second moment of ``q`` before RoPE. ``R_t q``, averaged over the ``HORIZON`` positions
-    from n on, has the mean ``R_n f`` and the covariance ``R_n C R_n^T`` with f and C those from position 0 on: computed
-    once, turned when needed.
+    ``R_t q``, averaged over the ``HORIZON`` positions from n on, has the mean ``R_n f`` and the covariance
+    ``R_n C R_n^T`` with f and C those from position 0 on: computed once, turned when needed. f follows from the mean of
+    ``q`` before RoPE, and C comes in factors.
 
     Args:
-        filters: with the statistics of the whole model.
+        filters: with the statistics of the layers and heads of this rank.
         rotations: of each layer.
-        heads: the query heads of this rank.
-        rank: eigenvectors of C kept, 0 to head_size.
+        rank: factors of C to go by, 0 to head_size; the largest.
         scale: of the attention's logits, usually ``head_size ** -0.5``.
 
     Attributes:
@@ -36,27 +33,26 @@ class FilterBank:
         ValueError: the filters come without statistics, as published ones do.
     """
 
-    def __init__(self, filters: Filters, rotations: Sequence[Rotation], heads: slice, rank: int, scale: float) -> None:
-        if filters.query_mean_before_rope is None or filters.query_second_before_rope is None:
+    def __init__(self, filters: Filters, rotations: Sequence[Rotation], rank: int, scale: float) -> None:
+        mean, factors = filters.query_mean_before_rope, filters.query_factors
+        if mean is None or (rank and factors is None and filters.query_second_before_rope is None):
             raise ValueError(
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "
                 "`vllm-qfilters calibrate`, use filters 'auto', or choose filter 'static'"
             )
-        layers_by_rotation: dict[Rotation, list[int]] = {}
-        for layer, rotation in enumerate(rotations):
-            layers_by_rotation.setdefault(rotation, []).append(layer)
-        self.rotations = tuple(layers_by_rotation)
+        by_rotation = layers_by_rotation(rotations)
+        self.rotations = tuple(by_rotation)
         indices = {rotation: index for index, rotation in enumerate(self.rotations)}
         self._rotation_of_layer = torch.tensor([indices[rotation] for rotation in rotations])
-        self.means = filters.query_mean_before_rope[:, heads].clone()
-        second = filters.query_second_before_rope[:, heads].clone()
-        for rotation, layers in layers_by_rotation.items():
-            self.means[layers], second[layers] = rotation.average(self.means[layers], second[layers], HORIZON)
-        head_size = self.means.shape[-1]
-        values, vectors = torch.linalg.eigh(second)  # ascending
-        factors = vectors.mT * values.clamp(min=0).sqrt().unsqueeze(-1)
-        self.factors = scale * factors[..., head_size - min(rank, head_size) :, :].contiguous()
-        self.means *= scale
+        self.means = torch.empty_like(mean)
+        for rotation, layers in by_rotation.items():
+            self.means[layers] = scale * rotation.average_mean(mean[layers], HORIZON)
+        rank = min(rank, mean.shape[-1])
+        if rank == 0:
+            factors = mean.new_empty(*mean.shape[:2], 0, mean.shape[-1])
+        elif factors is None:  # a file before version 3
+            factors = query_factors(mean, filters.query_second_before_rope, rotations, rank)
+        self.factors = scale * factors[..., last(rank, factors.shape[2]), :].contiguous()
 
     def to(self, device: torch.device) -> "FilterBank":
         """The same bank, its tensors on ``device``, so that :meth:`turns` waits for nothing."""
@@ -91,3 +87,28 @@ class FilterBank:
             return Turns(cos, sin, self.rotations[0].partner[None])
         partner = torch.stack([rotation.partner for rotation in self.rotations])[self._rotation_of_layer]
         return Turns(cos[:, self._rotation_of_layer], sin[:, self._rotation_of_layer], partner)
+
+
+def query_factors(mean: torch.Tensor, second: torch.Tensor, rotations: Sequence[Rotation], rank: int) -> torch.Tensor:
+    """See :attr:`vllm_qfilters.filters.format.Filters.query_factors`.
+
+    Args:
+        mean, second: of queries before RoPE, shapes ``[num_layers, num_heads, head_size]`` and
+            ``[num_layers, num_heads, head_size, head_size]``, float32.
+        rotations: of each layer.
+        rank: of the covariance, at most ``head_size``.
+    """
+    covariance = torch.empty_like(second)
+    for rotation, layers in layers_by_rotation(rotations).items():
+        _, covariance[layers] = rotation.average(mean[layers], second[layers], HORIZON)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    factors = directions.mT * variances.clamp(min=0).sqrt().unsqueeze(-1)
+    return factors[..., last(rank, factors.shape[2]), :]
+
+
+def layers_by_rotation(rotations: Sequence[Rotation]) -> dict[Rotation, list[int]]:
+    """Indices of the layers that share each."""
+    found: dict[Rotation, list[int]] = {}
+    for layer, rotation in enumerate(rotations):
+        found.setdefault(rotation, []).append(layer)
+    return found

@@ -7,6 +7,7 @@ sharded models too: queries are taken where the attention backend gets them.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,7 +18,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_qfilters.filters.format import Filters
+from vllm_qfilters.filters.bank import query_factors
+from vllm_qfilters.filters.format import STORED_RANK, Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 
@@ -55,6 +57,7 @@ def calibrate(
     rotations: Sequence[Rotation],
     sequences: Sequence[Sequence[int]],
     description: str,
+    rank: int,
 ) -> Filters:
     """Filters of the model ``runner`` holds, from forward passes over ``sequences``.
 
@@ -64,6 +67,7 @@ def calibrate(
         rotations: of each.
         sequences: token ids; each is run from position 0.
         description: goes into the file as ``calibration``.
+        rank: factors of the covariance per query head, at most ``head_size``.
 
     Returns:
         The filters of the whole model, also on a rank that holds some of its layers or heads.
@@ -81,7 +85,8 @@ def calibrate(
         for sequence in sequences:
             for num_tokens in _run(runner, list(sequence)):
                 progress.update(num_tokens)
-    return make_filters(statistics, runner.model_config.get_total_num_kv_heads(), description)
+    names = [layer.layer_name for layer in layers]
+    return make_filters(names, statistics, runner.model_config.get_total_num_kv_heads(), description, rank)
 
 
 def rotations_in_use(
@@ -123,38 +128,52 @@ def rotations_in_use(
     return in_use
 
 
-def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, description: str) -> Filters:
-    """The paper's filters (arXiv 2503.02812, section 3) from the statistics of each layer's heads on this rank.
+def make_filters(
+    layers: Sequence[str],
+    statistics: Sequence[LayerStatistics],
+    total_kv_heads: int,
+    description: str,
+    rank: int = STORED_RANK,
+) -> Filters:
+    """The paper's filters (arXiv 2503.02812, section 3), and factors of the covariance of the coming queries, from the
+    statistics of each layer's heads on this rank. The second moments of queries stay on their rank.
 
-    Per query head the first right singular vector of its queries after RoPE, which is the first eigenvector of their
-    second moment, signed along their mean; per KV head the average over its query heads.
+    A filter is, per query head, the first right singular vector of its queries after RoPE, which is the first
+    eigenvector of their second moment, signed along their mean; per KV head the average over its query heads.
+
+    Args:
+        layers: the name of each.
     """
 
-    def gathered(attribute: str, moment: str, num_total: int | None = None) -> torch.Tensor:
-        local = torch.stack([getattr(getattr(layer, attribute), moment) for layer in statistics])
+    def stacked(attribute: str, moment: str) -> torch.Tensor:
+        return torch.stack([getattr(getattr(layer, attribute), moment) for layer in statistics])
+
+    def gathered(local: torch.Tensor, num_total: int | None = None) -> torch.Tensor:
         group = get_tp_group()
         whole = group.all_gather(local.to(group.device).contiguous(), dim=1).cpu()
         # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
         whole = whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
-        return _of_all_stages(whole)
+        return torch.cat(_of_all_stages(whole))
 
-    mean_after = gathered("query_after_rope", "mean")
-    second_after = gathered("query_after_rope", "second")
+    second_after = stacked("query_after_rope", "second")
     direction = torch.linalg.eigh(second_after.double()).eigenvectors[..., -1].float()
-    sign = torch.where((direction * mean_after).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    sign = torch.where((direction * stacked("query_after_rope", "mean")).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    direction = gathered(sign * direction)
     num_layers, num_heads, head_size = direction.shape
-    filters = (sign * direction).view(num_layers, total_kv_heads, num_heads // total_kv_heads, head_size).mean(2)
+    filters = direction.view(num_layers, total_kv_heads, num_heads // total_kv_heads, head_size).mean(2)
 
-    key_mean = gathered("key_after_rope", "mean", total_kv_heads)
-    key_second = gathered("key_after_rope", "second", total_kv_heads)
+    mean, second = stacked("query_before_rope", "mean"), stacked("query_before_rope", "second")
+    factors = query_factors(mean, second, [layer.rotation for layer in statistics], rank)
+
+    key_mean = gathered(stacked("key_after_rope", "mean"), total_kv_heads)
+    key_second = gathered(stacked("key_after_rope", "second"), total_kv_heads)
     score_mean = (filters * key_mean).sum(-1)
     score_square = torch.einsum("lhi,lhij,lhj->lh", filters, key_second, filters)
     return Filters(
         filters=filters,
-        query_mean_before_rope=gathered("query_before_rope", "mean"),
-        query_second_before_rope=gathered("query_before_rope", "second"),
-        query_mean_after_rope=mean_after,
-        query_second_after_rope=second_after,
+        layers=tuple(name for names in _of_all_stages(layers) for name in names),
+        query_mean_before_rope=gathered(mean),
+        query_factors=gathered(factors),
         score_mean=score_mean,
         score_std=(score_square - score_mean.square()).clamp(min=0).sqrt(),
         calibration=description,
@@ -226,10 +245,10 @@ def _execute_stage(runner: GPUModelRunner, step: SchedulerOutput) -> None:
         stages.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())
 
 
-def _of_all_stages(layers: torch.Tensor) -> torch.Tensor:
-    """The ``layers`` of all pipeline stages, which may hold different numbers of them, in order."""
+def _of_all_stages(own: Any) -> list[Any]:
+    """What each pipeline stage has of its layers, of which there may be different numbers, in order."""
     stages = get_pp_group()
-    return torch.cat([stages.broadcast_object(layers, rank) for rank in range(stages.world_size)])
+    return [stages.broadcast_object(own, rank) for rank in range(stages.world_size)]
 
 
 def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: int) -> SchedulerOutput:

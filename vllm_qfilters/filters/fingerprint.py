@@ -30,7 +30,11 @@ def fingerprint(model: ModelIdentity, download_dir: str | None = None) -> str:
     folder = _folder(model, download_dir)
     if folder is None:
         return f"{model.name}@{model.revision}"
-    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    return fingerprint_of([folder] if folder.is_file() else sorted(folder.iterdir()))
+
+
+def fingerprint_of(files: list[pathlib.Path]) -> str:
+    """A hash of files, see :func:`fingerprint`."""
     found = hashlib.sha256()
     lines = _of_safetensors(files)
     if not lines:

@@ -2,37 +2,33 @@
 
 A score is high for tokens to keep, and a filter points along the mean query: ``score = <key, filter>``. Published files
 (``nthngdy/<model>_qfilt``; make_filters.py and hf_cache.py of github.com/NathanGodey/qfilters) store the NEGATED filter
-and negate the projection again. :func:`load` and :func:`save` are the only places that know: nothing else ever negates.
+and negate the projection again. :func:`save` and :func:`vllm_qfilters.filters.reader.load` are the only places that
+know: nothing else ever negates.
+
+Version 3, which :func:`save` writes, has ``q_filters`` in the published shape and sign, and beside it tensors by the
+name of each layer: what is known of its queries, and of the scores of its keys (:data:`BY_LAYER`). All are float32, so
+that the same tokens are evicted as by what they were made of; with factors in float16, one of 2,000 tokens kept is
+another one (measured). Versions 1 and 2 stacked the layers, and had second moments in the place of factors. All of them
+are read.
 """
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
-import stat
 import tempfile
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 
 FORMAT = "vllm-qfilters"
-VERSION = 2
-MAX_HEADER_BYTES = 1 << 20  # ours and published ones have a few thousand
-MAX_MAGNITUDE = 1e12  # of a number in the file; larger ones, no model has, and scores would overflow
+VERSION = 3
+HORIZON = 128  # coming positions that statistics are averaged over; 128 and 512 lose the same (measured)
+STORED_RANK = 24  # of the factors, unless a calibration is asked for more
 
-_PUBLISHED_NAME = "q_filters"
-_OPTIONAL = (
-    "query_mean_before_rope",
-    "query_second_before_rope",
-    "query_mean_after_rope",
-    "query_second_after_rope",
-    "score_mean",
-    "score_std",
-)
-_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+PUBLISHED_NAME = "q_filters"
+BY_LAYER = ("query_mean_before_rope", "query_factors", "score_mean", "score_std")  # behind its name and a dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +41,8 @@ class ModelIdentity:
         num_layers, num_heads, num_kv_heads, head_size: of the whole model, not of one rank.
         rope: the rotary parameters of its configuration.
         revision: the commit of its repository; empty for a folder. Informative, like the name.
+        has_long_rope: of the two tables of longrope, positions turn by the long one, as they do where ``max_model_len``
+            is beyond what the model was first trained on. Files before version 3 hold nothing that depends on it.
     """
 
     name: str
@@ -55,11 +53,13 @@ class ModelIdentity:
     head_size: int
     rope: dict[str, Any]
     revision: str = ""
+    has_long_rope: bool = False
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "ModelIdentity":
         """From vLLM's ModelConfig."""
         rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+        first_trained_on = rope.get("original_max_position_embeddings")
         return cls(
             name=str(model_config.model),
             architecture=model_config.architecture,
@@ -69,59 +69,102 @@ class ModelIdentity:
             head_size=model_config.get_head_size(),
             rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
             revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
+            has_long_rope=rope.get("rope_type") == "longrope" and model_config.max_model_len > first_trained_on,
         )
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What a rank needs of a file: the layers of its pipeline stage, its heads, and factors of its rank.
+
+    Attributes:
+        layers: names of attention layers, as vLLM has them; None: all of the file.
+        first_layer: which of the model's the first one is, for files that do not name their layers.
+        heads, kv_heads: of each layer.
+        rank: factors per query head, ``head_size`` at most; None: all of the file.
+    """
+
+    layers: tuple[str, ...] | None = None
+    first_layer: int = 0
+    heads: slice = dataclasses.field(default_factory=lambda: slice(None))
+    kv_heads: slice = dataclasses.field(default_factory=lambda: slice(None))
+    rank: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Filters:
-    """Filters of a model, and the statistics they were made from where the file has them.
+    """Filters of a model or of a :class:`Part` of it, and the statistics they were made from where the file has them.
+
+    What is scored by are mean and covariance of the queries of the ``HORIZON`` positions to come. The mean follows from
+    that of the queries before RoPE. The covariance does not follow from few directions of theirs: averaged over the
+    rotations of as many positions it has a higher rank than before, so that its eigenvectors would have to be looked
+    for at every start. Instead it is averaged when it is calibrated, over the positions from 0 on, and its factors are
+    kept. Turned to position n, as the mean is, they are those of the queries from n on.
 
     Attributes:
         filters: pointing along the mean query, shape ``[num_layers, num_kv_heads, head_size]``, float32.
-        query_mean_before_rope, query_mean_after_rope: shape ``[num_layers, num_heads, head_size]``.
-        query_second_before_rope, query_second_after_rope: uncentred second moments,
-            shape ``[num_layers, num_heads, head_size, head_size]``.
+        layers: the name of each, as vLLM has it; empty if the file does not say.
+        query_mean_before_rope: shape ``[num_layers, num_heads, head_size]``, float32.
+        query_factors: F with ``F^T F`` the covariance, or as much of it as ``rank`` directions hold, of the queries at
+            positions 0 to ``HORIZON - 1``: rows are eigenvectors times standard deviations, the largest last. Shape
+            ``[num_layers, num_heads, rank, head_size]``, float32.
+        query_second_before_rope: in the place of factors, the uncentred second moment that files before version 3 have,
+            shape ``[num_layers, num_heads, head_size, head_size]``, float32.
         score_mean, score_std: of ``<key, filter>`` over the calibration tokens, shape ``[num_layers, num_kv_heads]``.
         calibration: how they were made, one line; empty if unknown.
     """
 
     filters: torch.Tensor
+    layers: tuple[str, ...] = ()
     query_mean_before_rope: torch.Tensor | None = None
+    query_factors: torch.Tensor | None = None
     query_second_before_rope: torch.Tensor | None = None
-    query_mean_after_rope: torch.Tensor | None = None
-    query_second_after_rope: torch.Tensor | None = None
     score_mean: torch.Tensor | None = None
     score_std: torch.Tensor | None = None
     calibration: str = ""
 
-    def of_layers(self, first: int, end: int) -> "Filters":
-        """Of the layers from ``first`` up to ``end``, as a pipeline stage needs them."""
-        values = {name: getattr(self, name) for name in ("filters", *_OPTIONAL)}
-        sliced = {name: value if value is None else value[first:end] for name, value in values.items()}
-        return dataclasses.replace(self, **sliced)
+    def of(self, part: Part) -> "Filters":
+        """Of these layers and heads, with no more factors than ``part`` asks for."""
+        names = self.layers if part.layers is None else part.layers
+        rows = [self.layers.index(name) for name in names]
 
-    def of_heads(self, first: int, count: int) -> torch.Tensor:
-        """The filters of ``count`` KV heads from ``first`` on, as a tensor-parallel rank needs them."""
-        return self.filters[:, first : first + count]
+        def cut(tensor: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
+            return None if tensor is None else tensor[rows][:, heads]
 
-    def score_statistics_of_heads(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``score_mean`` and ``score_std`` of the same KV heads, where the file has them."""
-        return self.score_mean[:, first : first + count], self.score_std[:, first : first + count]
+        factors = cut(self.query_factors, part.heads)
+        return dataclasses.replace(
+            self,
+            layers=names,
+            filters=cut(self.filters, part.kv_heads),
+            query_mean_before_rope=cut(self.query_mean_before_rope, part.heads),
+            query_factors=None if factors is None else factors[:, :, last(part.rank, factors.shape[2])],
+            query_second_before_rope=cut(self.query_second_before_rope, part.heads),
+            score_mean=cut(self.score_mean, part.kv_heads),
+            score_std=cut(self.score_std, part.kv_heads),
+        )
 
 
 def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> None:
     """Writes a filters file, in one piece or not at all.
 
     ``q_filters`` in it has the published name, shape and sign, so that tools for published files read ours.
+
+    Args:
+        filters: of the whole model, whose layers have names.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: getattr(filters, name) for name in _OPTIONAL if getattr(filters, name) is not None}
-    tensors[_PUBLISHED_NAME] = -filters.filters
+    tensors = {PUBLISHED_NAME: -filters.filters}
+    for name in BY_LAYER:
+        of_layers = getattr(filters, name)
+        if of_layers is not None:
+            tensors |= {f"{layer}.{name}": tensor for layer, tensor in zip(filters.layers, of_layers, strict=True)}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "model": json.dumps(dataclasses.asdict(model), sort_keys=True),
+        "layers": json.dumps(filters.layers),
+        "horizon": str(HORIZON),
         "calibration": filters.calibration,
     }
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -135,117 +178,13 @@ def save(path: str | os.PathLike, filters: Filters, model: ModelIdentity) -> Non
         raise
 
 
-def load(path: str | os.PathLike, model: ModelIdentity) -> Filters:
-    """Reads a filters file, ours or a published one, for ``model``. The file may come from anybody: of tensors nothing
-    is read before the header, of limited length, says that they are of the model's shapes.
-
-    Raises:
-        ValueError: it is no safetensors file, lacks filters, has impossible ones, or was made for another model; the
-            message has both sides' numbers.
-        OSError: it cannot be read.
-    """
-    path = pathlib.Path(path)
-    _check_sizes(path, model)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            if _PUBLISHED_NAME not in names:
-                found = ", ".join(_shown(name) for name in sorted(names)[:5])
-                raise ValueError(f"{path} holds no tensor {_PUBLISHED_NAME!r}, only {found}: not a filters file")
-            _check_model(path, metadata, model)
-            expected = _expected_shapes(model)
-            tensors = {
-                name: _read(path, file, name, expected[name], model)
-                for name in (_PUBLISHED_NAME, *_OPTIONAL)
-                if name in names
-            }
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {_shown(error, 200)}") from error
-    if "score_std" in tensors and bool((tensors["score_std"] < 0).any()):
-        raise ValueError(f"{path}: score_std has negative numbers, which no standard deviation is")
-    return Filters(filters=-tensors.pop(_PUBLISHED_NAME), **tensors, calibration=metadata.get("calibration", ""))
+def file_bytes(model: ModelIdentity, rank: int = STORED_RANK) -> int:
+    """Of the tensors of a file that :func:`save` writes for ``model``."""
+    of_keys = model.num_kv_heads * (model.head_size + 2)  # a filter, mean and deviation of its scores
+    of_queries = model.num_heads * model.head_size * (1 + rank)  # mean and factors
+    return 4 * model.num_layers * (of_keys + of_queries)
 
 
-def max_file_bytes(model: ModelIdentity) -> int:
-    """Of a filters file for ``model``, with all statistics in the widest type."""
-    return MAX_HEADER_BYTES + sum(8 * math.prod(shape) for shape in _expected_shapes(model).values())
-
-
-def _check_sizes(path: pathlib.Path, model: ModelIdentity) -> None:
-    """Of the file and its header, before anything is parsed."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is not a regular file")
-    most = max_file_bytes(model)
-    if status.st_size > most:
-        raise ValueError(f"{path} has {status.st_size} bytes, a filters file of {model.name} at most {most}")
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"{path} is not a readable safetensors file of filters: its header would have {header_bytes} bytes, "
-            "theirs have "
-            f"{MAX_HEADER_BYTES} at most"
-        )
-
-
-def _read(
-    path: pathlib.Path, file: safetensors.safe_open, name: str, shape: tuple[int, ...], model: ModelIdentity
-) -> torch.Tensor:
-    """One tensor as float32."""
-    found = file.get_slice(name)
-    if tuple(found.get_shape()) != shape:
-        raise ValueError(
-            f"{path}: {name} has shape {_shown(tuple(found.get_shape()))}, but {model.name} needs {shape} "
-            "(layers, heads, head size): the file was made for another model"
-        )
-    if found.get_dtype() not in _DTYPES:
-        raise ValueError(
-            f"{path}: {name} must hold floating-point numbers ({', '.join(_DTYPES)}), not {found.get_dtype()}"
-        )
-    tensor = file.get_tensor(name).to(torch.float32)
-    if not bool((tensor.abs() <= MAX_MAGNITUDE).all()):  # false for NaN
-        raise ValueError(f"{path}: {name} must hold finite numbers, of magnitude {MAX_MAGNITUDE:g} at most")
-    return tensor
-
-
-def _shown(value: Any, most: int = 80) -> str:
-    """What a file says of itself, fit for one line of a log."""
-    text = str(value)
-    text = "".join(character if character.isprintable() else "?" for character in text[: most + 1])
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def _expected_shapes(model: ModelIdentity) -> dict[str, tuple[int, ...]]:
-    kv = (model.num_layers, model.num_kv_heads)
-    query = (model.num_layers, model.num_heads, model.head_size)
-    return {
-        _PUBLISHED_NAME: (*kv, model.head_size),
-        "query_mean_before_rope": query,
-        "query_second_before_rope": (*query, model.head_size),
-        "query_mean_after_rope": query,
-        "query_second_after_rope": (*query, model.head_size),
-        "score_mean": kv,
-        "score_std": kv,
-    }
-
-
-def _check_model(path: pathlib.Path, metadata: dict[str, str], model: ModelIdentity) -> None:
-    if metadata.get("format") != FORMAT:
-        return  # a published file names no model: its shape must do
-    try:
-        version = int(metadata["version"])
-        if version < 1:
-            raise ValueError("no version")
-        made_for = dict(json.loads(metadata["model"])) if version <= VERSION else {}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a damaged header ({type(error).__name__}): calibrate it again") from error
-    if version > VERSION:
-        raise ValueError(f"{path} has version {version}, this package reads up to {VERSION}: update vllm-qfilters")
-    for name, value in dataclasses.asdict(model).items():
-        if name not in ("name", "revision") and made_for.get(name) != value:
-            raise ValueError(
-                f"{path} was made for {_shown(made_for.get('name'))} ({name} {_shown(made_for.get(name))}), "
-                f"but {model.name} has {name} {value}: calibrate filters for it, or use filters 'auto'"
-            )
+def last(rank: int | None, stored: int) -> slice:
+    """The factors that ``rank`` asks for, of which the largest are the last."""
+    return slice(0 if rank is None else max(0, stored - rank), stored)

@@ -1,4 +1,6 @@
-"""Finds the filters of a model: a given file or repository, or the local cache; and keeps them there."""
+"""Finds the filters of a model: a given file or repository, or the local cache; keeps them there, and hands each rank
+its part.
+"""
 
 import dataclasses
 import hashlib
@@ -9,9 +11,12 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from vllm import envs
+from vllm.distributed import GroupCoordinator
 from vllm.logger import init_logger
 
-from vllm_qfilters.filters.format import VERSION, Filters, ModelIdentity, load, max_file_bytes, save
+from vllm_qfilters.filters.fingerprint import fingerprint_of
+from vllm_qfilters.filters.format import VERSION, Filters, ModelIdentity, Part, save
+from vllm_qfilters.filters.reader import load, max_file_bytes
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
@@ -21,22 +26,38 @@ _NOT_DOWNLOADED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, O
 _CALIBRATION = 2  # how it is done; what was calibrated otherwise is not found in the cache
 
 
-def given_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str]:
-    """Filters that the user named, and a word on where they came from.
+@dataclasses.dataclass(frozen=True)
+class FiltersFile:
+    """A file that a rank found, and can be used.
+
+    Attributes:
+        path: where that rank runs.
+        content: its :func:`vllm_qfilters.filters.fingerprint.fingerprint_of`.
+        origin: a word on where it came from.
+    """
+
+    path: str
+    content: str
+    origin: str
+
+
+def given_file(wanted: str, model: ModelIdentity, rank: int) -> FiltersFile:
+    """Filters that the user named.
 
     Args:
         wanted: the configuration's ``filters``: a file or folder, or a repository, whose commit may follow behind an
             ``@``.
+        rank: as of :class:`vllm_qfilters.filters.format.Part`.
 
     Raises:
-        ValueError: the filters are for another model, or ``wanted`` names none.
+        ValueError: the filters are for another model or of a lower rank, or ``wanted`` names none.
     """
     wanted = wanted.rstrip("/") or wanted
     path = pathlib.Path(wanted)
     if path.is_dir():
         path = path / _WEIGHTS_NAME
     if path.exists():
-        return load(path, model), str(path)
+        return _checked(path, model, rank, str(path))
     if wanted.count("/") != 1 or path.suffix == ".safetensors":
         raise ValueError(f"filters={wanted!r}: no such file; give an existing one, a repository, or 'auto'")
     repository, _, commit = wanted.partition("@")
@@ -55,7 +76,7 @@ def given_filters(wanted: str, model: ModelIdentity) -> tuple[Filters, str]:
         repository,
         commit,
     )
-    return load(path, model), f"hub {repository}@{commit}"
+    return _checked(path, model, rank, f"hub {repository}@{commit}")
 
 
 def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
@@ -71,17 +92,33 @@ def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
     return f"kept in {path}"
 
 
-def cached_filters(model: ModelIdentity, weights: str) -> tuple[Filters, str] | None:
-    """Filters that were calibrated for these weights before, and a word on where they came from; None: there are none,
-    or none that can be used."""
+def cached_file(model: ModelIdentity, weights: str, rank: int) -> FiltersFile | None:
+    """Filters that were calibrated for these weights before; None: there are none, or none that can be used."""
     path = cache_path(model, weights)
     if not path.exists():
         return None
     try:
-        return load(path, model), f"cache {path}"
+        return _checked(path, model, rank, f"cache {path}")
     except (ValueError, OSError) as error:
         logger.warning("KV compression: cached filters cannot be used (%s): they are calibrated anew", error)
         return None
+
+
+def part_of(file: FiltersFile, model: ModelIdentity, part: Part, group: GroupCoordinator) -> Filters:
+    """The ``part`` of this rank, of a file that the first rank of ``group`` found. All its ranks call this.
+
+    Ranks that find the same file where they run read their part of it. To others, as on machines with another cache, or
+    with none, the first rank sends what it reads for them.
+    """
+    own = load(file.path, model, part) if _is_here(file) else None
+    missing = [group.broadcast_object(part if own is None else None, rank) for rank in range(group.world_size)]
+    for rank, of_rank in enumerate(missing):
+        if of_rank is not None and group.is_first_rank:
+            group.send_object(load(file.path, model, of_rank), rank)
+        elif of_rank is not None and group.rank_in_group == rank:
+            own = group.recv_object(0)
+    assert own is not None, "the first rank has the file that it found"
+    return own
 
 
 def cache_path(model: ModelIdentity, weights: str) -> pathlib.Path:
@@ -96,6 +133,20 @@ def cache_path(model: ModelIdentity, weights: str) -> pathlib.Path:
     key = json.dumps([VERSION, _CALIBRATION, described, weights], sort_keys=True)
     name = f"{model.architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / name
+
+
+def _checked(path: pathlib.Path, model: ModelIdentity, rank: int, origin: str) -> FiltersFile:
+    """Of the whole model, so that no rank finds fault with its part later."""
+    load(path, model, Part(rank=rank))
+    return FiltersFile(str(path), fingerprint_of([path]), origin)
+
+
+def _is_here(file: FiltersFile) -> bool:
+    path = pathlib.Path(file.path)
+    try:
+        return path.is_file() and fingerprint_of([path]) == file.content
+    except OSError:
+        return False
 
 
 def _download(repository: str, commit: str | None, most_bytes: int) -> str:

@@ -131,6 +131,18 @@ class Rotation:
         query = query.to(torch.float32)
         return cos * query - sin * query[..., self.partner]
 
+    def average_mean(self, mean: torch.Tensor, num_positions: int) -> torch.Tensor:
+        """Mean of queries over the positions 0 to ``num_positions - 1``.
+
+        Args:
+            mean: of the queries before RoPE, shape ``[..., head_size]``, float32.
+
+        Returns:
+            the mean of ``R_t q``, in the same shape.
+        """
+        cos, sin = self.table(torch.arange(num_positions))
+        return cos.mean(0) * mean + sin.mean(0) * mean[..., self.partner]
+
     def average(
         self, mean: torch.Tensor, second: torch.Tensor, num_positions: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +157,7 @@ class Rotation:
         """
         cos, sin = self.table(torch.arange(num_positions))
         partner = self.partner
-        turned_mean = cos.mean(0) * mean + sin.mean(0) * mean[..., partner]
+        turned_mean = self.average_mean(mean, num_positions)
         # R_t S R_t^T, term by term of the two sums, each averaged over t.
         turned_second = (cos.T @ cos) * second + (sin.T @ sin) * second[..., partner, :][..., partner]
         turned_second += (cos.T @ sin) * second[..., partner] + (sin.T @ cos) * second[..., partner, :]

@@ -60,13 +60,13 @@ class LayerStatistics:
         self.query_before_rope = Moments(num_heads, head_size)
         self.query_after_rope = Moments(num_heads, head_size)
         self.key_after_rope = Moments(num_kv_heads, head_size)
-        self._rotation = rotation
+        self.rotation = rotation
         self._positions = positions
 
     def observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """query, key: after RoPE, shape ``[num_tokens, heads, head_size]``."""
         query = query.to(torch.float32)
-        self.query_before_rope.add(self._rotation.unrotate(query, self._positions[: query.shape[0]]))
+        self.query_before_rope.add(self.rotation.unrotate(query, self._positions[: query.shape[0]]))
         self.query_after_rope.add(query)
         self.key_after_rope.add(key.to(torch.float32))
 

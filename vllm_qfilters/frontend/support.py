@@ -15,7 +15,7 @@ from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
 from vllm_qfilters.filters.format import ModelIdentity
-from vllm_qfilters.filters.load import AUTO, given_filters
+from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.policy import Policy
 
@@ -168,7 +168,7 @@ def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
     policy.check_block_size(vllm_config.cache_config.block_size)
     model = vllm_config.model_config
     if policy.filters is not None and policy.filters != AUTO:
-        given_filters(policy.filters, ModelIdentity.from_model_config(model))
+        given_file(policy.filters, ModelIdentity.from_model_config(model), policy.rank)
     if isinstance(policy.budget, int) and policy.budget >= model.max_model_len:
         logger.warning(
             "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests "

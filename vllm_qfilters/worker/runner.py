@@ -31,7 +31,7 @@ from vllm.v1.worker.utils import select_common_block_size
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.queries import QueryRecorder
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
-from vllm_qfilters.filters.bank import HORIZON, FilterBank
+from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.calibrate import (
     NUM_SEQUENCES,
     SEQUENCE_TOKENS,
@@ -43,8 +43,8 @@ from vllm_qfilters.filters.calibrate import (
 )
 from vllm_qfilters.filters.calibrate import describe as describe_sequences
 from vllm_qfilters.filters.fingerprint import fingerprint
-from vllm_qfilters.filters.format import Filters, ModelIdentity
-from vllm_qfilters.filters.load import AUTO, cached_filters, given_filters, keep
+from vllm_qfilters.filters.format import HORIZON, STORED_RANK, Filters, ModelIdentity, Part
+from vllm_qfilters.filters.load import AUTO, cached_file, given_file, keep, part_of
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
@@ -121,7 +121,7 @@ class CompressedModelRunner:
         """Makes what scores and compacts; layers see keys and values from now on.
 
         Args:
-            filters: of this pipeline stage; None for methods without.
+            filters: of the layers and heads of this rank; None for methods without.
         """
         method = self._method(filters)
         if not self.compression.evicts_whole_pages:
@@ -161,7 +161,7 @@ class CompressedModelRunner:
             scale=self.layers[0].impl.scale,
             shared_by_heads=self.compression.heads_keep_the_same,
             max_over_ranks=max_over_ranks,
-            static_filters=functools.partial(self.static_filters, filters),
+            static_filters=lambda: filters.filters,
             filter_bank=functools.partial(self.filter_bank, filters),
         )
         return make(self.compression.entry, model)
@@ -264,9 +264,6 @@ class CompressedModelRunner:
         filters = None
         if self.compression.entry.needs_filters:
             filters, origin = self._find_or_calibrate_filters()
-            filters = filters.of_layers(
-                *self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
-            )
         self.start_scoring(filters)
         if self.compression.observed_queries:
             self.recorder = QueryRecorder(
@@ -310,9 +307,9 @@ class CompressedModelRunner:
             output = self.page_scorer.attach(output)
         return self.compaction_timer.attach(output)
 
-    def calibrate_filters(self, sequences: list[list[int]], description: str) -> Filters:
+    def calibrate_filters(self, sequences: list[list[int]], description: str, rank: int = STORED_RANK) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
-        return calibrate(self, self.layers, self.rotations(), sequences, description)
+        return calibrate(self, self.layers, self.rotations(), sequences, description, rank)
 
     def rotations(self) -> list[Rotation]:
         """Of each layer; layers that share a rotary embedding share its rotation. The cache must not be in use at the
@@ -331,16 +328,9 @@ class CompressedModelRunner:
             self._rotations = rotations_in_use(self, self.layers, of_layers)
         return self._rotations
 
-    def static_filters(self, filters: Filters) -> torch.Tensor:
-        """Of the KV heads of this rank, shape ``[num_layers, num_kv_heads, head_size]``."""
-        return filters.of_heads(*self._kv_heads())
-
     def filter_bank(self, filters: Filters) -> FilterBank:
         """Of the query heads of this rank."""
-        layer, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
-        heads = slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads)
-        rank = self.compression.rank if self.compression.filter == "expected" else 0
-        return FilterBank(filters, self.rotations(), heads, rank, layer.impl.scale)
+        return FilterBank(filters, self.rotations(), self.compression.rank, self.layers[0].impl.scale)
 
     def record_kept_tokens(self) -> None:
         """From now on; forgets what was recorded before."""
@@ -397,27 +387,28 @@ class CompressedModelRunner:
         return fingerprint(model, self.load_config.download_dir)
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
+        """Of the layers and heads of this rank, and a word on where they came from."""
         model, wanted = ModelIdentity.from_model_config(self.model_config), self.compression.filters
         # Random weights, as benchmarks and trainers start with, come from no file.
         is_random = self.load_config.load_format == "dummy"
-        found, weights = None, ""
-        if get_world_group().is_first_rank:  # for all: another one may be on another machine, with other files
+        found, weights, ranks, rank = None, "", get_world_group(), self.compression.rank
+        if ranks.is_first_rank:  # for all: another one may be on another machine, with other files
             if wanted != AUTO:
-                found = given_filters(wanted, model)
+                found = given_file(wanted, model, rank)
             elif not is_random:
                 weights = self.weights_fingerprint()
-                found = cached_filters(model, weights)
-        found = get_world_group().broadcast_object(found)
+                found = cached_file(model, weights, rank)
+        found = ranks.broadcast_object(found)
         if found is not None:
-            return found
+            return part_of(found, model, self._part(), ranks), found.origin
         sequences = self._random_sequences()
         description = describe_sequences(sequences)
-        filters = self.calibrate_filters(sequences, description)
+        filters = self.calibrate_filters(sequences, description, max(rank, STORED_RANK))
         if is_random:
             kept = "not kept, as the weights are random"
         else:
             kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
-        return filters, f"calibrated now ({description}), {kept}"
+        return filters.of(self._part()), f"calibrated now ({description}), {kept}"
 
     def _random_sequences(self) -> list[list[int]]:
         return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, fitting(self, SEQUENCE_TOKENS))
@@ -428,10 +419,23 @@ class CompressedModelRunner:
         first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
         return first, self.layers[0].num_kv_heads
 
+    def _part(self) -> Part:
+        """What of the model's filters this rank needs."""
+        first_layer, _ = self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
+        num_heads, tp_rank = self.layers[0].num_heads, get_tensor_model_parallel_rank()
+        first_kv_head, num_kv_heads = self._kv_heads()
+        return Part(
+            tuple(layer.layer_name for layer in self.layers),
+            first_layer,
+            heads=slice(tp_rank * num_heads, (tp_rank + 1) * num_heads),
+            kv_heads=slice(first_kv_head, first_kv_head + num_kv_heads),
+            rank=self.compression.rank,
+        )
+
     def _page_scorer(self, filters: Filters | None) -> PageScorer:
         scores = self.cache.scores
         if filters is not None and filters.score_mean is not None and filters.score_std is not None:
-            mean, std = filters.score_statistics_of_heads(*self._kv_heads())
+            mean, std = filters.score_mean, filters.score_std
         else:
             # Published filters have no statistics, and other methods no filters.
             sequences = self._random_sequences()

@@ -27,17 +27,20 @@ class CompressedWorker:
                 "start the engine again, or choose a method without filters"
             )
 
-    def calibrate_filters(self, sequences: list[list[int]], description: str, path: str) -> str:
+    def calibrate_filters(self, sequences: list[list[int]], description: str, path: str, rank: int) -> str:
         """Calibrates filters and writes them to ``path``, or where ``filters: auto`` looks for them if it is empty.
 
         Called on all workers of an idle engine (``LLM.collective_rpc``).
+
+        Args:
+            rank: the largest that the filters are to be used with.
 
         Returns:
             The path.
         """
         model = ModelIdentity.from_model_config(self.model_config)
         path = path or str(cache_path(model, self.model_runner.weights_fingerprint()))
-        filters = self.model_runner.calibrate_filters(sequences, description)
+        filters = self.model_runner.calibrate_filters(sequences, description, rank)
         if self.rank == 0:
             save(path, filters, model)
         return path
