@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_qfilters.filters.format import ModelIdentity, save
+from vllm_qfilters.filters.format import STORED_RANK, ModelIdentity, save
 from vllm_qfilters.filters.load import cache_path
 
 
@@ -27,7 +27,9 @@ class CompressedWorker:
                 "start the engine again, or choose a method without filters"
             )
 
-    def calibrate_filters(self, sequences: list[list[int]], description: str, path: str, rank: int) -> str:
+    def calibrate_filters(
+        self, sequences: list[list[int]], description: str, path: str, rank: int = STORED_RANK
+    ) -> str:
         """Calibrates filters and writes them to ``path``, or where ``filters: auto`` looks for them if it is empty.
 
         Called on all workers of an idle engine (``LLM.collective_rpc``).
