@@ -339,8 +339,8 @@ def test_calibrate_with_texts(started, tiny_model, tmp_path):
     texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     assert run(["calibrate", "MODEL", "--tokens", "400", "--text", *texts], tiny_model) == 0
     _, sequences, description, *_ = started.next.calls[0]
-    assert [(sequence[0], len(sequence)) for sequence in sequences] == [(0, 400), (0, 400), (400, 400), (400, 300)]
-    assert description == "4 sequences, 1500 tokens, of a.txt, b.txt"
+    assert [(sequence[0], len(sequence)) for sequence in sequences] == [(0, 400), (0, 400)]
+    assert description == "2 sequences, 800 tokens, of a.txt, b.txt"
 
 
 def test_a_short_text_is_refused_by_name(started, tiny_model, tmp_path, capsys):

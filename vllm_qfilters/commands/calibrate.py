@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="filters file to write (safetensors); without it they go where --kv-compression qfilters looks for them",
     )
     at_most: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
-    parser.add_argument("--sequences", default=4, help="sequences to run, at most; default %(default)s", **at_most)
+    parser.add_argument("--sequences", help="sequences to run, at most; default: one, or one of each text", **at_most)
     parser.add_argument("--tokens", default=2048, help="tokens per sequence, at most; default %(default)s", **at_most)
     parser.add_argument(
         "--rank",
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "filters of random weights are not for the cache: name a file (-o), or drop --load-format dummy"
         )
+    args.sequences = args.sequences or max(1, len(args.text))
     texts = {path: _read_text(path, args.sequences * args.tokens * _TOKEN_CHARACTERS) for path in args.text}
     if args.output is not None:
         check_writable(args.output)
