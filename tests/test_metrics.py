@@ -48,6 +48,9 @@ class Later(AsyncModelRunnerOutput):
     def get_output(self):
         return NOW
 
+    def get_kv_connector_output(self):
+        return "of the connector"
+
 
 @pytest.mark.parametrize("output", [NOW, Later()], ids=["sync", "async"])
 def test_time_travels_with_the_next_output(output, monkeypatch):
@@ -59,7 +62,9 @@ def test_time_travels_with_the_next_output(output, monkeypatch):
         with timer.measure():
             pass
     timed = timer.attach(output)
-    timed = timed.get_output() if isinstance(timed, AsyncModelRunnerOutput) else timed
+    if isinstance(timed, AsyncModelRunnerOutput):
+        assert timed.get_kv_connector_output() == "of the connector"
+        timed = timed.get_output()
     assert isinstance(timed, QFiltersModelRunnerOutput) and timed.compaction_seconds == 0.75
     assert timer.attach(output) is output, "sent once"
 

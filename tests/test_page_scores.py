@@ -50,6 +50,9 @@ class Later(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return make_output()
 
+    def get_kv_connector_output(self):
+        return "of the connector"
+
 
 def test_a_page_scores_the_mean_of_its_normalised_scores():
     _, cache = make_cache(GEOMETRY)
@@ -81,7 +84,7 @@ def test_scores_travel_with_the_output_of_their_step(is_async):
     output = scorer.attach(Later() if is_async else make_output())
     cache.scores.zero_()  # the next step writes before the output of this one is read
     if is_async:
-        assert isinstance(output, AsyncModelRunnerOutput)
+        assert isinstance(output, AsyncModelRunnerOutput) and output.get_kv_connector_output() == "of the connector"
         output = output.get_output()
     output = pickle.loads(pickle.dumps(output))
     assert isinstance(output, QFiltersModelRunnerOutput)

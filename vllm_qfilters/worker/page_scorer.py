@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
+from vllm_qfilters.worker.late_output import LateOutput
 
 
 class PageScorer:
@@ -65,15 +66,15 @@ class PageScorer:
         if scores is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
-            return AsyncPageScores(output, scores)
+            return LatePageScores(output, scores)
         return QFiltersModelRunnerOutput.from_output(output, page_scores=tuple(scores.tolist()))
 
 
-class AsyncPageScores(AsyncModelRunnerOutput):
+class LatePageScores(LateOutput):
     """An output still on its way from the device, and page scores that arrive before it does."""
 
     def __init__(self, output: AsyncModelRunnerOutput, scores: torch.Tensor) -> None:
-        self._output = output
+        super().__init__(output)
         self._scores = scores
 
     def get_output(self) -> ModelRunnerOutput:

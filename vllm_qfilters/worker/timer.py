@@ -10,6 +10,7 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_qfilters.messages import QFiltersModelRunnerOutput
+from vllm_qfilters.worker.late_output import LateOutput
 
 
 class CompactionTimer:
@@ -41,7 +42,7 @@ class CompactionTimer:
         if not intervals or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
-            return _AsyncTimedOutput(output, intervals)
+            return _LateTimedOutput(output, intervals)
         return _timed(output, intervals)
 
     def _mark(self) -> "float | torch.cuda.Event":
@@ -52,11 +53,11 @@ class CompactionTimer:
         return event
 
 
-class _AsyncTimedOutput(AsyncModelRunnerOutput):
+class _LateTimedOutput(LateOutput):
     """An output still on its way from the device. Once it is there, the compaction before it has ended."""
 
     def __init__(self, output: AsyncModelRunnerOutput, intervals: list) -> None:
-        self._output = output
+        super().__init__(output)
         self._intervals = intervals
 
     def get_output(self) -> ModelRunnerOutput:
