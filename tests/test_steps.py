@@ -1,5 +1,7 @@
 """Step tables: tokens and pages a sequence holds after every step, on both sides of the process boundary."""
 
+import itertools
+
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
@@ -148,4 +150,29 @@ def test_a_budget_that_no_front_end_refused_ends_no_engine(engines, monkeypatch)
     (expected,) = engine.generate([prompt], max_tokens=70)
     assert answers == 3 * [list(expected.outputs[0].token_ids)]
     assert len(errors) == 3 and "gets the server's own budget: kv_budget='256': give tokens" in errors[0]
+    engine.assert_idle()
+
+
+def test_steps_that_hold_prompts_back_change_nothing(engines, monkeypatch):
+    """vLLM's --prefill-schedule-interval, which from 0.33 on also works on a single engine: prompts wait at cuts."""
+    engine = engines.get(**OPTIONS)
+    schedule, steps = engine.scheduler.schedule, itertools.count()
+
+    def run(interval):
+        assert engine.llm.reset_prefix_cache()
+        stats, first_step = engine.scheduler.compression_stats, next(steps)
+        before = stats.compactions, stats.evicted_tokens
+        monkeypatch.setattr(engine.scheduler, "schedule", lambda *_: schedule(next(steps) % interval != 0))
+        requests = [engine.add(random_prompt(20, seed=9), max_tokens=40)]
+        engine.step()
+        requests.append(engine.add(random_prompt(700, seed=10), max_tokens=80))
+        finished = engine.run()
+        tokens = [finished[request].outputs[0].token_ids for request in requests]
+        counts = stats.compactions - before[0], stats.evicted_tokens - before[1]
+        return tokens, counts, next(steps) - first_step
+
+    tokens, counts, num_steps = run(1)
+    held_back, counts_held_back, more_steps = run(4)
+    assert counts[0] > 4 and more_steps > num_steps
+    assert (held_back, counts_held_back) == (tokens, counts)
     engine.assert_idle()
