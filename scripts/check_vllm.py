@@ -6,8 +6,8 @@
     scripts/check_vllm.py vllm-0.33.0-....whl         # a wheel, an sdist (.tar.gz), or a folder with vllm/ in it
 
 Reads sources alone, so nothing of it has to be installed or importable. The places are those of tests/seams.py and
-every import from vLLM in this package. Exit status: 0 if all are there as they were, 1 if not, 2 if there is no such
-vLLM.
+every import from vLLM in this package; where the supported versions differ, a later vLLM is expected to be like the
+newest of them. Exit status: 0 if all are there as they were, 1 if not, 2 if there is no such vLLM.
 """
 
 import argparse
@@ -60,6 +60,14 @@ class Sources:
                         self._texts[name] = sdist.extractfile(member).read().decode("utf-8")
         if "vllm/__init__.py" not in self._texts:
             raise ValueError(f"{origin} has no vllm/__init__.py: give a wheel, an sdist, or a folder with vllm/ in it")
+
+    @functools.cached_property
+    def version(self) -> tuple[int, ...]:
+        """(major, minor), or of a version above all others where sources do not say."""
+        found = re.search(
+            r"^__version_tuple__ = .*\((\d+), (\d+)", self._texts.get("vllm/_version.py", ""), re.MULTILINE
+        )
+        return tuple(map(int, found.groups())) if found else (sys.maxsize,)
 
     def path(self, module: str) -> str | None:
         stem = module.replace(".", "/")
@@ -120,6 +128,18 @@ class Sources:
                 return Definition(owner.module, node)
         return None
 
+    def abstract_methods(self, owner: Definition) -> set[str]:
+        """Methods of a class that somebody who derives from it has to define."""
+        if not isinstance(owner.node, ast.ClassDef):
+            return set()
+        bases = [found for found in (self.base(owner.module, base) for base in owner.node.bases) if found]
+        found = {method for base in bases for method in self.abstract_methods(base)}
+        for node in owner.node.body:
+            if isinstance(node, Function):
+                is_abstract = any("abstractmethod" in ast.unparse(each) for each in node.decorator_list)
+                found = found | {node.name} if is_abstract else found - {node.name}
+        return found
+
     def base(self, module: str, node: ast.expr) -> Definition | None:
         node = node.value if isinstance(node, ast.Subscript) else node
         return self.find(module, node.id) if isinstance(node, ast.Name) else None
@@ -138,10 +158,14 @@ class Sources:
 
 def problems(sources: Sources) -> Iterator[tuple[str, str | None]]:
     """Every seam, with what is wrong with it, or None."""
+    differing = seams.differences(sources.version)
+    elsewhere = {each for other in seams.DIFFERENCES.values() for each in other.imported} - set(differing.imported)
     for module, name in sorted(imports()):
         target = f"{module}:{name}"
-        yield target, None if sources.find(module, name) else _gone(sources, target)
-    for target, expected in {**seams.PATCHED, **seams.OVERRIDDEN, **seams.CALLED}.items():
+        if target not in elsewhere:
+            yield target, None if sources.find(module, name) else _gone(sources, target)
+    shared = {**seams.PATCHED, **seams.OVERRIDDEN, **seams.CALLED}
+    for target, expected in {**shared, **differing.overridden, **differing.called}.items():
         found = sources.seam(target)
         if found is None:
             yield target, _gone(sources, target)
@@ -150,8 +174,9 @@ def problems(sources: Sources) -> Iterator[tuple[str, str | None]]:
         else:
             parameters = " ".join(parameters_of(found.node))
             yield target, None if parameters == expected else f"takes ({parameters}), not ({expected})"
-    for target in seams.ATTRIBUTES:
+    for target in [*seams.ATTRIBUTES, *differing.attributes]:
         yield target, None if sources.seam(target) else _gone(sources, target)
+    yield from unimplemented(sources)
     for target, expected in seams.CONSTANTS.items():
         found = sources.seam(target)
         value = found and ast.literal_eval(found.node.value)
@@ -190,43 +215,67 @@ def imports() -> set[tuple[str, str]]:
     return found
 
 
+def own_classes() -> dict[str, tuple[ast.Module, ast.ClassDef]]:
+    """The classes of this package by name, each with its module."""
+    return {
+        node.name: (tree, node)
+        for tree in own_modules().values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def unimplemented(sources: Sources) -> Iterator[tuple[str, str]]:
+    """Abstract methods of vLLM's classes that a class of this package, which no other derives from, does not define."""
+    classes = own_classes()
+    derived_from = {base.id for _, node in classes.values() for base in node.bases if isinstance(base, ast.Name)}
+    for name in sorted(set(classes) - derived_from):
+        methods, bases = _methods_and_bases(name, classes)
+        owners = [owner for owner in (sources.find(*base) for base in sorted(bases)) if owner]
+        for owner in owners:
+            for method in sorted(sources.abstract_methods(owner) - set(methods)):
+                is_concrete = any(
+                    sources.find_member(other, method) and method not in sources.abstract_methods(other)
+                    for other in owners
+                )
+                if not is_concrete:
+                    yield f"{owner.module}:{owner.node.name}.{method}", f"is abstract, and {name} does not define it"
+
+
 def overrides(sources: Sources) -> set[str]:
     """Methods of vLLM that classes of this package override, also by way of classes that go before vLLM's.
 
     Without constructors that hand on whatever they are given.
     """
-    modules = own_modules()
-    classes = {
-        node.name: (tree, node) for tree in modules.values() for node in tree.body if isinstance(node, ast.ClassDef)
-    }
-    found = set()
-
-    def methods_and_bases(name: str) -> tuple[set[str], set[tuple[str, str]]]:
-        tree, node = classes[name]
-        defined = {each.name: parameters_of(each) for each in node.body if isinstance(each, Function)}
-        methods = {method for method, parameters in defined.items() if parameters != ["self", "*args", "**kwargs"]}
-        bases = set()
-        for base in node.bases:
-            base_name = base.id if isinstance(base, ast.Name) else ""
-            if base_name in classes:
-                more_methods, more_bases = methods_and_bases(base_name)
-                methods, bases = methods | more_methods, bases | more_bases
-            for each in ast.walk(tree):
-                is_vllm = isinstance(each, ast.ImportFrom) and (each.module or "").startswith("vllm.")
-                bases |= (
-                    {(each.module, base_name)} if is_vllm and any(a.name == base_name for a in each.names) else set()
-                )
-        return methods, bases
-
+    classes, found = own_classes(), set()
     for name in classes:
-        methods, bases = methods_and_bases(name)
+        methods, bases = _methods_and_bases(name, classes)
         for module, base in bases:
             owner = sources.find(module, base)
-            for method in methods:
+            for method, parameters in methods.items():
                 member = owner and sources.find_member(owner, method)
-                if member and isinstance(member.node, Function):
+                if parameters != ["self", "*args", "**kwargs"] and member and isinstance(member.node, Function):
                     found.add(f"{module}:{base}.{method}")
     return found
+
+
+def _methods_and_bases(
+    name: str, classes: dict[str, tuple[ast.Module, ast.ClassDef]]
+) -> tuple[dict[str, list[str]], set[tuple[str, str]]]:
+    """Of a class of this package and of its bases that are of this package too: methods with their parameters, and
+    (module, name) of the bases that are vLLM's."""
+    tree, node = classes[name]
+    methods, bases = {}, set()
+    for base in node.bases:
+        base_name = base.id if isinstance(base, ast.Name) else ""
+        if base_name in classes:
+            more_methods, more_bases = _methods_and_bases(base_name, classes)
+            methods, bases = {**more_methods, **methods}, bases | more_bases
+        for each in ast.walk(tree):
+            is_vllm = isinstance(each, ast.ImportFrom) and (each.module or "").startswith("vllm.")
+            if is_vllm and any(alias.name == base_name for alias in each.names):
+                bases.add((each.module, base_name))
+    return {**methods, **{each.name: parameters_of(each) for each in node.body if isinstance(each, Function)}}, bases
 
 
 def _gone(sources: Sources, target: str) -> str:

@@ -1,7 +1,70 @@
-"""The places where this package holds on to vLLM 0.32, beside what it imports: for the tests and scripts/check_vllm.py.
+"""The places where this package holds on to vLLM, beside what it imports: for the tests and scripts/check_vllm.py.
 
-Functions have their parameters by name, in order.
+Functions have their parameters by name, in order. ``DIFFERENCES`` has what the supported versions of vLLM do not share,
+everything else is the same in all of them.
 """
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """What one version has in its own way.
+
+    Attributes:
+        imported: ``module:name`` of what is imported from another module in another version.
+        overridden, called, attributes: as the tables below.
+    """
+
+    imported: Sequence[str] = ()
+    overridden: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    called: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    attributes: Sequence[str] = ()
+
+
+# Oldest first.
+DIFFERENCES = {
+    (0, 32): Differences(
+        imported=["vllm.entrypoints.serve.utils.api_utils:cli_env_setup"],
+        overridden={
+            "vllm.v1.core.sched.async_scheduler:AsyncScheduler._get_local_prefix_cache_hit": "self request",
+        },
+        called={
+            "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables": (
+                "self idx_mapping num_reqs_padded out out_ptrs"
+            ),
+        },
+    ),
+    (0, 33): Differences(
+        imported=["vllm.entrypoints.common.startup:cli_env_setup"],
+        overridden={
+            "vllm.v1.core.sched.async_scheduler:AsyncScheduler._get_local_prefix_cache_hit": (
+                "self request max_cache_hit_length"
+            ),
+            "vllm.v1.outputs:AsyncModelRunnerOutput.get_kv_connector_output": "self",
+        },
+        called={
+            # Leaves out pages below the window of a SlidingWindowSpec, by positions: no cache of ours has such a spec.
+            "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables": (
+                "self idx_mapping num_reqs_padded out out_ptrs num_computed_tokens"
+            ),
+        },
+        # False in our backends. Under another name a model's own kernel would write keys and no token stats.
+        attributes=[
+            "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend.supports_kv_cache_update_bypass",
+            "vllm.v1.attention.backends.flashinfer:FlashInferBackend.supports_kv_cache_update_bypass",
+            "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend.supports_kv_cache_update_bypass",
+        ],
+    ),
+}
+
+
+def differences(version: tuple[int, ...]) -> Differences:
+    """Of the newest supported version that is no newer than ``version``, or of the oldest one."""
+    known = [each for each in DIFFERENCES if each <= version[:2]]
+    return DIFFERENCES[max(known, default=min(DIFFERENCES))]
+
 
 # Replaced in compat.py.
 PATCHED = {
@@ -72,7 +135,6 @@ OVERRIDDEN = {
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__": "self *args **kwargs",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_blocks": "self request",
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._get_local_prefix_cache_hit": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._reserve_prefill_lookahead": (
         "self request num_computed_tokens num_new_tokens"
     ),

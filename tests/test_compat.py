@@ -5,11 +5,15 @@ import importlib.util
 import json
 import pathlib
 import zipfile
+from types import SimpleNamespace
 
 import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests import seams
 from vllm_qfilters.config import KVCompressionConfig
+from vllm_qfilters.core.scheduler import QFiltersScheduler
+from vllm_qfilters.frontend.versions import VLLM_VERSIONS, check_version
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.policy import resolve
 
@@ -38,7 +42,58 @@ def test_vllm_still_has_every_seam(sources):
 
 
 def test_the_table_has_every_method_of_vllm_that_is_overridden(sources):
-    assert check_vllm.overrides(sources) == set(seams.OVERRIDDEN)
+    assert check_vllm.overrides(sources) == {*seams.OVERRIDDEN, *seams.differences(sources.version).overridden}
+
+
+def test_supported_versions_are_named_alike_everywhere():
+    assert tuple(seams.DIFFERENCES) == VLLM_VERSIONS
+    (_, oldest), (_, newest) = VLLM_VERSIONS[0], VLLM_VERSIONS[-1]
+    for file in ("pyproject.toml", "requirements/cuda.in", "docs/upgrading.md"):
+        assert f">=0.{oldest},<0.{newest + 1}" in (ROOT / file).read_text(), file
+
+
+@pytest.mark.parametrize("version", [(0, 32, 0), (0, 33, 1), (0, 33, 2, "dev5", "g4ba787e"), (0, 0, "dev")])
+def test_a_supported_vllm_passes(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", [(0, 31, 4), (0, 34, 0), (0, 34, 0, "dev12"), (1, 32, 0)])
+def test_another_vllm_is_refused(version):
+    with pytest.raises(ValueError, match=r"with vLLM 0\.32 to 0\.33, .* pip install 'vllm>=0\.32,<0\.34'"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("limit", [(), (None,), (64,)], ids=str)
+def test_a_limit_of_the_hit_is_handed_on_where_vllm_has_one(limit, monkeypatch):
+    """As a vLLM before 0.33 calls it, and as one from 0.33 on does."""
+    blocks = SimpleNamespace(blocks=([SimpleNamespace(ref_cnt=1)],))
+    handed_on = []
+
+    def hit(self, *arguments):
+        handed_on.extend(arguments)
+        return blocks, 32, 0, False
+
+    monkeypatch.setattr(AsyncScheduler, "_get_local_prefix_cache_hit", hit)
+    scheduler = object.__new__(QFiltersScheduler)
+    scheduler.block_manager = SimpleNamespace(limits={})
+    request = SimpleNamespace(request_id="one", num_prompt_tokens=64, max_tokens=8)
+    assert scheduler._get_local_prefix_cache_hit(request, *limit) == (blocks, 32, 0, False)
+    assert handed_on == [request, *limit]
+
+
+@pytest.mark.parametrize("version", seams.DIFFERENCES)
+def test_the_script_expects_of_a_version_what_that_version_has(version, tmp_path):
+    moved = seams.differences(version).imported[0]
+    module, _, name = moved.partition(":")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (tmp_path / "vllm" / "_version.py").write_text(f"__version_tuple__ = version_tuple = {(*version, 0)}\n")
+    path = (tmp_path / module.replace(".", "/")).with_suffix(".py")
+    path.parent.mkdir(parents=True)
+    path.write_text(f"def {name}(): ...")
+    found = dict(check_vllm.problems(check_vllm.Sources(tmp_path)))
+    others = {each for other in seams.DIFFERENCES if other != version for each in seams.differences(other).imported}
+    assert found[moved] is None and not others & set(found)
 
 
 def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
@@ -49,6 +104,9 @@ def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
         "v1/metrics/stats": "class Base:\n    def __init__(self):\n        self.kv_connector_stats = None\n"
         "class SchedulerStats(Base): ...",
         "v1/elsewhere": "class AsyncScheduler: ...",
+        "v1/outputs": "class Base:\n    @abstractmethod\n    def get_output(self): ...\n"
+        "class AsyncModelRunnerOutput(Base):\n    @abstractmethod\n    def get_kv_connector_output(self): ...\n"
+        "    @abstractmethod\n    def get_it_anew(self): ...",
     }
     with zipfile.ZipFile(tmp_path / "vllm-1.whl", "w") as wheel:
         for name, text in other.items():
@@ -60,6 +118,9 @@ def test_the_script_sees_what_is_gone_moved_and_changed(tmp_path):
     assert found["vllm.plugins:DEFAULT_PLUGINS_GROUP"] == "is 'vllm.plugins', not 'vllm.general_plugins'"
     assert found["vllm.v1.core.sched.async_scheduler:AsyncScheduler"] == "moved to vllm.v1.elsewhere"
     assert found["vllm.v1.request:Request"] == "is gone"
+    abstract = {target: problem for target, problem in found.items() if problem and problem.startswith("is abstract")}
+    assert set(abstract) == {"vllm.v1.outputs:AsyncModelRunnerOutput.get_it_anew"}
+    assert abstract.popitem()[1] == "is abstract, and _LateTimedOutput does not define it"
     with pytest.raises(ValueError, match=r"has no vllm/__init__\.py"):
         check_vllm.Sources(tmp_path)
 

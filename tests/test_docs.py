@@ -19,6 +19,7 @@ from vllm_qfilters.commands import COMMANDS
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.metrics import GAUGES, HISTOGRAMS
 from vllm_qfilters.frontend.support import REFUSALS
+from vllm_qfilters.frontend.versions import VLLM_VERSIONS
 from vllm_qfilters.methods import catalog
 from vllm_qfilters.methods.base import PerSequence
 from vllm_qfilters.methods.catalog import METHODS
@@ -141,9 +142,7 @@ def test_numbers_in_readme_are_made_or_no_measurements():
     text = re.sub(r"^    .*$", "", re.sub(r"```.*?```", "", without_parts(README), flags=re.DOTALL), flags=re.MULTILINE)
     text = re.sub(r"^\d+\. ", "", text, flags=re.MULTILINE)  # numbered lists
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions = {
-        *re.findall(r"[\d.]*\d", project["requires-python"] + " " + project["optional-dependencies"]["vllm"][0])
-    }
+    versions = {*re.findall(r"[\d.]*\d", project["requires-python"]), *(f"{a}.{b}" for a, b in VLLM_VERSIONS)}
     policy = resolve(KVCompressionConfig())
     defaults = {value for name in policy.to_dict() if isinstance(value := getattr(policy, name), int | float)}
     # Keys and values of a sequence of 131,072 tokens: 32 layers, 8 KV heads, head size 128, bfloat16, in GiB.

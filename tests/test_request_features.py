@@ -77,7 +77,7 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(folder, engine, requ
 
 def test_a_batch_answers_base_model_and_adapter_like_hugging_face(folder, engine, requests):
     """Where adapters have a slot more than there are: vLLM 0.32's operators for CPUs take the base model's place in
-    the last slot (docs/troubleshooting.md), so that plain vLLM is no measure."""
+    the last slot (docs/troubleshooting.md), so that plain vLLM 0.32 is no measure."""
     from transformers import LlamaForCausalLM
 
     base, adapted, *_ = generate_each(engine.llm, [dict(request, max_tokens=40) for request in requests[:2]])

@@ -35,6 +35,16 @@ class StatsWriter(Protocol):
         """
 
 
+class ScoringBackend:
+    """Goes before an ``AttentionBackend`` of vLLM whose implementation is a :class:`ScoringAttention`.
+
+    Keys and values are written by ``do_kv_cache_update`` alone. From vLLM 0.33 on FLASH_ATTN and FLASHINFER also let a
+    model's own kernel write them (Muse Spark): that would leave no token stats.
+    """
+
+    supports_kv_cache_update_bypass = False
+
+
 class ScoringAttention(WatchedAttention):
     """Goes before an ``AttentionImpl`` whose write of keys and values is fused with that of token stats.
 

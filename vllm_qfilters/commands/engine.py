@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_qfilters.commands.arguments import Command, UsageError
+from vllm_qfilters.frontend.versions import set_up_environment
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -74,9 +75,8 @@ def start_engine(engine_args: "EngineArgs") -> Iterator["LLM"]:
         UsageError: the engine does not start.
     """
     from vllm import LLM
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    set_up_environment()
     try:
         llm = LLM.from_engine_args(engine_args)
     except (ValueError, OSError) as error:

@@ -283,8 +283,9 @@ class QFiltersScheduler(AsyncScheduler):
         """
         return request.request_id in self.unverified_drafts
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
+        # limit: one of vLLM's own, from 0.33 on.
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         longest = self._longest_prefix_cache_hit(request)
         limits = self.block_manager.limits.get(request.request_id)
         if limits is not None and limits.elastic:

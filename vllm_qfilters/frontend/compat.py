@@ -1,5 +1,5 @@
 """Every place where vLLM is patched, because it offers no seam there. All patches are idempotent and inert without the
-flag. The targets are of vLLM 0.32; tests/test_compat.py fails when one of their signatures changes.
+flag. The targets are of vLLM 0.32 and 0.33; tests/test_compat.py fails when one of their signatures changes.
 
 ``EngineArgs.add_cli_args``, ``EngineArgs.from_cli_args``
     add ``--kv-compression`` and ``--kv-compression-config``: plugins are loaded before the parser is built, but cannot

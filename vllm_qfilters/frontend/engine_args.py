@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
+from vllm_qfilters.frontend.versions import check_version
 from vllm_qfilters.policy import resolve
 
 SCHEDULER_CLS = "vllm_qfilters.core.scheduler.QFiltersScheduler"
@@ -31,11 +32,13 @@ def kv_compression(method: str = "qfilters", **options: Any) -> dict[str, Any]:
         options: the other fields of that class.
 
     Raises:
-        ValueError: a value out of its range, an option the method does not read, or a platform that is not supported
-            yet.
+        ValueError: a value out of its range, an option the method does not read, or a platform or a version of vLLM
+            that is not supported yet.
     """
+    import vllm
     from vllm.platforms import current_platform
 
+    check_version(vllm.__version_tuple__)
     config = KVCompressionConfig.from_dict({"method": method, **options})
     policy = resolve(config)
     if not current_platform.is_cpu() and not current_platform.is_cuda():

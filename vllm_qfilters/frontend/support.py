@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import vllm
 from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -17,6 +18,7 @@ from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_E
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
+from vllm_qfilters.frontend.versions import base_model_gets_last_adapter
 from vllm_qfilters.policy import Policy
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -213,9 +215,9 @@ def warn_of_slow_dtype(asked_dtype: str, vllm_config: VllmConfig) -> None:
 
 
 def warn_of_base_requests_with_adapters(vllm_config: VllmConfig) -> None:
-    """Says how many slots adapters need on CPUs, for whose operators in vLLM 0.32 the base model is the adapter in the
-    last one (rows without an adapter carry -1, which they use as an index)."""
-    if vllm_config.lora_config is not None and vllm_config.parallel_config.worker_cls == CPU_WORKER_CLS:
+    """Says how many slots adapters need on CPUs where the base model is the adapter in the last one."""
+    on_cpu = vllm_config.parallel_config.worker_cls == CPU_WORKER_CLS
+    if vllm_config.lora_config is not None and on_cpu and base_model_gets_last_adapter(vllm.__version_tuple__):
         logger.warning(
             "--enable-lora on CPUs: vLLM answers requests for the base model with the adapter in the last of its "
             "--max-loras %d slots, if there is one: give one slot more than adapters that run at once",

@@ -38,8 +38,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if not get_pp_group().is_first_rank:
-            # vLLM 0.32 makes these when it warms up, which it leaves out on CPUs in eager mode: later pipeline stages
-            # then die.
+            # vLLM (0.32, 0.33) makes these when it warms up, which it leaves out on CPUs in eager mode: later pipeline
+            # stages then die.
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
             )
@@ -64,8 +64,8 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             self.input_batch.block_table.add_row((block_ids,), row)
 
     def sample_tokens(self, grammar_output: Any):
-        # A prompt's chunks before its last are sampled and discarded, and vLLM 0.32 then rewinds the generator of a
-        # request with a seed, which CPU generators cannot do: the worker dies. Rows to be discarded need no generator.
+        # A prompt's chunks before its last are sampled and discarded, and vLLM (0.32, 0.33) then rewinds the generator
+        # of a request with a seed, which CPU generators cannot do: the worker dies. Rows to be discarded need none.
         generators = self.input_batch.generators
         discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
         held = {row: generators.pop(row) for row in discarded if row in generators}

@@ -38,8 +38,8 @@ class QFiltersCPUAttentionMetadata(CPUAttentionMetadata):
 class PerWindowMetadataBuilder(CPUAttentionMetadataBuilder):
     """Plans the layers of each sliding window for themselves.
 
-    vLLM 0.32 plans layers with different windows that share a cache as if they had none; its kernel then cuts what one
-    query attends to into parts that lie outside the window, and counts attention sinks (GPT-OSS) in them too.
+    vLLM (0.32, 0.33) plans layers with different windows that share a cache as if they had none; its kernel then cuts
+    what one query attends to into parts that lie outside the window, and counts attention sinks (GPT-OSS) in them too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

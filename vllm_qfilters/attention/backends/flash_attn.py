@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_qfilters.attention.resident import ResidentMetadata
-from vllm_qfilters.attention.scoring import ScoringAttention
+from vllm_qfilters.attention.scoring import ScoringAttention, ScoringBackend
 
 
 class QFiltersFlashAttentionImpl(ScoringAttention, FlashAttentionImpl):
@@ -21,7 +21,7 @@ class QFiltersFlashAttentionMetadataBuilder(ResidentMetadata, FlashAttentionMeta
     pass
 
 
-class QFiltersFlashAttentionBackend(FlashAttentionBackend):
+class QFiltersFlashAttentionBackend(ScoringBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[QFiltersFlashAttentionImpl]:
         return QFiltersFlashAttentionImpl

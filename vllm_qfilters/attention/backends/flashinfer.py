@@ -6,7 +6,7 @@ Imported in the worker where that backend is chosen.
 from vllm.v1.attention.backends.flashinfer import FlashInferBackend, FlashInferImpl, FlashInferMetadataBuilder
 
 from vllm_qfilters.attention.resident import ResidentMetadata
-from vllm_qfilters.attention.scoring import ScoringAttention
+from vllm_qfilters.attention.scoring import ScoringAttention, ScoringBackend
 
 
 class QFiltersFlashInferImpl(ScoringAttention, FlashInferImpl):
@@ -17,7 +17,7 @@ class QFiltersFlashInferMetadataBuilder(ResidentMetadata, FlashInferMetadataBuil
     pass
 
 
-class QFiltersFlashInferBackend(FlashInferBackend):
+class QFiltersFlashInferBackend(ScoringBackend, FlashInferBackend):
     @staticmethod
     def get_impl_cls() -> type[QFiltersFlashInferImpl]:
         return QFiltersFlashInferImpl

@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from vllm_qfilters.attention.resident import ResidentMetadata
-from vllm_qfilters.attention.scoring import ScoringAttention
+from vllm_qfilters.attention.scoring import ScoringAttention, ScoringBackend
 
 
 class QFiltersTritonAttentionImpl(ScoringAttention, TritonAttentionImpl):
@@ -21,7 +21,7 @@ class QFiltersTritonAttentionMetadataBuilder(ResidentMetadata, TritonAttentionMe
     pass
 
 
-class QFiltersTritonAttentionBackend(TritonAttentionBackend):
+class QFiltersTritonAttentionBackend(ScoringBackend, TritonAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[QFiltersTritonAttentionImpl]:
         return QFiltersTritonAttentionImpl
