@@ -33,7 +33,7 @@ from scripts.check_vllm import Sources
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.support import MODEL_REFUSALS, Start, refuse
 from vllm_qfilters.policy import resolve
-from vllm_qfilters.worker.specs import check_query_heads, check_specs
+from vllm_qfilters.worker.specs import check_specs
 
 # What a recipe's traits mean, and the test that models of this kind pass; None: there is none.
 TRAITS = {
@@ -44,7 +44,10 @@ TRAITS = {
     ),
     "sinks": ("attention sinks", "tests/test_architectures.py::test_attention_sinks"),
     "longrope": ("longrope", "tests/test_architectures.py::test_longrope_is_calibrated_by_the_table_in_use"),
-    "query_heads": ("query heads that differ", None),
+    "query_heads": (
+        "query heads that differ",
+        "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
+    ),
     "mrope": ("M-RoPE", None),
     "kv_shapes": ("KV heads that differ", None),
     "narrow_values": ("values narrower than keys", None),
@@ -139,6 +142,7 @@ def check(traits: set[str]) -> None:
         use_mla="mla" in traits,
         uses_mrope="mrope" in traits,
         rswa_window=WINDOW if "rswa" in traits else None,
+        hf_text_config=SimpleNamespace(num_kv_shared_layers=10 if "shared_cache" in traits else 0),
     )
     start: Any = SimpleNamespace(model_config=model)
     refuse(Start(policy, start), MODEL_REFUSALS)
@@ -157,7 +161,6 @@ def check(traits: set[str]) -> None:
     if "hybrid" in traits:
         specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,))
     check_specs(policy, specs, max_model_len=1 << 20)
-    check_query_heads(policy, {"first": 8, "second": 16 if "query_heads" in traits else 8})
 
 
 def lines(recipes: Iterable[Recipe], each: bool) -> list[str]:

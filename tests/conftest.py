@@ -113,6 +113,24 @@ def exaone_engines(tiny_exaone, exaone_filters):
     return Engines(tiny_exaone, exaone_filters[0])
 
 
+@pytest.fixture(scope="session")
+def tiny_laguna(tmp_path_factory):
+    """Folder of a model whose layers differ in their query heads: see :func:`tests.models.make_tiny_laguna`."""
+    return models.make_tiny_laguna(tmp_path_factory.mktemp("tiny-laguna"))
+
+
+@pytest.fixture(scope="session")
+def laguna_filters(tiny_laguna, tmp_path_factory):
+    """(path, Filters) made at random for ``tiny_laguna``."""
+    path = tmp_path_factory.mktemp("filters") / "laguna.safetensors"
+    return path, models.make_tiny_filters(path, model=tiny_laguna, num_heads=max(models.LAGUNA_HEADS))
+
+
+@pytest.fixture(scope="session")
+def laguna_engines(tiny_laguna, laguna_filters):
+    return Engines(tiny_laguna, laguna_filters[0])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_runs(request, tmp_path_factory):
     """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their

@@ -13,10 +13,14 @@ from transformers import (
     AutoConfig,
     Exaone4Config,
     Exaone4ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    LagunaConfig,
+    LagunaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -137,6 +141,22 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def make_tiny_gemma2(folder: pathlib.Path) -> pathlib.Path:
+    """Logits are capped, at a value that many of them come near to; the layer in the middle attends to everything."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = {**_shape(), "pad_token_id": 0, "tie_word_embeddings": True}
+    config = Gemma2Config(
+        **shape,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=layer_types,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=3.0,
+    )
+    Gemma2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
 def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
     """A mixture of experts with attention sinks; every other layer has a sliding window."""
     torch.manual_seed(0)
@@ -146,6 +166,28 @@ def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
         **shape, num_local_experts=4, num_experts_per_tok=2, layer_types=layer_types, sliding_window=SLIDING_WINDOW
     )
     GptOssForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+LAGUNA_HEADS = (6, 4, 6)  # query heads by layer
+LAGUNA_ROPE = {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 5e5, "partial_rotary_factor": 0.5}}
+
+
+def make_tiny_laguna(folder: pathlib.Path) -> pathlib.Path:
+    """The layer in the middle attends to everything, with fewer query heads than the others, which have a sliding
+    window, and turns half of each query; queries and keys are normalised."""
+    torch.manual_seed(0)
+    config = LagunaConfig(
+        **{**_shape(), "rope_parameters": LAGUNA_ROPE},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        mlp_layer_types=["dense"] * NUM_LAYERS,
+        num_attention_heads_per_layer=list(LAGUNA_HEADS),
+        sliding_window=SLIDING_WINDOW,
+    )
+    model = LagunaForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:  # so that attention differs from token to token
+        layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
     return folder
 
 
@@ -223,18 +265,22 @@ def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib
     return folder
 
 
-def tiny_identity(name: str = "tiny", architecture: str = "LlamaForCausalLM", rope: dict = ROPE) -> ModelIdentity:
-    return ModelIdentity(name, architecture, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, rope)
+def tiny_identity(
+    name: str = "tiny", architecture: str = "LlamaForCausalLM", rope: dict = ROPE, num_heads: int = NUM_HEADS
+) -> ModelIdentity:
+    return ModelIdentity(name, architecture, NUM_LAYERS, num_heads, NUM_KV_HEADS, HEAD_SIZE, rope)
 
 
-def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None) -> Filters:
+def make_tiny_filters(
+    path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None, num_heads: int = NUM_HEADS
+) -> Filters:
     """Random filters with statistics of random queries, saved at ``path``; higher projection = keep. model: a Llama if
     None.
     """
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
-    mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
-    spread = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
+    mean = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, generator=generator)
+    spread = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     # Made up as well, so that a page's score depends on them.
     shape = (NUM_LAYERS, NUM_KV_HEADS)
@@ -252,7 +298,7 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | N
     identity = tiny_identity()
     if model is not None:
         config = AutoConfig.from_pretrained(model)
-        identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters)
+        identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters, num_heads=num_heads)
     save(path, made, identity)
     return made
 

@@ -204,6 +204,16 @@ ATTRIBUTES = [
     "vllm.model_executor.layers.attention.attention:Attention.sliding_window",
     "vllm.v1.attention.selector:_cached_get_attn_backend",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.sliding_window",
+    *(
+        f"vllm.v1.attention.backends.{backend}Impl.{name}"
+        for backend in (
+            "cpu_attn:CPUAttentionBackend",
+            "flash_attn:FlashAttention",
+            "flashinfer:FlashInfer",
+            "triton_attn:TritonAttention",
+        )
+        for name in ("scale", "logits_soft_cap", "sinks")
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",

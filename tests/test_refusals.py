@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
@@ -21,7 +22,7 @@ from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
-from vllm_qfilters.worker.specs import check_cuda_graphs, check_query_heads, check_specs
+from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -135,7 +136,7 @@ def supported_config() -> SimpleNamespace:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, rswa_window=None,
-            original_max_model_len=4096, max_model_len=4096, is_moe=True,
+            original_max_model_len=4096, max_model_len=4096, is_moe=True, hf_text_config=LlamaConfig(),
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
@@ -157,6 +158,12 @@ def supported_config() -> SimpleNamespace:
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
         ("model_config.uses_mrope", True, "models with M-RoPE positions"),
+        ("model_config.hf_text_config", Gemma3nTextConfig(), r"models whose layers share one KV cache \(Gemma 3n\)"),
+        (
+            "model_config.hf_text_config",
+            Gemma4TextConfig(num_hidden_layers=6),
+            r"models whose layers differ in the number or the size of their KV heads \(Gemma 4\)",
+        ),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
         ("kv_transfer_config", SimpleNamespace(), "KV connectors; drop --kv-transfer-config"),
@@ -297,7 +304,12 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(
         ),
         (FullAttentionSpec, dict(attention_chunk_size=128), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(non_causal=True), "chunked or non-causal attention, which second has"),
-        (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
+        (
+            FullAttentionSpec,
+            dict(head_size_v=32),
+            "values of another size than keys .*: those of second have 32 and 64",
+        ),
+        (FullAttentionSpec, dict(page_size_padded=1 << 20), "the cache layout of second"),
         (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
         (
             FullAttentionSpec,
@@ -315,16 +327,6 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
         check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
-
-
-@pytest.mark.parametrize("method", ["qfilters", "snapkv", "knorm", "streaming"])
-def test_query_heads_that_differ_between_layers_are_refused_where_scores_go_by_queries(method):
-    config = policy_of(method=method)
-    check_query_heads(config, {"first": 32, "second": 32})
-    if method in ("knorm", "streaming"):
-        return check_query_heads(config, {"first": 32, "second": 48})
-    with pytest.raises(ValueError, match="second has 48, first 32; choose a method that goes by keys and values"):
-        check_query_heads(config, {"first": 32, "second": 48})
 
 
 @pytest.mark.parametrize("method", ["snapkv", "tova"])

@@ -154,7 +154,7 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
     queries = torch.stack((before, 2 * before + 1), 1)
     rotation = Rotation(make_rope("neox"), HEAD_SIZE)
     filters = statistics_of(queries)
-    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], slice(1, 3), HEAD_SIZE, scale=0.125)
+    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], [slice(1, 3)] * 2, 1, HEAD_SIZE, scale=0.125)
     turns = bank.turns(torch.tensor([100]))
     means, factors = by_sequence.turned(bank.means, turns, 0), by_sequence.turned(bank.factors, turns, 0)
     mean, covariance = rotation.average(filters.query_mean_before_rope[0], filters.query_second_before_rope[0], HORIZON)
@@ -167,8 +167,8 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, before):
     filters = statistics_of(before.unsqueeze(1))
-    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), HEAD_SIZE, scale=1.0)
-    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], slice(None), rank, scale=1.0)
+    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], [slice(0, NUM_HEADS)], 1, HEAD_SIZE, scale=1.0)
+    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], [slice(0, NUM_HEADS)], 1, rank, scale=1.0)
     assert bank.factors.shape == (1, NUM_HEADS, rank, HEAD_SIZE)
     lengths = whole.factors.norm(dim=-1)
     assert torch.equal(bank.factors, whole.factors[:, :, HEAD_SIZE - rank :])
@@ -177,7 +177,7 @@ def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, bef
 
 def test_a_bank_without_statistics_is_refused_saying_what_to_do():
     with pytest.raises(ValueError, match="vllm-qfilters calibrate"):
-        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], slice(None), 0, 1.0)
+        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], [slice(0, 1)], 1, 0, 1.0)
 
 
 @pytest.mark.parametrize("case", ROPES)

@@ -113,6 +113,11 @@ class Policy:
         return not self.entry.recent_only
 
     @property
+    def scores_by_queries(self) -> bool:
+        """Whether scores go by queries, expected or observed."""
+        return self.entry.needs_filters or self.observed_queries > 0
+
+    @property
     def expects_attention(self) -> bool:
         """Whether scores go by the attention expected of each query head."""
         return self.entry.expects_attention

@@ -7,7 +7,7 @@ import torch
 
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.kernels.ops import Turns
+from vllm_qfilters.kernels.ops import Turns, in_groups_of
 
 HORIZON = 128  # coming positions a filter is averaged over; 128 and 512 lose the same (measured)
 
@@ -22,13 +22,15 @@ class FilterBank:
     Args:
         filters: with the statistics of the whole model.
         rotations: of each layer.
-        heads: the query heads of this rank.
+        heads: the query heads of this rank, by layer.
+        num_kv_heads: of this rank.
         rank: eigenvectors of C kept, 0 to head_size.
         scale: of the attention's logits, usually ``head_size ** -0.5``.
 
     Attributes:
         rotations: the different ones.
-        means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32.
+        means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32; where layers have fewer query heads
+            than others, zeros stand behind those of each KV head.
         factors: ``scale * sqrt(eigenvalue) * eigenvector`` of C, the largest last, shape
             ``[num_layers, num_heads, rank, head_size]``.
 
@@ -36,7 +38,15 @@ class FilterBank:
         ValueError: the filters come without statistics, as published ones do.
     """
 
-    def __init__(self, filters: Filters, rotations: Sequence[Rotation], heads: slice, rank: int, scale: float) -> None:
+    def __init__(
+        self,
+        filters: Filters,
+        rotations: Sequence[Rotation],
+        heads: Sequence[slice],
+        num_kv_heads: int,
+        rank: int,
+        scale: float,
+    ) -> None:
         if filters.query_mean_before_rope is None or filters.query_second_before_rope is None:
             raise ValueError(
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "
@@ -48,8 +58,13 @@ class FilterBank:
         self.rotations = tuple(layers_by_rotation)
         indices = {rotation: index for index, rotation in enumerate(self.rotations)}
         self._rotation_of_layer = torch.tensor([indices[rotation] for rotation in rotations])
-        self.means = filters.query_mean_before_rope[:, heads].clone()
-        second = filters.query_second_before_rope[:, heads].clone()
+        group = max(own.stop - own.start for own in heads) // num_kv_heads
+        self.means, second = (
+            torch.stack(
+                [in_groups_of(group, layer[own], num_kv_heads) for layer, own in zip(whole, heads, strict=True)]
+            )
+            for whole in (filters.query_mean_before_rope, filters.query_second_before_rope)
+        )
         for rotation, layers in layers_by_rotation.items():
             self.means[layers], second[layers] = rotation.average(self.means[layers], second[layers], HORIZON)
         head_size = self.means.shape[-1]

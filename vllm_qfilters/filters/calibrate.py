@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.kernels.ops import in_groups_of
 
 NUM_SEQUENCES = 1  # four lose the same: benchmarks/results/calibration-SmolLM2-135M-Instruct.json
 SEQUENCE_TOKENS = 2048
@@ -130,31 +131,34 @@ def make_filters(statistics: Sequence[LayerStatistics], total_kv_heads: int, des
     second moment, signed along their mean; per KV head the average over its query heads.
     """
 
-    def gathered(attribute: str, moment: str, num_total: int | None = None) -> torch.Tensor:
-        local = torch.stack([getattr(getattr(layer, attribute), moment) for layer in statistics])
-        group = get_tp_group()
-        whole = group.all_gather(local.to(group.device).contiguous(), dim=1).cpu()
-        # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
-        whole = whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
-        return _of_all_stages(whole)
+    def gathered(attribute: str, moment: str, num_total: int | None = None) -> list[torch.Tensor]:
+        group, layers = get_tp_group(), []
+        for layer in statistics:
+            local = getattr(getattr(layer, attribute), moment)
+            whole = group.all_gather(local.to(group.device).contiguous(), dim=0).cpu()
+            # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
+            layers.append(whole if num_total is None else whole[:: whole.shape[0] // num_total])
+        return _of_all_stages(layers)
 
     mean_after = gathered("query_after_rope", "mean")
     second_after = gathered("query_after_rope", "second")
-    direction = torch.linalg.eigh(second_after.double()).eigenvectors[..., -1].float()
-    sign = torch.where((direction * mean_after).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    num_layers, num_heads, head_size = direction.shape
-    filters = (sign * direction).view(num_layers, total_kv_heads, num_heads // total_kv_heads, head_size).mean(2)
+    by_layer = []
+    for mean, second in zip(mean_after, second_after, strict=True):
+        direction = torch.linalg.eigh(second.double()).eigenvectors[..., -1].float()
+        sign = torch.where((direction * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        by_layer.append((sign * direction).unflatten(0, (total_kv_heads, -1)).mean(1))
+    filters = torch.stack(by_layer)
 
-    key_mean = gathered("key_after_rope", "mean", total_kv_heads)
-    key_second = gathered("key_after_rope", "second", total_kv_heads)
+    key_mean = torch.stack(gathered("key_after_rope", "mean", total_kv_heads))
+    key_second = torch.stack(gathered("key_after_rope", "second", total_kv_heads))
     score_mean = (filters * key_mean).sum(-1)
     score_square = torch.einsum("lhi,lhij,lhj->lh", filters, key_second, filters)
     return Filters(
         filters=filters,
-        query_mean_before_rope=gathered("query_before_rope", "mean"),
-        query_second_before_rope=gathered("query_before_rope", "second"),
-        query_mean_after_rope=mean_after,
-        query_second_after_rope=second_after,
+        query_mean_before_rope=_with_zeros_behind(gathered("query_before_rope", "mean")),
+        query_second_before_rope=_with_zeros_behind(gathered("query_before_rope", "second")),
+        query_mean_after_rope=_with_zeros_behind(mean_after),
+        query_second_after_rope=_with_zeros_behind(second_after),
         score_mean=score_mean,
         score_std=(score_square - score_mean.square()).clamp(min=0).sqrt(),
         calibration=description,
@@ -226,10 +230,16 @@ def _execute_stage(runner: GPUModelRunner, step: SchedulerOutput) -> None:
         stages.send_tensor_dict(output.tensors, all_gather_group=get_tp_group())
 
 
-def _of_all_stages(layers: torch.Tensor) -> torch.Tensor:
+def _of_all_stages(layers: list[torch.Tensor]) -> list[torch.Tensor]:
     """The ``layers`` of all pipeline stages, which may hold different numbers of them, in order."""
     stages = get_pp_group()
-    return torch.cat([stages.broadcast_object(layers, rank) for rank in range(stages.world_size)])
+    return [layer for rank in range(stages.world_size) for layer in stages.broadcast_object(layers, rank)]
+
+
+def _with_zeros_behind(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all ``layers``, for as many heads as the layer with the most has."""
+    most = max(layer.shape[0] for layer in layers)
+    return torch.stack([in_groups_of(most, layer, num_kv_heads=1) for layer in layers])
 
 
 def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: int) -> SchedulerOutput:

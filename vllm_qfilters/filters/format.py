@@ -42,7 +42,8 @@ class ModelIdentity:
     Attributes:
         name: as the user gave it: a repository or a folder. Informative; a moved model keeps its filters.
         architecture: of the model, e.g. LlamaForCausalLM.
-        num_layers, num_heads, num_kv_heads, head_size: of the whole model, not of one rank.
+        num_layers, num_kv_heads, head_size: of the whole model, not of one rank.
+        num_heads: likewise; of the layer that has the most.
         rope: the rotary parameters of its configuration.
         revision: the commit of its repository; empty for a folder. Informative, like the name.
     """
@@ -64,12 +65,19 @@ class ModelIdentity:
             name=str(model_config.model),
             architecture=model_config.architecture,
             num_layers=model_config.get_total_num_hidden_layers(),
-            num_heads=model_config.hf_text_config.num_attention_heads,
+            num_heads=most_query_heads(model_config.hf_text_config),
             num_kv_heads=model_config.get_total_num_kv_heads(),
             head_size=model_config.get_head_size(),
             rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
             revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
         )
+
+
+def most_query_heads(hf_text_config: Any) -> int:
+    """Of a layer. Where they differ (Laguna, Step-3.5), the configuration has one number for all, and others beside."""
+    by_layer = getattr(hf_text_config, "num_attention_heads_per_layer", None) or ()
+    others = getattr(hf_text_config, "attention_other_setting", None) or {}
+    return max(hf_text_config.num_attention_heads, others.get("num_attention_heads", 0), *by_layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,8 @@ class Filters:
 
     Attributes:
         filters: pointing along the mean query, shape ``[num_layers, num_kv_heads, head_size]``, float32.
-        query_mean_before_rope, query_mean_after_rope: shape ``[num_layers, num_heads, head_size]``.
+        query_mean_before_rope, query_mean_after_rope: shape ``[num_layers, num_heads, head_size]``; zeros stand behind
+            the heads of layers that have fewer than others, likewise below.
         query_second_before_rope, query_second_after_rope: uncentred second moments,
             shape ``[num_layers, num_heads, head_size, head_size]``.
         score_mean, score_std: of ``<key, filter>`` over the calibration tokens, shape ``[num_layers, num_kv_heads]``.

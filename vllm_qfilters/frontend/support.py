@@ -82,6 +82,14 @@ class Refusal(NamedTuple):
     message: str
 
 
+def _has_other_kv_heads_in_some_layers(config: Any) -> bool:
+    """config: of Transformers, which keeps what differs between layers in a configuration of each."""
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    return len({(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}) > 1
+
+
 # Of models by their configuration alone.
 MODEL_REFUSALS = (
     Refusal(
@@ -93,6 +101,14 @@ MODEL_REFUSALS = (
     Refusal(
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
+    ),
+    Refusal(
+        lambda start: _has_other_kv_heads_in_some_layers(start.model.hf_text_config),
+        "models whose layers differ in the number or the size of their KV heads (Gemma 4)",
+    ),
+    Refusal(
+        lambda start: getattr(start.model.hf_text_config, "num_kv_shared_layers", 0) > 0,
+        "models whose layers share one KV cache (Gemma 3n)",
     ),
 )
 REFUSALS = (

@@ -15,7 +15,7 @@ import torch
 
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.ops import Cache, Ops, Queries, TokenStat
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Cache, Ops, Queries, Softmax, TokenStat
 from vllm_qfilters.methods.catalog import Entry
 
 
@@ -51,7 +51,7 @@ class Model:
     Attributes:
         cache: keys, values and token stats.
         ops: the operators of its device.
-        scale: of the attention's logits.
+        softmax: of its attention.
         shared_by_heads: the heads of a layer keep the same tokens.
         max_over_ranks: the largest of a tensor over ranks that hold other heads of the same layers.
         static_filters: makes the paper's filters of the KV heads, shape ``[num_layers, num_kv_heads, head_size]``.
@@ -60,7 +60,7 @@ class Model:
 
     cache: Cache
     ops: Ops
-    scale: float = 1.0
+    softmax: Softmax = PLAIN_SOFTMAX
     shared_by_heads: bool = False
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
     static_filters: Callable[[], torch.Tensor] = _no_filters
