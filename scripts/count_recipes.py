@@ -48,7 +48,7 @@ TRAITS = {
         "query heads that differ",
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
     ),
-    "mrope": ("M-RoPE", None),
+    "mrope": ("M-RoPE", "tests/test_mrope.py::test_engine_matches_hugging_face_with_the_same_rule"),
     "kv_shapes": ("KV heads that differ", None),
     "narrow_values": ("values narrower than keys", None),
     "shared_cache": ("layers that share a cache", None),
@@ -140,7 +140,6 @@ def check(traits: set[str]) -> None:
         runner_type="generate",
         is_encoder_decoder=False,
         use_mla="mla" in traits,
-        uses_mrope="mrope" in traits,
         rswa_window=WINDOW if "rswa" in traits else None,
         hf_text_config=SimpleNamespace(num_kv_shared_layers=10 if "shared_cache" in traits else 0),
     )

@@ -42,13 +42,23 @@ class InterpretedRuns:
 
     Args:
         folder: for the filters that runs calibrate.
-        tiny_model, tiny_filters, tiny_exaone, exaone_filters: the fixtures of these names.
+        tiny_model, tiny_filters, tiny_exaone, exaone_filters, tiny_qwen_vl, qwen_vl_filters: fixtures of these names.
 
     Attributes:
         calibrated: by number of pipeline stages, where the engines leave their filters.
     """
 
-    def __init__(self, folder: pathlib.Path, *, tiny_model, tiny_filters, tiny_exaone, exaone_filters) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        tiny_model,
+        tiny_filters,
+        tiny_exaone,
+        exaone_filters,
+        tiny_qwen_vl,
+        qwen_vl_filters,
+    ) -> None:
         self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
         calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
         wanted = [
@@ -71,6 +81,12 @@ class InterpretedRuns:
                 llm=LLM,
                 requests=BATCHES,
                 model=str(tiny_exaone),
+            ),
+            dict(
+                compression=dict(EVICTING, filters=str(qwen_vl_filters[0])),
+                llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}),
+                requests=BATCHES,
+                model=str(tiny_qwen_vl),
             ),
         ]
         job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)

@@ -28,6 +28,10 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -201,6 +205,34 @@ def make_tiny_phi3(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+MROPE = {**ROPE, "mrope_section": [6, 5, 5]}  # of HEAD_SIZE / 2 frequencies: time, height, width
+VISION = dict(depth=1, num_heads=2, intermediate_size=32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+TOKEN_IDS = dict(image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)  # none in prompts
+
+
+def make_tiny_qwen2_5_vl(folder: pathlib.Path) -> pathlib.Path:
+    """M-RoPE in sections."""
+    torch.manual_seed(0)
+    text = {**_shape(), "rope_parameters": MROPE}
+    vision = dict(VISION, hidden_size=32, out_hidden_size=text["hidden_size"], fullatt_block_indexes=[0])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKEN_IDS)
+    Qwen2_5_VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_qwen3_vl(folder: pathlib.Path) -> pathlib.Path:
+    """M-RoPE whose sections are interleaved; queries and keys are normalised."""
+    torch.manual_seed(0)
+    text = {**_shape(), "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    vision = dict(VISION, hidden_size=32, out_hidden_size=text["hidden_size"], deepstack_visual_indexes=[])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKEN_IDS)
+    model = Qwen3VLForConditionalGeneration(config).to(torch.float32)
+    for layer in model.model.language_model.layers:  # so that attention differs from token to token
+        layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_smollm3(folder: pathlib.Path) -> pathlib.Path:
     """The last layer has no RoPE. vLLM serves it through Transformers, where one rotary embedding stands beside all
     layers.
@@ -298,7 +330,9 @@ def make_tiny_filters(
     identity = tiny_identity()
     if model is not None:
         config = AutoConfig.from_pretrained(model)
-        identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters, num_heads=num_heads)
+        identity = tiny_identity(
+            architecture=config.architectures[0], rope=config.get_text_config().rope_parameters, num_heads=num_heads
+        )
     save(path, made, identity)
     return made
 

@@ -3,7 +3,7 @@ product.
 
 Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
 RoPE; SmolLM3, with layers without RoPE; Laguna, whose layers differ in their query heads, and in how much of them
-turns; Gemma 2, which caps its logits;
+turns; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
 GPT-OSS, which has a sink beside its tokens."""
 
 import dataclasses
@@ -28,6 +28,18 @@ class Rule:
     observed: int = 0
     whole_pages: bool = False
     has_fp8_cache: bool = False
+
+
+class TextModel:
+    """The language model of one with images, for prompts of text, as if it were a model of its own."""
+
+    def __init__(self, model) -> None:
+        self.model, self.config, self._lm_head = model.model.language_model, model.config.text_config, model.lm_head
+
+    def __call__(self, *args, **kwargs):
+        output = self.model(*args, **kwargs)
+        output.logits = self._lm_head(output.last_hidden_state)
+        return output
 
 
 def teacher_forced_logprobs(
@@ -147,7 +159,13 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         return vectors
     if family in ("gemma3_text", "laguna"):
         of_layer = (model.config.layer_types[layer],)
-    cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
+    if "vl" in family:  # three components, of text the same; Qwen2.5-VL gives cosines and sines for each of them
+        cos, sin = (
+            part.reshape(-1, 1, *part.shape[-2:])[0]
+            for part in model.model.rotary_emb(vectors, positions.expand(3, 1, -1))
+        )
+    else:
+        cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
     if family == "gpt_oss":  # one number for both halves
         cos, sin = (torch.cat((part, part), -1) for part in (cos, sin))
     turned, still = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
@@ -182,7 +200,7 @@ def hook_queries(layer, see):
     attention = layer.self_attn
     if hasattr(attention, "q_norm"):
         # Some models normalise [1, heads, n, head_size], others [1, n, heads, head_size].
-        is_by_token = type(attention).__name__ in ("LagunaAttention",)
+        is_by_token = type(attention).__name__ in ("LagunaAttention", "Qwen3VLTextAttention")
         return attention.q_norm.register_forward_hook(
             lambda _, __, out: see(out[0].transpose(0, 1) if is_by_token else out[0])
         )

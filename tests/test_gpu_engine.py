@@ -15,7 +15,7 @@ from vllm_qfilters.filters.format import Filters, load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True], [True]]
     return results
 
 
@@ -82,6 +82,12 @@ def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
     result = runs[7]
     assert result["compactions"] >= 5
     assert_like_v1(exaone_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
+
+
+def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
+    result = runs[8]
+    assert result["compactions"] >= 5
+    assert_like_v1(qwen_vl_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
 def test_two_pipeline_stages_answer_as_one(runs):

@@ -31,6 +31,7 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
         ("gpt-oss-20b", "sliding windows, attention sinks", "accepted"),
         ("Qwen3-Next", "states beside attention", "refused"),  # by its class
         ("Qwen3.5 4B", "M-RoPE, states beside attention", "refused"),  # by classes below its own
+        ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("DeepSeek-R1", "MLA", "refused"),
         ("plamo-2-translate", "keys and values of one shape", "not in vLLM"),
     ],

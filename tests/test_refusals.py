@@ -135,7 +135,7 @@ def supported_config() -> SimpleNamespace:
     """
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, rswa_window=None,
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None,
             original_max_model_len=4096, max_model_len=4096, is_moe=True, hf_text_config=LlamaConfig(),
         ),
         parallel_config=SimpleNamespace(
@@ -157,7 +157,6 @@ def supported_config() -> SimpleNamespace:
         ("model_config.runner_type", "pooling", "pooling models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
-        ("model_config.uses_mrope", True, "models with M-RoPE positions"),
         ("model_config.hf_text_config", Gemma3nTextConfig(), r"models whose layers share one KV cache \(Gemma 3n\)"),
         (
             "model_config.hf_text_config",
@@ -269,23 +268,32 @@ def test_pages_in_pipelines_are_refused_by_name():
         check_supported(dataclasses.replace(compression, granularity="page"), config)
 
 
-@pytest.mark.parametrize("is_mm_prefix_lm, mm_features, kv_budget, is_refused", [
-    (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False),
-    (False, ["image"], None, False),
-])  # fmt: skip
-def test_images_that_are_attended_to_in_both_directions_are_refused(
-    is_mm_prefix_lm, mm_features, kv_budget, is_refused
+@pytest.mark.parametrize(
+    "uses, modality, max_tokens, kv_budget, reason",
+    [
+        ("is_mm_prefix_lm", "image", 1, 512, "models that attend to them in both directions: set kv_budget to 0"),
+        ("is_mm_prefix_lm", "image", 1, 0, None),
+        ("is_mm_prefix_lm", None, 1, 512, None),
+        ("uses_mrope", "image", 511, 512, "can come to 513 tokens, up to its budget of 512 none is evicted"),
+        ("uses_mrope", "video", 5000, 512, "with M-RoPE, .* can come to 4096 tokens"),
+        ("uses_mrope", "image", 510, 512, None),
+        ("uses_mrope", "image", 5000, 0, None),
+        ("uses_mrope", "prompt_embeds", 5000, 512, None),
+        ("uses_mrope", None, 5000, 512, None),
+        ("neither", "image", 5000, 512, None),
+    ],
+)
+def test_media_are_refused_where_positions_or_attention_are_not_those_of_text(
+    uses, modality, max_tokens, kv_budget, reason
 ):
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(is_mm_prefix_lm=is_mm_prefix_lm),
-        cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None),
-    )
-    params = SamplingParams(extra_args={} if kv_budget is None else {"kv_budget": kv_budget})
-    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=mm_features)
-    refused = pytest.raises(
-        VLLMValidationError, match="does not support images in prompts of models that attend to them in both"
-    )
-    with refused if is_refused else contextlib.nullcontext():
+    model = SimpleNamespace(is_mm_prefix_lm=False, uses_mrope=False, max_model_len=4096)
+    setattr(model, uses, True)
+    config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None))
+    params = SamplingParams(max_tokens=max_tokens, extra_args={"kv_budget": kv_budget})
+    features = [SimpleNamespace(modality=modality)] if modality else []
+    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=features)
+    refused = pytest.raises(VLLMValidationError, match=reason) if reason else contextlib.nullcontext()
+    with refused:
         check_request(policy_of(allow_kv_budget_off=True), config, request)
 
 
