@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC
+from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC, TURNS
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters, load
 
@@ -15,7 +15,7 @@ from vllm_qfilters.filters.format import Filters, load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True], [True]]
     return results
 
 
@@ -76,6 +76,12 @@ def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     result = runs[5]
     assert result["compactions"] >= 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
+
+
+def test_a_turn_starts_behind_a_compressed_prefix(runs, engines):
+    result = runs[8]
+    assert result["async_scheduling"] and [output["cached_tokens"] for output in result["outputs"]] == [0, 192]
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), TURNS, result)
 
 
 def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):

@@ -224,7 +224,7 @@ class Policy:
             interval=self.interval,
             chunk=self.chunk if self.evicts_prompts_in_chunks else None,
             prefill_interval=self.prefill_interval if self.evicts_prompts_in_chunks else None,
-            private_window=bool(self.observed_queries),
+            observed_queries=self.observed_queries,
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
         )

@@ -156,9 +156,17 @@ class CompressedModelRunner:
         """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of
         a table's row, and may zero or hand out pages that the plan gave up.
         """
-        if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.compaction.compactions:
+        if not isinstance(scheduler_output, QFiltersSchedulerOutput):
             return
-        compactions = scheduler_output.compaction.compactions
+        for hit in scheduler_output.prefix_hits:
+            self.lengths.add(hit.req_id, hit.evicted_tokens)
+        if scheduler_output.compaction.compactions:
+            self._evict(scheduler_output.compaction.compactions)
+        if self.kept_tokens is not None:
+            for hit in scheduler_output.prefix_hits:
+                self.kept_tokens.start(hit)
+
+    def _evict(self, compactions: Sequence[RequestCompaction]) -> None:
         if not self.compression.evicts_whole_pages:
             table_rows, block_table = self.tables_of(compactions)
             recent_queries = [self.recent_queries(compaction) for compaction in compactions]
