@@ -4,9 +4,9 @@
 
 The first turn is answered, then the second turn is sent with the whole history and a new message, with the prefix cache
 on. Plain vLLM finds nearly all of the history in the prefix cache. A sequence that evicts while its prompt is read
-(``prefill: chunked``, the default) finds what lies before its first cut alone, for what was read after it has seen a
-compressed context. With ``prefill: full`` a prompt is cut after it was read, and all of it is found; the answer was
-written in a compressed context, and is read again. Conversations follow each other, alone on the engine.
+(``prefill: chunked``, the default) starts behind the compressed prefix that the first turn's prompt left. With
+``prefill: full`` a prompt is cut after it was read, and all of it is found. Either way the answer was written in
+another context than it is read in, and is read again. Conversations follow each other, alone on the engine.
 """
 
 import argparse

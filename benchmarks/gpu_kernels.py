@@ -37,7 +37,7 @@ from benchmarks.case import RESULTS, check_output
 from vllm_qfilters.kernels import REFERENCE_OPS
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.ops import Observation, TokenStat
+from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat
 from vllm_qfilters.kernels.triton.compaction import compact
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
 from vllm_qfilters.kernels.triton.observation import observe
@@ -148,7 +148,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize + 4
 
     def observe_queries():
-        observe(cache, batch, observations, cache.scores, HEAD_SIZE**-0.5, 7, 13, shared_by_heads=True)
+        observe(cache, batch, observations, cache.scores, Softmax(HEAD_SIZE**-0.5), 7, 13, shared_by_heads=True)
 
     def whole():
         again = CompactionBatch.make(batch.compactions, batch.table_rows, block_table)

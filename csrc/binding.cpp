@@ -10,10 +10,10 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def("page_scores(Tensor score_plane, Tensor pages, Tensor mean, Tensor deviation) -> Tensor");
   library.def(
       "expected_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor means, "
-      "Tensor factors) -> Tensor");
+      "Tensor factors, Tensor? group_sizes, Tensor? sinks, float soft_cap) -> Tensor");
   library.def(
-      "observed_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor queries) "
-      "-> (Tensor, Tensor)");
+      "observed_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor queries, "
+      "Tensor? group_sizes, Tensor? sinks, float soft_cap) -> (Tensor, Tensor)");
   library.def("key_distinctness(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens) -> Tensor");
   library.def(
       "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "

@@ -1,5 +1,7 @@
 #include "key_tiles.h"
 
+#include <cmath>
+
 namespace vllm_qfilters {
 namespace {
 
@@ -86,7 +88,7 @@ void project_tile(
 }
 
 CLONE_FOR_WIDER_VECTORS
-void softmax(float* logits, int64_t count) {
+void softmax(float* logits, int64_t count, float sink) {
   const int64_t whole = count / kLanes * kLanes;  // the rest goes lane by lane
   Floats lanes = Floats{} - __builtin_inff();
   for (int64_t first = 0; first < whole; first += kLanes) {
@@ -101,6 +103,7 @@ void softmax(float* logits, int64_t count) {
   for (int64_t lane = 1; lane < kLanes; ++lane) {
     highest = std::max(highest, lanes[lane]);
   }
+  highest = std::max(highest, sink);
   Floats sums = {};
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t size = std::min(kLanes, count - first) * sizeof(float);
@@ -113,7 +116,7 @@ void softmax(float* logits, int64_t count) {
       sums += part;
     }
   }
-  float sum = 0;
+  float sum = std::exp(sink - highest);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     sum += sums[lane];
   }
@@ -122,6 +125,12 @@ void softmax(float* logits, int64_t count) {
   }
   for (int64_t index = 0; index < count; ++index) {
     logits[index] /= sum;
+  }
+}
+
+void soften(float* logits, int64_t count, float cap) {
+  for (int64_t index = 0; index < count; ++index) {
+    logits[index] = cap * std::tanh(logits[index] / cap);
   }
 }
 

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -19,8 +21,11 @@ constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are projected at onc
 void project_tile(
     const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out);
 
-// logits become e^logit divided by their sum.
-void softmax(float* logits, int64_t count);
+// logits become e^logit divided by their sum and e^sink.
+void softmax(float* logits, int64_t count, float sink);
+
+// logits become cap * tanh(logit / cap).
+void soften(float* logits, int64_t count, float cap);
 
 // Of elements that lie side by side.
 void to_floats(const float* from, int64_t count, float* floats);
@@ -124,6 +129,60 @@ void with_paged_keys(const at::Tensor& pages, const at::Tensor& key_offsets, con
       TORCH_CHECK(false, "pages must be float32, bfloat16, float16 or fp8, found ", pages.scalar_type());
   }
 }
+
+// How the layers of a model make attention of logits.
+class Softmax {
+ public:
+  // group_sizes: [num_layers] int64, how many of the query heads that a KV head has in every layer count
+  // sinks: [num_layers, num_heads] float32, a logit beside those of the tokens
+  // num_heads: query heads of every layer, those that do not count among them
+  Softmax(
+      const std::optional<at::Tensor>& group_sizes, const std::optional<at::Tensor>& sinks, double soft_cap,
+      int64_t num_layers, int64_t num_heads, int64_t num_kv_heads)
+      : num_heads_(num_heads), group_(num_heads / num_kv_heads), soft_cap_(static_cast<float>(soft_cap)) {
+    if (group_sizes.has_value()) {
+      TORCH_CHECK(
+          group_sizes->is_contiguous() && group_sizes->scalar_type() == at::kLong && group_sizes->dim() == 1 &&
+              group_sizes->size(0) == num_layers,
+          "group_sizes must be contiguous int64 for ", num_layers, " layers, found ", group_sizes->scalar_type(),
+          group_sizes->sizes());
+      group_sizes_ = group_sizes->const_data_ptr<int64_t>();
+      TORCH_CHECK(
+          std::all_of(
+              group_sizes_, group_sizes_ + num_layers, [&](int64_t size) { return 1 <= size && size <= group_; }),
+          "group_sizes must lie between 1 and ", group_);
+    }
+    if (sinks.has_value()) {
+      TORCH_CHECK(
+          sinks->is_contiguous() && sinks->scalar_type() == at::kFloat && sinks->dim() == 2 &&
+              sinks->size(0) == num_layers && sinks->size(1) == num_heads,
+          "sinks must be contiguous float32 for ", num_layers, " layers and ", num_heads, " query heads, found ",
+          sinks->scalar_type(), sinks->sizes());
+      sinks_ = sinks->const_data_ptr<float>();
+    }
+  }
+
+  // The query heads of a KV head that count.
+  int64_t group_size(int64_t layer) const {
+    return group_sizes_ == nullptr ? group_ : group_sizes_[layer];
+  }
+
+  float soft_cap() const {
+    return soft_cap_;
+  }
+
+  // Of the logits of one query head of a KV head.
+  void operator()(float* logits, int64_t count, int64_t layer, int64_t kv_head, int64_t member) const {
+    const float none = -std::numeric_limits<float>::infinity();
+    softmax(logits, count, sinks_ == nullptr ? none : sinks_[layer * num_heads_ + kv_head * group_ + member]);
+  }
+
+ private:
+  const int64_t num_heads_, group_;
+  const float soft_cap_;
+  const int64_t* group_sizes_ = nullptr;
+  const float* sinks_ = nullptr;
+};
 
 inline void check_paged_keys(
     const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, int64_t num_tokens) {

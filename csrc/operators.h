@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace vllm_qfilters {
@@ -41,7 +42,10 @@ at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] 
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
     const at::Tensor& means,          // [num_layers, num_heads, head_size] float32
-    const at::Tensor& factors);       // [num_layers, num_heads, rank, head_size] float32
+    const at::Tensor& factors,        // [num_layers, num_heads, rank, head_size] float32
+    const std::optional<at::Tensor>& group_sizes,  // [num_layers] int64: of the query heads of a KV head, the first count
+    const std::optional<at::Tensor>& sinks,        // [num_layers, num_heads] float32: logits beside those of the tokens
+    double soft_cap);                 // of logits; 0: none
 
 // Of the last queries of a sequence, the last of which is that of the last token: the mean over queries and the query
 // heads of a KV head, and the most; no neighbours yet.
@@ -50,7 +54,10 @@ std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_h
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
-    const at::Tensor& queries);       // [num_layers, num_heads, num_queries, head_size] float32
+    const at::Tensor& queries,        // [num_layers, num_heads, num_queries, head_size] float32
+    const std::optional<at::Tensor>& group_sizes,  // as of expected_attention, like the rest
+    const std::optional<at::Tensor>& sinks,
+    double soft_cap);
 
 // Minus the cosine of each key with the mean direction of the keys of its head; no neighbours yet.
 at::Tensor key_distinctness(          // [num_layers, num_kv_heads, num_tokens] float32

@@ -8,7 +8,7 @@ import torch
 from vllm_qfilters.kernels import reference
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import read_plane, write_plane
-from vllm_qfilters.kernels.ops import Cache, Observation, TokenStat, Turns
+from vllm_qfilters.kernels.ops import Cache, Observation, Softmax, TokenStat, Turns
 
 
 class SequenceOps:
@@ -69,11 +69,17 @@ class SequenceOps:
         return _flat(parts)
 
     def expected_attention(
-        self, cache: Cache, batch: CompactionBatch, means: torch.Tensor, factors: torch.Tensor, turns: Turns
+        self,
+        cache: Cache,
+        batch: CompactionBatch,
+        means: torch.Tensor,
+        factors: torch.Tensor,
+        turns: Turns,
+        softmax: Softmax,
     ) -> torch.Tensor:
         return _flat(
             self.functions.expected_attention(
-                cache, pages, num_tokens, turned(means, turns, index), turned(factors, turns, index)
+                cache, pages, num_tokens, turned(means, turns, index), turned(factors, turns, index), softmax
             )
             for index, pages, num_tokens in _sequences(cache, batch)
         )
@@ -84,7 +90,7 @@ class SequenceOps:
         batch: CompactionBatch,
         observations: Sequence[Observation],
         plane: torch.Tensor,
-        scale: float,
+        softmax: Softmax,
         mean_pool: int,
         peak_pool: int,
         shared_by_heads: bool,
@@ -97,9 +103,9 @@ class SequenceOps:
             if observation is None:
                 parts.append(read_plane(plane, pages, num_tokens))
                 continue
-            queries = scale * observation.queries.to(plane.device).to(torch.float32)
+            queries = softmax.scale * observation.queries.to(plane.device).to(torch.float32)
             mean, peak = self.functions.observed_attention(
-                cache, pages, num_tokens, queries, observation.num_newer, mean_pool, peak_pool
+                cache, pages, num_tokens, queries, observation.num_newer, mean_pool, peak_pool, softmax
             )
             write_plane(plane, pages, mean)
             if not observation.is_question:

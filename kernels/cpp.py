@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from vllm_qfilters.kernels.layout import PagedCache
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Softmax
 from vllm_qfilters.kernels.reference import mean_of_neighbours, pool_neighbours, take_out_pages
 
 LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
@@ -47,11 +48,11 @@ def _register_fakes() -> None:
     )
     torch.library.register_fake(
         "vllm_qfilters::expected_attention",
-        lambda pages, key_offsets, page_table, num_tokens, means, factors: _fake_attention(pages, num_tokens, means),
+        lambda pages, key_offsets, page_table, num_tokens, means, *rest: _fake_attention(pages, num_tokens, means),
     )
     torch.library.register_fake(
         "vllm_qfilters::observed_attention",
-        lambda pages, key_offsets, page_table, num_tokens, queries: (
+        lambda pages, key_offsets, page_table, num_tokens, queries, *rest: (
             _fake_attention(pages, num_tokens, queries),
             _fake_attention(pages, num_tokens, queries),
         ),
@@ -85,12 +86,24 @@ def _times_key_scales(cache: PagedCache, vectors: torch.Tensor) -> torch.Tensor:
     return (vectors * cache.key_scales.view(-1, *[1] * (vectors.dim() - 1))).contiguous()
 
 
+def _of_layers(softmax: Softmax) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """What operators read of a model's softmax: vectors have its scale already."""
+    return softmax.group_sizes, softmax.sinks, softmax.soft_cap
+
+
 def expected_attention(
-    cache: PagedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+    cache: PagedCache,
+    pages: torch.Tensor,
+    num_tokens: int,
+    means: torch.Tensor,
+    factors: torch.Tensor,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.expected_attention`."""
     statistics = _times_key_scales(cache, means), _times_key_scales(cache, factors)
-    return OPERATORS.expected_attention.default(cache.pages, cache.layout.keys, pages, num_tokens, *statistics)
+    return OPERATORS.expected_attention.default(
+        cache.pages, cache.layout.keys, pages, num_tokens, *statistics, *_of_layers(softmax)
+    )
 
 
 def observed_attention(
@@ -101,10 +114,16 @@ def observed_attention(
     num_newer: int,
     mean_pool: int,
     peak_pool: int,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
     mean, peak = OPERATORS.observed_attention.default(
-        cache.pages, cache.layout.keys, pages, num_tokens - num_newer, _times_key_scales(cache, queries)
+        cache.pages,
+        cache.layout.keys,
+        pages,
+        num_tokens - num_newer,
+        _times_key_scales(cache, queries),
+        *_of_layers(softmax),
     )
     return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 

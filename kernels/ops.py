@@ -48,6 +48,57 @@ class Turns:
     partner: torch.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """How the layers of a model make attention of the products of queries and keys.
+
+    Operators take queries, or vectors that stand for them, of as many query heads in every layer; those of one KV head
+    lie side by side.
+
+    Attributes:
+        scale: of the products, which makes them logits.
+        soft_cap: c, where a logit x becomes ``c tanh(x / c)`` (Gemma 2); 0: logits stay what they are.
+        sinks: a logit beside those of the tokens for each query head (GPT-OSS), float32, shape
+            ``[num_layers, num_heads]``; None: there are none.
+        group_sizes: query heads of each KV head by layer, int64, shape ``[num_layers]``, where layers differ: the first
+            ones of each KV head count, what lies behind them is padding. None: all count.
+    """
+
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+    group_sizes: torch.Tensor | None = None
+
+    def of_layers(self, layers: slice) -> "Softmax":
+        """That of some layers."""
+        sinks, group_sizes = (part if part is None else part[layers] for part in (self.sinks, self.group_sizes))
+        return dataclasses.replace(self, sinks=sinks, group_sizes=group_sizes)
+
+    def group_size(self, layer: int, num_padded: int) -> int:
+        """Query heads of a KV head in ``layer``, of ``num_padded`` with padding. Reads the device."""
+        return num_padded if self.group_sizes is None else int(self.group_sizes[layer])
+
+
+PLAIN_SOFTMAX = Softmax()
+
+
+def in_groups_of(size: int, heads: torch.Tensor, num_kv_heads: int, dim: int = 0) -> torch.Tensor:
+    """Query heads of one layer, padded with zeros so that each KV head has ``size`` of them.
+
+    Args:
+        heads: along dimension ``dim``, those of one KV head side by side.
+
+    Returns:
+        ``heads`` itself where it needs no padding.
+    """
+    if heads.shape[dim] == num_kv_heads * size:
+        return heads
+    by_kv_head = heads.unflatten(dim, (num_kv_heads, -1))
+    shape = list(by_kv_head.shape)
+    shape[dim + 1] = size - shape[dim + 1]
+    return torch.cat((by_kv_head, heads.new_zeros(shape)), dim=dim + 1).flatten(dim, dim + 1)
+
+
 class Queries(Protocol):
     """A tensor, or what becomes one: queries of all layers wait in the memory of the host until they are looked from.
 
@@ -148,22 +199,31 @@ class Ops(Protocol):
         """
 
     def expected_attention(
-        self, cache: Cache, batch: CompactionBatch, means: torch.Tensor, factors: torch.Tensor, turns: Turns
+        self,
+        cache: Cache,
+        batch: CompactionBatch,
+        means: torch.Tensor,
+        factors: torch.Tensor,
+        turns: Turns,
+        softmax: Softmax,
     ) -> torch.Tensor:
         """The attention that coming queries are expected to pay to each token, averaged over the query heads of a KV
         head.
 
         For a normally distributed query of mean ``R m`` and covariance ``sum_r (R b_r)(R b_r)^T`` the expectation of
         ``exp(<k, q>)`` is ``exp(<k, R m> + sum_r <k, R b_r>^2 / 2)``; it is normalised over the tokens of a sequence
-        (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+        (the estimate of ExpectedAttention, arXiv 2510.00636, section 3). Sinks count in what it is normalised by. Where
+        logits are capped, ``g`` being the cap, m the mean logit and v its variance, the exponent is that of Laplace's
+        method after one step from the uncapped one: ``g(m + v s) - v s^2 / 2`` with ``s = g'(m + v / 2)``.
 
         Args:
             means: ``m`` times the scale of the logits, float32, shape ``[num_layers, num_heads, head_size]``.
             factors: ``b_r`` times that scale, float32, shape ``[num_layers, num_heads, rank, head_size]``; the rank may
                 be 0.
+            softmax: of the model; its scale is not asked for.
 
         Returns:
-            float32, flat, ``num_kv_heads`` heads, each row of sum 1.
+            float32, flat, ``num_kv_heads`` heads, each row of sum 1, or less where there are sinks.
         """
 
     def observe(
@@ -172,7 +232,7 @@ class Ops(Protocol):
         batch: CompactionBatch,
         observations: Sequence[Observation],
         plane: torch.Tensor,
-        scale: float,
+        softmax: Softmax,
         mean_pool: int,
         peak_pool: int,
         shared_by_heads: bool,
@@ -186,7 +246,7 @@ class Ops(Protocol):
         Args:
             observations: of different sequences.
             plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
-            scale: of the attention's logits.
+            softmax: of the model.
             mean_pool, peak_pool: neighbours, the token among them, odd.
             shared_by_heads: the peak is that of all heads of a layer, on all ranks.
             max_over_ranks: the largest over ranks that hold other heads of the same layers; may write to its argument.

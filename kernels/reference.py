@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d, normalize, pad
 
 from vllm_qfilters.kernels.batch import NOT_OBSERVED
 from vllm_qfilters.kernels.layout import PagedCache, StridedCache
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Softmax
 
 
 def score_and_store(
@@ -56,13 +57,19 @@ def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: 
 
 
 def expected_attention(
-    cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, means: torch.Tensor, factors: torch.Tensor
+    cache: PagedCache | StridedCache,
+    pages: torch.Tensor,
+    num_tokens: int,
+    means: torch.Tensor,
+    factors: torch.Tensor,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> torch.Tensor:
     """How much attention coming queries are expected to pay to each token of a sequence.
 
     For a normally distributed query of mean m and covariance ``sum_r b_r b_r^T`` the expectation of ``exp(<k, q>)`` is
-    ``exp(<k, m> + sum_r <k, b_r>^2 / 2)``; it is normalised over the tokens, and averaged over the query heads of a KV
-    head (the estimate of ExpectedAttention, arXiv 2510.00636, section 3).
+    ``exp(<k, m> + sum_r <k, b_r>^2 / 2)``; it is normalised over the tokens and the sink, and averaged over the query
+    heads of a KV head (the estimate of ExpectedAttention, arXiv 2510.00636, section 3). Of capped logits see
+    :meth:`vllm_qfilters.kernels.ops.Ops.expected_attention`.
 
     Args:
         cache: whose keys are read.
@@ -70,20 +77,53 @@ def expected_attention(
         num_tokens: it holds.
         means: m times the scale of the logits, shape ``[num_layers, num_heads, head_size]``, float32.
         factors: b_r times that scale, shape ``[num_layers, num_heads, rank, head_size]``, float32; the rank may be 0.
+        softmax: of the model.
 
     Returns:
-        float32, shape ``[num_layers, num_kv_heads, num_tokens]``, each row of sum 1.
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]``, each row of sum 1, or less where there are sinks.
     """
     num_layers, num_heads, rank, head_size = factors.shape
     num_kv_heads = cache.num_kv_heads
     attention = torch.empty(num_layers, num_kv_heads, num_tokens, device=means.device)
+    num_padded = num_heads // num_kv_heads
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_tokens)
-        logits = means[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT  # [num_kv_heads, group, num_tokens]
-        projections = factors[layer].reshape(num_kv_heads, num_heads // num_kv_heads * rank, head_size) @ keys.mT
-        logits += projections.square().view(*logits.shape[:2], rank, num_tokens).sum(2) / 2
-        attention[layer] = logits.softmax(-1).mean(1)
+        group = softmax.group_size(layer, num_padded)
+        mean = means[layer].view(num_kv_heads, num_padded, head_size)[:, :group]
+        logits = mean @ keys.mT  # [num_kv_heads, group, num_tokens]
+        directions = factors[layer].view(num_kv_heads, num_padded, rank, head_size)[:, :group].flatten(1, 2)
+        variance = (directions @ keys.mT).square().view(*logits.shape[:2], rank, num_tokens).sum(2)
+        logits = expected_logits(logits, variance, softmax.soft_cap)
+        attention[layer] = softmax_beside_sinks(logits, softmax, layer).mean(1)
     return attention
+
+
+def expected_logits(mean: torch.Tensor, variance: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """The logarithm of the expectation of ``exp(g(x))`` for normally distributed x and a soft cap g, 0: none. See
+    :meth:`vllm_qfilters.kernels.ops.Ops.expected_attention`.
+    """
+    if not soft_cap:
+        return mean + variance / 2
+    slope = 1 - ((mean + variance / 2) / soft_cap).tanh().square()
+    return capped(mean + variance * slope, soft_cap) - variance * slope.square() / 2
+
+
+def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """``c tanh(x / c)`` of logits x; a soft cap c of 0: x."""
+    return soft_cap * (logits / soft_cap).tanh() if soft_cap else logits
+
+
+def softmax_beside_sinks(logits: torch.Tensor, softmax: Softmax, layer: int) -> torch.Tensor:
+    """Over the last dimension, and the sink of each query head in ``layer``, where it has one.
+
+    Args:
+        logits: shape ``[num_kv_heads, group, ..., num_tokens]``, without padding.
+    """
+    if softmax.sinks is None:
+        return logits.softmax(-1)
+    sinks = softmax.sinks[layer].view(logits.shape[0], -1)[:, : logits.shape[1]]
+    sinks = sinks.view(*logits.shape[:2], *[1] * (logits.dim() - 2)).expand(*logits.shape[:-1], 1)
+    return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
 
 
 def observed_attention(
@@ -94,6 +134,7 @@ def observed_attention(
     num_newer: int,
     mean_pool: int,
     peak_pool: int,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much attention the last queries of a prompt pay to each token of a sequence and its neighbours (after SnapKV,
     arXiv 2404.14469): on the whole, and at most.
@@ -106,6 +147,7 @@ def observed_attention(
             float32.
         num_newer: of its last tokens came after the last query.
         mean_pool, peak_pool: neighbours, the token among them, odd.
+        softmax: of the model.
 
     Returns:
         float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; ``NOT_OBSERVED`` for newer tokens.
@@ -113,7 +155,7 @@ def observed_attention(
         mean: over queries, the query heads of a KV head, and neighbours.
         peak: the most that a query, of the query heads of a KV head, pays to a neighbour.
     """
-    num_layers, _, num_queries, head_size = queries.shape
+    num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
     num_seen = num_tokens - num_newer
     mean, peak = torch.empty(2, num_layers, num_kv_heads, num_seen, device=queries.device)
@@ -122,9 +164,10 @@ def observed_attention(
     )
     for layer in range(num_layers):
         keys = cache.resident_keys(layer, pages, num_seen)
-        logits = queries[layer].reshape(num_kv_heads, -1, head_size) @ keys.mT
-        logits = logits.view(num_kv_heads, -1, num_queries, num_seen).masked_fill(is_future, float("-inf"))
-        attention = logits.softmax(-1)
+        group = softmax.group_size(layer, num_heads // num_kv_heads)
+        of_layer = queries[layer].view(num_kv_heads, -1, num_queries, head_size)[:, :group]
+        logits = capped(of_layer @ keys[:, None].mT, softmax.soft_cap).masked_fill(is_future, float("-inf"))
+        attention = softmax_beside_sinks(logits, softmax, layer)
         mean[layer], peak[layer] = attention.mean((1, 2)), attention.amax((1, 2))
     return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 

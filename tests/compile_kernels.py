@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
-from vllm_qfilters.kernels.ops import Observation, TokenStat, Turns
+from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat, Turns
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
 from vllm_qfilters.kernels.triton.observation import observe
@@ -95,13 +95,35 @@ def launch_all(has_fp8: bool) -> None:
             key_distinctness(narrow.cache, narrow.batch, 7)
             queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
             observations, scales = [Observation(0, queries, 0, is_question=True)], torch.ones(cache.num_layers)
-            observe(narrow.cache, narrow.batch, observations, narrow.cache.scores, 0.1, 7, 13, True, key_scales=scales)
+            observe(
+                narrow.cache,
+                narrow.batch,
+                observations,
+                narrow.cache.scores,
+                Softmax(0.1),
+                7,
+                13,
+                True,
+                key_scales=scales,
+            )
         queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
         observe(
-            cache, batch, [Observation(0, queries, 0, is_question=True)], cache.scores, 0.1, 7, 13, shared_by_heads=True
+            cache,
+            batch,
+            [Observation(0, queries, 0, is_question=True)],
+            cache.scores,
+            Softmax(0.1),
+            7,
+            13,
+            shared_by_heads=True,
         )
         key_distinctness(cache, batch, 7)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
+        sizes, sinks = torch.ones(cache.num_layers, dtype=torch.int64), torch.zeros(cache.num_layers, heads * 4)
+        softmax = Softmax(0.1, soft_cap=50.0, sinks=sinks, group_sizes=sizes)
+        score_resident(cache, batch, filters, factors, None, turns, softmax.soft_cap)
+        mean_softmax(logits, batch, cache.num_layers, heads, 4, softmax)
+        observe(cache, batch, [Observation(0, queries, 0)], cache.scores, softmax, 7, 13, shared_by_heads=True)
         requests = torch.zeros(5, dtype=torch.int64)
         compute_slots_and_lengths(
             requests, torch.zeros(6, dtype=torch.int32), torch.zeros(9, dtype=torch.int64),

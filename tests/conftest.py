@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import models
-from tests.engines import Engines
+from tests.engines import TEXT_ONLY, Engines, register_qwen_vl
 from tests.interpreted_runs import InterpretedRuns
 from vllm_qfilters import cpu
 from vllm_qfilters.kernels import IMPLEMENTATION
@@ -113,6 +113,43 @@ def exaone_engines(tiny_exaone, exaone_filters):
     return Engines(tiny_exaone, exaone_filters[0])
 
 
+@pytest.fixture(scope="session")
+def tiny_laguna(tmp_path_factory):
+    """Folder of a model whose layers differ in their query heads: see :func:`tests.models.make_tiny_laguna`."""
+    return models.make_tiny_laguna(tmp_path_factory.mktemp("tiny-laguna"))
+
+
+@pytest.fixture(scope="session")
+def laguna_filters(tiny_laguna, tmp_path_factory):
+    """(path, Filters) made at random for ``tiny_laguna``."""
+    path = tmp_path_factory.mktemp("filters") / "laguna.safetensors"
+    return path, models.make_tiny_filters(path, model=tiny_laguna, num_heads=max(models.LAGUNA_HEADS))
+
+
+@pytest.fixture(scope="session")
+def laguna_engines(tiny_laguna, laguna_filters):
+    return Engines(tiny_laguna, laguna_filters[0])
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_vl(tmp_path_factory):
+    """Folder of a model with M-RoPE: see :func:`tests.models.make_tiny_qwen2_5_vl`."""
+    return models.make_tiny_qwen2_5_vl(tmp_path_factory.mktemp("tiny-qwen-vl"))
+
+
+@pytest.fixture(scope="session")
+def qwen_vl_filters(tiny_qwen_vl, tmp_path_factory):
+    """(path, Filters) made at random for ``tiny_qwen_vl``."""
+    path = tmp_path_factory.mktemp("filters") / "qwen-vl.safetensors"
+    return path, models.make_tiny_filters(path, model=tiny_qwen_vl)
+
+
+@pytest.fixture(scope="session")
+def qwen_vl_engines(tiny_qwen_vl, qwen_vl_filters):
+    register_qwen_vl()
+    return Engines(tiny_qwen_vl, qwen_vl_filters[0], **TEXT_ONLY)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_runs(request, tmp_path_factory):
     """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their
@@ -121,7 +158,13 @@ def interpreted_runs(request, tmp_path_factory):
     if not any(item.path.name == "test_gpu_engine.py" for item in request.session.items):
         yield None
         return
-    names = ("tiny_model", "tiny_filters", "tiny_exaone", "exaone_filters")
+    families = ("exaone", "qwen_vl")
+    names = (
+        "tiny_model",
+        "tiny_filters",
+        *(f"tiny_{family}" for family in families),
+        *(f"{family}_filters" for family in families),
+    )
     folder = tmp_path_factory.mktemp("calibrated")
     runs = InterpretedRuns(folder, **{name: request.getfixturevalue(name) for name in names})
     yield runs

@@ -2,12 +2,17 @@
 
 import contextlib
 import functools
+import importlib
 import itertools
 import pathlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
+from transformers.utils import is_torchvision_available
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.triton_utils import dispatcher
 
 from vllm_qfilters import kv_compression
@@ -31,10 +36,11 @@ def keep_alive(llm: LLM) -> LLM:
 
 
 class Engines:
-    """Starts each configuration once; tests share the engines and leave them idle."""
+    """Starts each configuration once; tests share the engines and leave them idle. llm: more keywords of vLLM's
+    ``LLM``."""
 
-    def __init__(self, model: pathlib.Path, filters: pathlib.Path) -> None:
-        self._model, self._filters = model, filters
+    def __init__(self, model: pathlib.Path, filters: pathlib.Path, **llm) -> None:
+        self._model, self._filters, self._llm = model, filters, llm
         self._engines: dict[tuple, Engine] = {}
 
     def get(
@@ -67,8 +73,36 @@ class Engines:
                 kv_compression(method, **{**ANY_BUDGET, **filters, **options}),
                 kv_cache_dtype=kv_cache_dtype,
                 **(speculation(num_drafts) if num_drafts else {}),
+                **self._llm,
             )
         return self._engines[key]
+
+
+TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}  # engine arguments of models with images
+
+
+def register_qwen_vl() -> None:
+    """Of Qwen2.5-VL and Qwen3-VL, for which vLLM imports names of torchvision that nothing asks for while prompts are
+    text: beside a PyTorch for CPUs there is none on PyPI.
+    """
+    if is_torchvision_available():  # Transformers remembers the answer
+        return
+    names = ["torchvision", *(f"torchvision.{name}" for name in ("transforms", "transforms.v2"))]
+    stand_ins = {name: ModuleType(name) for name in [*names, "torchvision.transforms.v2.functional"]}
+    for name in [*stand_ins][1:]:
+        parent, _, child = name.rpartition(".")
+        setattr(stand_ins[parent], child, stand_ins[name])
+    sys.modules.update(stand_ins)
+    try:
+        for module, name in (
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+            ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ):
+            module = importlib.import_module(f"vllm.model_executor.models.{module}")
+            ModelRegistry.register_model(name, getattr(module, name))
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 def speculation(num_drafts: int) -> dict:
@@ -172,6 +206,7 @@ class Engine:
         pages = self.scheduler.block_manager
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not pages.evicted and not pages.limits and not pages.req_to_blocks and not pages._released
+        assert not pages.next_cuts and not pages._standings and not pages._planned and pages._found is None
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
 
 

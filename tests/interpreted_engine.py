@@ -39,6 +39,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from tests.engines import register_qwen_vl
 from tests.paged import ForbiddenReads
 from tests.specialisations import recorded
 from vllm_qfilters import kv_compression
@@ -201,6 +202,8 @@ def run(
         warmed_up.update(launched)
 
     QFiltersGPUModelRunner.warm_up = recorded_warm_up
+    if "limit_mm_per_prompt" in llm:
+        register_qwen_vl()
     engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")

@@ -31,6 +31,9 @@ SHARED_PREFIX = [
     [dict(prompt=LONG[:64] + random_prompt(63, seed=seed), max_tokens=max_tokens) for seed in seeds]
     for max_tokens, seeds in ((1, (7,)), (4, (8, 9)))
 ]
+# A turn, and the next one, which starts behind the last cut of the first.
+HISTORY = random_prompt(200, seed=10)
+TURNS = [[dict(prompt=HISTORY + random_prompt(40, seed=11)[:num_tokens], max_tokens=8)] for num_tokens in (0, 40)]
 SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
 CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
@@ -42,13 +45,24 @@ class InterpretedRuns:
 
     Args:
         folder: for the filters that runs calibrate.
-        tiny_model, tiny_filters, tiny_exaone, exaone_filters: the fixtures of these names.
+        tiny_model, tiny_filters, tiny_exaone, tiny_qwen_vl, exaone_filters, qwen_vl_filters: the fixtures of these
+            names.
 
     Attributes:
         calibrated: by number of pipeline stages, where the engines leave their filters.
     """
 
-    def __init__(self, folder: pathlib.Path, *, tiny_model, tiny_filters, tiny_exaone, exaone_filters) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        tiny_model,
+        tiny_filters,
+        tiny_exaone,
+        exaone_filters,
+        tiny_qwen_vl,
+        qwen_vl_filters,
+    ) -> None:
         self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
         calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
         wanted = [
@@ -72,6 +86,13 @@ class InterpretedRuns:
                 requests=BATCHES,
                 model=str(tiny_exaone),
             ),
+            dict(
+                compression=dict(EVICTING, filters=str(qwen_vl_filters[0])),
+                llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}),
+                requests=BATCHES,
+                model=str(tiny_qwen_vl),
+            ),
+            dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
         ]
         job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
         self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115

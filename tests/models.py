@@ -14,10 +14,14 @@ from transformers import (
     AutoConfig,
     Exaone4Config,
     Exaone4ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
+    LagunaConfig,
+    LagunaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -25,6 +29,10 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -138,6 +146,22 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def make_tiny_gemma2(folder: pathlib.Path) -> pathlib.Path:
+    """Logits are capped, at a value that many of them come near to; the layer in the middle attends to everything."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    shape = {**_shape(), "pad_token_id": 0, "tie_word_embeddings": True}
+    config = Gemma2Config(
+        **shape,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=layer_types,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=3.0,
+    )
+    Gemma2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
 def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
     """A mixture of experts with attention sinks; every other layer has a sliding window."""
     torch.manual_seed(0)
@@ -150,6 +174,28 @@ def make_tiny_gpt_oss(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+LAGUNA_HEADS = (6, 4, 6)  # query heads by layer
+LAGUNA_ROPE = {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 5e5, "partial_rotary_factor": 0.5}}
+
+
+def make_tiny_laguna(folder: pathlib.Path) -> pathlib.Path:
+    """The layer in the middle attends to everything, with fewer query heads than the others, which have a sliding
+    window, and turns half of each query; queries and keys are normalised."""
+    torch.manual_seed(0)
+    config = LagunaConfig(
+        **{**_shape(), "rope_parameters": LAGUNA_ROPE},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        mlp_layer_types=["dense"] * NUM_LAYERS,
+        num_attention_heads_per_layer=list(LAGUNA_HEADS),
+        sliding_window=SLIDING_WINDOW,
+    )
+    model = LagunaForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:  # so that attention differs from token to token
+        layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_phi3(folder: pathlib.Path) -> pathlib.Path:
     """Two RoPE tables (longrope): one for contexts of up to 1,024 tokens, one for longer ones."""
     torch.manual_seed(0)
@@ -157,6 +203,34 @@ def make_tiny_phi3(folder: pathlib.Path) -> pathlib.Path:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024, **factors}
     config = Phi3Config(**{**_shape(), "rope_parameters": rope}, original_max_position_embeddings=1024, pad_token_id=0)
     Phi3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+MROPE = {**ROPE, "mrope_section": [6, 5, 5]}  # of HEAD_SIZE / 2 frequencies: time, height, width
+VISION = dict(depth=1, num_heads=2, intermediate_size=32, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+TOKEN_IDS = dict(image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)  # none in prompts
+
+
+def make_tiny_qwen2_5_vl(folder: pathlib.Path) -> pathlib.Path:
+    """M-RoPE in sections."""
+    torch.manual_seed(0)
+    text = {**_shape(), "rope_parameters": MROPE}
+    vision = dict(VISION, hidden_size=32, out_hidden_size=text["hidden_size"], fullatt_block_indexes=[0])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKEN_IDS)
+    Qwen2_5_VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_qwen3_vl(folder: pathlib.Path) -> pathlib.Path:
+    """M-RoPE whose sections are interleaved; queries and keys are normalised."""
+    torch.manual_seed(0)
+    text = {**_shape(), "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    vision = dict(VISION, hidden_size=32, out_hidden_size=text["hidden_size"], deepstack_visual_indexes=[])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKEN_IDS)
+    model = Qwen3VLForConditionalGeneration(config).to(torch.float32)
+    for layer in model.model.language_model.layers:  # so that attention differs from token to token
+        layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
     return folder
 
 
@@ -224,8 +298,10 @@ def make_tiny_adapter(folder: pathlib.Path, model: pathlib.Path, merged: pathlib
     return folder
 
 
-def tiny_identity(name: str = "tiny", architecture: str = "LlamaForCausalLM", rope: dict = ROPE) -> ModelIdentity:
-    return ModelIdentity(name, architecture, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, rope)
+def tiny_identity(
+    name: str = "tiny", architecture: str = "LlamaForCausalLM", rope: dict = ROPE, num_heads: int = NUM_HEADS
+) -> ModelIdentity:
+    return ModelIdentity(name, architecture, NUM_LAYERS, num_heads, NUM_KV_HEADS, HEAD_SIZE, rope)
 
 
 def layer_names(num_layers: int = NUM_LAYERS) -> tuple[str, ...]:
@@ -240,14 +316,16 @@ def save_version_2(path: pathlib.Path, model: ModelIdentity, filters: torch.Tens
     save_file({"q_filters": -filters, **statistics}, path, metadata)
 
 
-def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None) -> Filters:
+def make_tiny_filters(
+    path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None, num_heads: int = NUM_HEADS
+) -> Filters:
     """Random filters with statistics of random queries, saved at ``path`` in version 2, whose moments are exact; higher
     projection = keep. model: a Llama if None.
     """
     generator = torch.Generator().manual_seed(seed)
     filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
-    mean = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, generator=generator)
-    spread = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
+    mean = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, generator=generator)
+    spread = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     # Made up as well, so that a page's score depends on them.
     shape = (NUM_LAYERS, NUM_KV_HEADS)
@@ -261,7 +339,8 @@ def make_tiny_filters(path: pathlib.Path, seed: int = 0, model: pathlib.Path | N
     identity = tiny_identity()
     if model is not None:
         config = AutoConfig.from_pretrained(model)
-        identity = tiny_identity(architecture=config.architectures[0], rope=config.rope_parameters)
+        rope = config.get_text_config().rope_parameters
+        identity = tiny_identity(architecture=config.architectures[0], rope=rope, num_heads=num_heads)
     save_version_2(path, identity, filters, **statistics)
     return Filters(filters, **statistics)
 

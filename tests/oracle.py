@@ -2,7 +2,9 @@
 product.
 
 Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
-RoPE; SmolLM3, with layers without RoPE."""
+RoPE; SmolLM3, with layers without RoPE; Laguna, whose layers differ in their query heads, and in how much of them
+turns; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
+GPT-OSS, which has a sink beside its tokens."""
 
 import dataclasses
 
@@ -26,6 +28,18 @@ class Rule:
     observed: int = 0
     whole_pages: bool = False
     has_fp8_cache: bool = False
+
+
+class TextModel:
+    """The language model of one with images, for prompts of text, as if it were a model of its own."""
+
+    def __init__(self, model) -> None:
+        self.model, self.config, self._lm_head = model.model.language_model, model.config.text_config, model.lm_head
+
+    def __call__(self, *args, **kwargs):
+        output = self.model(*args, **kwargs)
+        output.logits = self._lm_head(output.last_hidden_state)
+        return output
 
 
 def teacher_forced_logprobs(
@@ -143,11 +157,40 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         family == "smollm3" and not model.config.no_rope_layers[layer]
     ):
         return vectors
-    if family == "gemma3_text":
+    if family in ("gemma3_text", "laguna"):
         of_layer = (model.config.layer_types[layer],)
-    cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
-    first, second = vectors.chunk(2, -1)
-    return vectors * cos[0] + torch.cat((-second, first), -1) * sin[0]
+    if "vl" in family:  # three components, of text the same; Qwen2.5-VL gives cosines and sines for each of them
+        cos, sin = (
+            part.reshape(-1, 1, *part.shape[-2:])[0]
+            for part in model.model.rotary_emb(vectors, positions.expand(3, 1, -1))
+        )
+    else:
+        cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
+    if family == "gpt_oss":  # one number for both halves
+        cos, sin = (torch.cat((part, part), -1) for part in (cos, sin))
+    turned, still = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    return torch.cat((turned * cos[0] + torch.cat((-second, first), -1) * sin[0], still), -1)
+
+
+def heads_of(model, layer: int) -> int:
+    by_layer = getattr(model.config, "num_attention_heads_per_layer", None)
+    return by_layer[layer] if by_layer else model.config.num_attention_heads
+
+
+def soft_cap(model) -> float:
+    return getattr(model.config, "attn_logit_softcapping", None) or 0.0
+
+
+def with_sink(model, layer: int, logits: torch.Tensor) -> torch.Tensor:
+    """The softmax of ``[heads, ..., resident]`` logits; some of the attention goes to a sink, where there is one."""
+    sinks = getattr(model.model.layers[layer].self_attn, "sinks", None)
+    most = logits.amax(-1, keepdim=True)
+    weights = (logits - most).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.view(-1, *[1] * (logits.dim() - 1)) - most).exp()
+    return weights / total
 
 
 def hook_queries(layer, see):
@@ -156,7 +199,11 @@ def hook_queries(layer, see):
     """
     attention = layer.self_attn
     if hasattr(attention, "q_norm"):
-        return attention.q_norm.register_forward_hook(lambda _, __, out: see(out[0]))
+        # Some models normalise [1, heads, n, head_size], others [1, n, heads, head_size].
+        is_by_token = type(attention).__name__ in ("LagunaAttention", "Qwen3VLTextAttention")
+        return attention.q_norm.register_forward_hook(
+            lambda _, __, out: see(out[0].transpose(0, 1) if is_by_token else out[0])
+        )
     return attention.q_proj.register_forward_hook(
         lambda _, __, out: see(out[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1))
     )
@@ -168,7 +215,7 @@ class _Queries:
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
         size = model.model.layers[0].self_attn.head_dim
-        self.rows = [torch.zeros(model.config.num_attention_heads, 0, size) for _ in model.model.layers]
+        self.rows = [torch.zeros(heads_of(model, i), 0, size) for i in range(len(model.model.layers))]
 
     def __enter__(self):
         self.hooks = [
@@ -197,9 +244,12 @@ class _Queries:
                 0, (num_kv_heads, -1)
             )
             logits = queries @ keys[:, None].mT * _scale(self.model)  # [kv_heads, group, n, seen]
+            cap = soft_cap(self.model)
+            logits = cap * torch.tanh(logits / cap) if cap else logits
             for i in range(n):
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
-            paid = torch.nn.functional.pad(logits.softmax(-1), (6, 6 + newer))
+            paid = with_sink(self.model, index, logits.flatten(0, 1)).view(logits.shape)
+            paid = torch.nn.functional.pad(paid, (6, 6 + newer))
             mean = sum(paid[..., 6 + shift : 6 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
             means.append(torch.nn.functional.pad(mean, (0, newer), value=-1))
             peak = paid.unfold(-1, 13, 1).amax((1, 2, 4))
@@ -216,10 +266,15 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             scores.append(torch.einsum("hrd,hd->hr", keys, filters.filters[index]))
             continue
         size = keys.shape[-1]
-        group = len(filters.query_mean_before_rope[index]) // len(keys)
+        num_heads = heads_of(model, index)
+        group = num_heads // len(keys)
         rows = []
         for head, (mean, second) in enumerate(
-            zip(filters.query_mean_before_rope[index], filters.query_second_before_rope[index], strict=True)
+            zip(
+                filters.query_mean_before_rope[index][:num_heads],
+                filters.query_second_before_rope[index][:num_heads],
+                strict=True,
+            )
         ):
             coming = torch.arange(position, position + 128)
             turn = rotate(model, index, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
@@ -232,11 +287,20 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
                 rows.append(k @ future_mean)
                 continue
             logits = k @ future_mean * _scale(model)
+            variance = torch.zeros_like(logits)
             if rule.rank:
                 assert rule.rank == size, "the oracle knows the whole covariance or none"
-                logits = logits + torch.einsum("rd,de,re->r", k, covariance, k) * _scale(model) ** 2 / 2
-            rows.append(logits.softmax(-1))
-        rows = torch.stack(rows).unflatten(0, (-1, group)).mean(1)
+                variance = torch.einsum("rd,de,re->r", k, covariance, k) * _scale(model) ** 2
+            cap = soft_cap(model)
+            if cap:  # the integrand is largest where the slope of the cap, times the variance, leads away from the mean
+                shift = variance / torch.cosh((logits + variance / 2) / cap) ** 2
+                spent = torch.where(variance > 0, shift**2 / (2 * variance), 0)
+                rows.append(cap * torch.tanh((logits + shift) / cap) - spent)
+            else:
+                rows.append(logits + variance / 2)
+        if rule.filter == "expected":
+            rows = with_sink(model, index, torch.stack(rows)).unbind()
+        rows = torch.stack(list(rows)).unflatten(0, (-1, group)).mean(1)
         if rule.filter == "expected":
             if observed is not None:
                 rows = torch.where(observed[index] < 0, rows, (rows + observed[index]) / 2)

@@ -145,6 +145,9 @@ OVERRIDDEN = {
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.add_request": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.schedule": "self throttle_prefills",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output": "self scheduler_output model_runner_output",
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.add_local_computed_blocks": (
+        "self request_id new_computed_blocks num_local_computed_tokens num_external_computed_tokens"
+    ),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks": (
         "self request_id num_tokens num_tokens_main_model"
     ),
@@ -224,13 +227,17 @@ CALLED = {
     "vllm.plugins:load_general_plugins": "",
     "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
+    "vllm.v1.core.block_pool:BlockPool._insert_block_hash": "self block_hash_with_group_id block num_tokens",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks": "self block_ids",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block": "self block_hash kv_cache_group_ids",
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "self num_blocks",
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": "self",
     "vllm.v1.core.block_pool:BlockPool.is_block_writable": "self block",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled": "self request",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens",
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self request timestamp drop_stale_output",
+    "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id": "block_hash group_id",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered": "cls vllm_config",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
         "cls kvcache_spec_cls manager_class uniform_type_base_spec"
@@ -266,6 +273,16 @@ ATTRIBUTES = [
     "vllm.model_executor.layers.attention.attention:Attention.sliding_window",
     "vllm.v1.attention.selector:_cached_get_attn_backend",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.sliding_window",
+    *(
+        f"vllm.v1.attention.backends.{backend}Impl.{name}"
+        for backend in (
+            "cpu_attn:CPUAttentionBackend",
+            "flash_attn:FlashAttention",
+            "flashinfer:FlashInfer",
+            "triton_attn:TritonAttention",
+        )
+        for name in ("scale", "logits_soft_cap", "sinks")
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",
@@ -290,6 +307,7 @@ ATTRIBUTES = [
     "vllm.v1.metrics.loggers:StatLoggerManager.engine_indexes",
     "vllm.v1.metrics.loggers:StatLoggerManager.stat_loggers",
     "vllm.v1.metrics.stats:SchedulerStats.kv_connector_stats",
+    "vllm.v1.request:Request.block_hashes",
     "vllm.v1.request:Request.is_prefill_chunk",
     "vllm.v1.request:Request.max_tokens",
     "vllm.v1.request:Request.num_computed_tokens",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.distributed import parallel_state
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import rotary_embedding
 
@@ -30,23 +31,34 @@ CASES = {
 }
 
 
-FAMILIES = {"gemma": models.make_tiny_gemma, "smollm3": models.make_tiny_smollm3}
+FAMILIES = {
+    "gemma": models.make_tiny_gemma,
+    "smollm3": models.make_tiny_smollm3,
+    "gemma2": models.make_tiny_gemma2,
+    "gpt_oss": models.make_tiny_gpt_oss,
+}
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines):
+def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines, tiny_laguna, laguna_filters, laguna_engines):
     """By name: (engines, Filters, Hugging Face's model)"""
 
     @functools.cache
     def get(name: str):
         if name == "exaone":
             folder, filters, engines = tiny_exaone, exaone_filters[1], exaone_engines
+        elif name == "laguna":
+            folder, filters, engines = tiny_laguna, laguna_filters[1], laguna_engines
         else:
             folder, path = (
                 FAMILIES[name](tmp_path_factory.mktemp(name)),
                 tmp_path_factory.mktemp("filters") / f"{name}.safetensors",
             )
             filters, engines = models.make_tiny_filters(path, model=folder), Engines(folder, path)
+            if name == "gpt_oss" and parallel_state._EP is None:
+                # vLLM makes the group that experts are spread over with the first engine of a process, where that has
+                # any. Of one rank it is that of its tensor parallelism.
+                parallel_state._EP = parallel_state._TP
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         hf_model.model.do_not_compile = True  # vLLM decorates the classes of Transformers that it serves
         return engines, filters, hf_model
@@ -66,6 +78,12 @@ def options_of(case: str) -> dict:
         ("gemma", "page"),
         ("smollm3", "expected-layer"),
         ("smollm3", "rotary-cut-often"),
+        ("laguna", "expected-layer"),
+        ("laguna", "expected-head-covariance"),
+        ("laguna", "rotary-cut-often"),
+        ("gemma2", "expected-head-covariance"),
+        ("gemma2", "expected-layer"),
+        ("gpt_oss", "expected-layer"),
     ],
 )
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
@@ -77,7 +95,13 @@ def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
 
 
 @pytest.mark.parametrize(
-    "name, has_rope", [("exaone", [True, False, True]), ("gemma", [True] * 3), ("smollm3", [True, True, False])]
+    "name, has_rope",
+    [
+        ("exaone", [True, False, True]),
+        ("gemma", [True] * 3),
+        ("smollm3", [True, True, False]),
+        ("laguna", [True] * 3),
+    ],
 )
 def test_calibration_sees_how_queries_turn(name, has_rope, family):
     """In vLLM a rotary embedding stands beside layers that do not use it, too."""

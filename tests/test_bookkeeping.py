@@ -51,6 +51,8 @@ class Worker:
         for req_id in ended:
             self.pages.pop(req_id, None)
             self.computed.pop(req_id, None)
+        for hit in output.prefix_hits:
+            self.lengths.add(hit.req_id, hit.evicted_tokens)
         for row in output.compaction.compactions:
             assert row.position == self.computed[row.req_id]
             assert row.resident_tokens == row.position - self.lengths._evicted.get(row.req_id, 0)
@@ -86,11 +88,15 @@ class Worker:
 
 
 class Simulation:
-    def __init__(self, model, granularity: str, log_stats: bool, evict: str, seed: int = 0) -> None:
+    """An engine whose workers are stood for by ``make_worker(rng)``; options: of the compression, beside the usual
+    ones."""
+
+    def __init__(
+        self, model, granularity: str, log_stats: bool, evict: str, seed: int = 0, make_worker=Worker, **options
+    ) -> None:
         options = dict(
-            budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity, **ANY_BUDGET
-        )
-        options["evict"] = evict
+            budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity, evict=evict
+        ) | ANY_BUDGET | options  # fmt: skip
         args = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048,
             max_num_seqs=64, max_num_batched_tokens=512, **kv_compression("random_once", **options),
@@ -115,7 +121,7 @@ class Simulation:
         self.hasher = get_request_block_hasher(BLOCK, hash_fn)
         self.rng = random.Random(seed)
         self.prefixes = [[self.rng.randrange(3, 500) for _ in range(length)] for length in (16, 40, 100)]
-        self.worker = Worker(self.rng)
+        self.worker = make_worker(self.rng)
         self.in_flight: collections.deque = collections.deque()
         self.added = self.ended = self.preemptions = 0
         self.sums = collections.Counter()
@@ -247,7 +253,7 @@ def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, 
         simulation.audit_ended()
         remembered.append(simulation.remembered())
     assert scheduler.compression_stats.compactions >= COMPACTIONS
-    assert simulation.preemptions > 20, "the cache was not small enough to preempt"
+    assert simulation.preemptions > 10, "the cache was not small enough to preempt"
     assert remembered[1] <= remembered[0] + 16, "something grows"
 
 

@@ -76,6 +76,7 @@ def test_a_limit_of_the_hit_is_handed_on_where_vllm_has_one(limit, monkeypatch):
     monkeypatch.setattr(AsyncScheduler, "_get_local_prefix_cache_hit", hit)
     scheduler = object.__new__(QFiltersScheduler)
     scheduler.block_manager = SimpleNamespace(limits={})
+    scheduler.kv_cache_manager = SimpleNamespace(prefix_cache_lookup_enabled=lambda request: False)
     request = SimpleNamespace(request_id="one", num_prompt_tokens=64, max_tokens=8)
     assert scheduler._get_local_prefix_cache_hit(request, *limit) == (blocks, 32, 0, False)
     assert handed_on == [request, *limit]

@@ -512,7 +512,7 @@ def test_attention_holds_over_the_range_of_logits(lowest):
 )
 def test_observed_attention_refuses(queries, message):
     with pytest.raises(RuntimeError, match=message):
-        cpp.OPERATORS.observed_attention(*attention_arguments()[:4], queries)
+        cpp.OPERATORS.observed_attention(*attention_arguments()[:4], queries, *PLAIN)
 
 
 @pytest.mark.sampled(4)
@@ -547,9 +547,12 @@ def test_key_distinctness_refuses(position, value, message):
         cpp.OPERATORS.key_distinctness(*arguments)
 
 
+PLAIN = (None, None, 0.0)  # a softmax: group sizes, sinks and soft cap
+
+
 def attention_arguments() -> list:
     _, cache = make_cache(Geometry())
-    return [cache.pages, cache.layout.keys, torch.tensor([4, 1]), 20, *make_statistics(3, 4, 2, 8)]
+    return [cache.pages, cache.layout.keys, torch.tensor([4, 1]), 20, *make_statistics(3, 4, 2, 8), *PLAIN]
 
 
 @needs_library
@@ -563,7 +566,7 @@ def test_schemas_say_what_operators_do(operator):
         "mean_standardised": [make_scores((2, 3, 100), 0, is_tied=False), 4, 20],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20],
         "expected_attention": attention_arguments(),
-        "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8)],
+        "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8), *PLAIN],
         "key_distinctness": attention_arguments()[:4],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC
+from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC, TURNS
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
@@ -16,7 +16,7 @@ from vllm_qfilters.filters.reader import load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True]]
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True], [True], [True]]
     return results
 
 
@@ -85,10 +85,22 @@ def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
 
 
+def test_a_turn_starts_behind_a_compressed_prefix(runs, engines):
+    result = runs[9]
+    assert result["async_scheduling"] and [output["cached_tokens"] for output in result["outputs"]] == [0, 192]
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), TURNS, result)
+
+
 def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
     result = runs[7]
     assert result["compactions"] >= 5
     assert_like_v1(exaone_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
+
+
+def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
+    result = runs[8]
+    assert result["compactions"] >= 5
+    assert_like_v1(qwen_vl_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
 def test_two_pipeline_stages_answer_as_one(runs):

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"plan"},
     "filters": {"kernels.ops"},
     "methods": {"filters.bank", "kernels", "methods.catalog"},
-    "attention": {"filters.statistics", "methods.base"},
+    "attention": {"filters.statistics", "kernels.ops", "methods.base"},
     "worker": {"attention", "core.spec", "filters", "kernels", "messages", "methods.base", "plan", "policy"},
     # The engine.
     "core": {"budget", "config", "messages", "plan", "policy", "stats"},

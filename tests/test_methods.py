@@ -17,7 +17,7 @@ from tests.test_layout import make_cache as make_cpu_cache
 from tests.test_triton import make_bank
 from vllm_qfilters.kernels import CPU_OPS, REFERENCE_OPS
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.ops import TokenStat
+from vllm_qfilters.kernels.ops import Softmax, TokenStat
 from vllm_qfilters.methods.base import Model, PerSequence, RecentQueries, make
 from vllm_qfilters.methods.catalog import METHODS, QFILTERS, Entry
 from vllm_qfilters.methods.lagkv import LagKV
@@ -35,7 +35,7 @@ def model_of(cache, ops=REFERENCE_OPS, num_rotations=1, **options) -> Model:
     return Model(
         cache,
         ops,
-        scale=0.3,
+        softmax=Softmax(0.3),
         static_filters=lambda: filters,
         filter_bank=lambda: make_bank(cache, 3, 2, num_rotations),
         **options,

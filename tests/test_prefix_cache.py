@@ -121,6 +121,71 @@ def test_an_uncompressed_request_finds_only_pages_from_before_the_first_eviction
     assert_same(again, expected)
 
 
+def held_at_the_end(engine, prompt, max_tokens=100, **params):
+    """The answer, and the keys of all tokens held before the last step, in the order they lie in the cache."""
+    name, keys = engine.add(prompt, max_tokens, **params), []
+
+    def look():
+        pages, cache = engine.scheduler.block_manager, engine.runner.cache
+        for request in engine.scheduler.running:
+            blocks = torch.tensor([block.block_id for block in pages.req_to_blocks[request.request_id]])
+            held = pages.resident_tokens(request)
+            keys[:] = [cache.resident_keys(layer, blocks, held) for layer in range(cache.num_layers)]
+
+    output = engine.run(look)[name]
+    engine.assert_idle()
+    return output, torch.stack(keys)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(PREFILLS["chunked"], id="layer"),
+        pytest.param(PREFILLS["chunked"] | {"granularity": "page"}, id="page"),
+        pytest.param(PREFILLS["chunked"] | {"granularity": "head"}, id="head"),
+        pytest.param(PREFILLS["chunked rarely"], id="layer-looks-at-every-cut"),
+        pytest.param(PREFILLS["chunked"] | {"method": "snapkv"}, id="snapkv"),
+        pytest.param(PREFILLS["chunked"] | {"method": "random"}, id="random"),
+    ],
+)
+def test_turn_after_turn_reads_what_is_new_and_says_what_a_cold_engine_says(options, engines):
+    engine = engines.get(**OPTIONS, **options)
+    pages, observed = engine.scheduler.block_manager, max(1, engine.runner.compression.observed_queries)
+    history, read_before = [], 0
+    for turn, num_tokens in enumerate((900, 150, 40, 300)):
+        prompt = history + random_prompt(num_tokens, seed=20 + turn)
+        assert engine.llm.reset_prefix_cache()
+        expected, expected_keys = held_at_the_end(engine, prompt)
+        assert expected.num_cached_tokens == 0
+        # What the last turn left: this prompt's, up to where it was the last prompt's.
+        assert engine.llm.reset_prefix_cache()
+        if turn:
+            held_at_the_end(engine, prompt[:read_before])
+        output, keys = held_at_the_end(engine, prompt)
+        assert output.num_cached_tokens == min(read_before, len(prompt) - observed) // 32 * 32
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        torch.testing.assert_close(keys, expected_keys, atol=1e-4, rtol=0)
+        history, read_before = prompt + list(output.outputs[0].token_ids), len(prompt)
+    assert not pages._standings and not pages._planned
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_two_users_go_on_from_the_same_history_at_once(granularity, engines):
+    engine = engines.get(**OPTIONS, **PREFILLS["chunked"], granularity=granularity)
+    history = random_prompt(900, seed=31)
+    prompts = [history + random_prompt(num_tokens, seed=num_tokens) for num_tokens in (30, 260, 31)]
+    expected = [cold(engine, prompt) for prompt in prompts]
+    generate(engine, history)
+    for output, reference in zip(engine.generate(prompts, max_tokens=NEW_TOKENS), expected, strict=True):
+        assert output.num_cached_tokens >= 864 - 32
+        assert_same(output, reference)
+    for prompt, reference in zip(prompts, expected, strict=True):
+        again = generate(engine, prompt)
+        assert again.num_cached_tokens >= 864
+        assert_same(again, reference)
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_a_long_cached_prefix_is_cut_where_a_cold_prompt_is(granularity, engines):
     """An uncompressed request cached more than budget and chunk allow: the hit ends before the first cut."""

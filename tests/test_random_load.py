@@ -100,10 +100,9 @@ def test_random_load_keeps_every_invariant_and_ends(granularity, prefill, seed, 
     assert watch.preempted, "the cache was not small enough to test preemption"
     engine.assert_idle()
 
-    # Evictions depend on positions alone: served alone and cold, each request that kept its pages says the same.
-    undisturbed = sorted(set(requests) - watch.preempted)
-    assert len(undisturbed) >= 4
-    for name in rng.sample(undisturbed, 4):
+    # Evictions depend on positions alone: served alone and cold, each request says the same, preempted or not.
+    undisturbed, preempted = sorted(set(requests) - watch.preempted), sorted(set(requests) & watch.preempted)
+    for name in rng.sample(undisturbed, min(2, len(undisturbed))) + rng.sample(preempted, min(4, len(preempted))):
         assert engine.llm.reset_prefix_cache()
         job = requests[name]
         (alone,) = engine.generate([job["prompt"]], max_tokens=job["max_tokens"], kv_budget=job["kv_budget"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
@@ -21,7 +22,7 @@ from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
-from vllm_qfilters.worker.specs import check_cuda_graphs, check_query_heads, check_specs
+from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
 
@@ -136,8 +137,8 @@ def supported_config() -> SimpleNamespace:
     """
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, use_mla=False, uses_mrope=False, rswa_window=None,
-            original_max_model_len=4096, max_model_len=4096, is_moe=True,
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None,
+            original_max_model_len=4096, max_model_len=4096, is_moe=True, hf_text_config=LlamaConfig(),
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
@@ -158,7 +159,12 @@ def supported_config() -> SimpleNamespace:
         ("model_config.runner_type", "pooling", "pooling models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
-        ("model_config.uses_mrope", True, "models with M-RoPE positions"),
+        ("model_config.hf_text_config", Gemma3nTextConfig(), r"models whose layers share one KV cache \(Gemma 3n\)"),
+        (
+            "model_config.hf_text_config",
+            Gemma4TextConfig(num_hidden_layers=6),
+            r"models whose layers differ in the number or the size of their KV heads \(Gemma 4\)",
+        ),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
         ("kv_transfer_config", SimpleNamespace(), "KV connectors; drop --kv-transfer-config"),
@@ -264,23 +270,32 @@ def test_pages_in_pipelines_are_refused_by_name():
         check_supported(dataclasses.replace(compression, granularity="page"), config)
 
 
-@pytest.mark.parametrize("is_mm_prefix_lm, mm_features, kv_budget, is_refused", [
-    (True, ["image"], None, True), (True, ["image"], 0, False), (True, [], None, False),
-    (False, ["image"], None, False),
-])  # fmt: skip
-def test_images_that_are_attended_to_in_both_directions_are_refused(
-    is_mm_prefix_lm, mm_features, kv_budget, is_refused
+@pytest.mark.parametrize(
+    "uses, modality, max_tokens, kv_budget, reason",
+    [
+        ("is_mm_prefix_lm", "image", 1, 512, "models that attend to them in both directions: set kv_budget to 0"),
+        ("is_mm_prefix_lm", "image", 1, 0, None),
+        ("is_mm_prefix_lm", None, 1, 512, None),
+        ("uses_mrope", "image", 511, 512, "can come to 513 tokens, up to its budget of 512 none is evicted"),
+        ("uses_mrope", "video", 5000, 512, "with M-RoPE, .* can come to 4096 tokens"),
+        ("uses_mrope", "image", 510, 512, None),
+        ("uses_mrope", "image", 5000, 0, None),
+        ("uses_mrope", "prompt_embeds", 5000, 512, None),
+        ("uses_mrope", None, 5000, 512, None),
+        ("neither", "image", 5000, 512, None),
+    ],
+)
+def test_media_are_refused_where_positions_or_attention_are_not_those_of_text(
+    uses, modality, max_tokens, kv_budget, reason
 ):
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(is_mm_prefix_lm=is_mm_prefix_lm),
-        cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None),
-    )
-    params = SamplingParams(extra_args={} if kv_budget is None else {"kv_budget": kv_budget})
-    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=mm_features)
-    refused = pytest.raises(
-        VLLMValidationError, match="does not support images in prompts of models that attend to them in both"
-    )
-    with refused if is_refused else contextlib.nullcontext():
+    model = SimpleNamespace(is_mm_prefix_lm=False, uses_mrope=False, max_model_len=4096)
+    setattr(model, uses, True)
+    config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None))
+    params = SamplingParams(max_tokens=max_tokens, extra_args={"kv_budget": kv_budget})
+    features = [SimpleNamespace(modality=modality)] if modality else []
+    request = SimpleNamespace(sampling_params=params, resumable=False, prompt_token_ids=[1, 2], mm_features=features)
+    refused = pytest.raises(VLLMValidationError, match=reason) if reason else contextlib.nullcontext()
+    with refused:
         check_request(policy_of(allow_kv_budget_off=True), config, request)
 
 
@@ -299,7 +314,12 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(
         ),
         (FullAttentionSpec, dict(attention_chunk_size=128), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(non_causal=True), "chunked or non-causal attention, which second has"),
-        (FullAttentionSpec, dict(head_size=128, head_size_v=64), "the cache layout of second"),
+        (
+            FullAttentionSpec,
+            dict(head_size_v=32),
+            "values of another size than keys .*: those of second have 32 and 64",
+        ),
+        (FullAttentionSpec, dict(page_size_padded=1 << 20), "the cache layout of second"),
         (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
         (
             FullAttentionSpec,
@@ -317,16 +337,6 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
         check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
-
-
-@pytest.mark.parametrize("method", ["qfilters", "snapkv", "knorm", "streaming"])
-def test_query_heads_that_differ_between_layers_are_refused_where_scores_go_by_queries(method):
-    config = policy_of(method=method)
-    check_query_heads(config, {"first": 32, "second": 32})
-    if method in ("knorm", "streaming"):
-        return check_query_heads(config, {"first": 32, "second": 48})
-    with pytest.raises(ValueError, match="second has 48, first 32; choose a method that goes by keys and values"):
-        check_query_heads(config, {"first": 32, "second": 48})
 
 
 @pytest.mark.parametrize("method", ["snapkv", "tova"])

@@ -145,6 +145,9 @@ def test_without_rope_nothing_turns(before):
     assert torch.equal(rotation.unrotate(before, torch.arange(NUM_TOKENS)), before)
 
 
+ALL_HEADS = [slice(0, NUM_HEADS)] * 2  # of two layers
+
+
 def statistics_of(queries: torch.Tensor) -> Filters:
     """queries: shape ``[num_tokens, num_layers, num_heads, head_size]``."""
     second = torch.einsum("nlhi,nlhj->lhij", queries, queries) / queries.shape[0]
@@ -156,7 +159,7 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
     queries = torch.stack((before, 2 * before + 1), 1)
     rotation = Rotation(make_rope("neox"), HEAD_SIZE)
     filters = statistics_of(queries)
-    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], HEAD_SIZE, scale=0.125)
+    bank = FilterBank(filters, [rotation, Rotation(None, HEAD_SIZE)], ALL_HEADS, 1, HEAD_SIZE, scale=0.125)
     turns = bank.turns(torch.tensor([100]))
     means, factors = by_sequence.turned(bank.means, turns, 0), by_sequence.turned(bank.factors, turns, 0)
     mean, covariance = rotation.average(filters.query_mean_before_rope[0], filters.query_second_before_rope[0], HORIZON)
@@ -169,8 +172,9 @@ def test_a_bank_of_full_rank_has_the_covariance_of_its_heads_scaled(before):
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_bank_of_low_rank_has_the_directions_of_the_largest_variance(rank, before):
     filters = statistics_of(before.unsqueeze(1))
-    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], HEAD_SIZE, scale=1.0)
-    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], rank, scale=1.0)
+    heads = [slice(0, NUM_HEADS)]
+    whole = FilterBank(filters, [Rotation(None, HEAD_SIZE)], heads, 1, HEAD_SIZE, scale=1.0)
+    bank = FilterBank(filters, [Rotation(None, HEAD_SIZE)], heads, 1, rank, scale=1.0)
     assert bank.factors.shape == (1, NUM_HEADS, rank, HEAD_SIZE)
     lengths = whole.factors.norm(dim=-1)
     assert torch.equal(bank.factors, whole.factors[:, :, HEAD_SIZE - rank :])
@@ -185,16 +189,16 @@ def test_a_bank_of_factors_is_that_of_the_moments_they_were_made_of(rank, before
     mean, second = of_moments.query_mean_before_rope, of_moments.query_second_before_rope
     factors = query_factors(mean, second, rotations, max(rank, 8))
     of_factors = dataclasses.replace(of_moments, query_factors=factors, query_second_before_rope=None)
-    expected = FilterBank(of_moments, rotations, rank, scale=0.125)
+    expected = FilterBank(of_moments, rotations, ALL_HEADS, 1, rank, scale=0.125)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", None)
-        found = FilterBank(of_factors, rotations, rank, scale=0.125)
+        found = FilterBank(of_factors, rotations, ALL_HEADS, 1, rank, scale=0.125)
     assert torch.equal(found.means, expected.means) and torch.equal(found.factors, expected.factors)
 
 
 def test_a_bank_without_statistics_is_refused_saying_what_to_do():
     with pytest.raises(ValueError, match="vllm-qfilters calibrate"):
-        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], 0, 1.0)
+        FilterBank(Filters(torch.zeros(1, 1, HEAD_SIZE)), [Rotation(None, HEAD_SIZE)], [slice(0, 1)], 1, 0, 1.0)
 
 
 @pytest.mark.parametrize("case", ROPES)

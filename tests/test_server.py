@@ -32,7 +32,8 @@ def server(tmp_path_factory):
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("cache"))
     config = json.dumps({"budget": BUDGET, "window": 0.5, "interval": 64, "chunk": 512, "endpoint": True, **ANY_BUDGET})
     # float32: in bfloat16 a batch of another size rounds otherwise, and greedy text may then turn at a near tie.
-    server = serve("--dtype", "float32", "--kv-compression", "qfilters", "--kv-compression-config", config)
+    flags = ["--dtype", "float32", "--enable-prompt-tokens-details"]
+    server = serve(*flags, "--kv-compression", "qfilters", "--kv-compression-config", config)
     yield server
     server.stop()
 
@@ -102,6 +103,25 @@ def test_chat_streams(client):
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert chunks[-1].usage.prompt_tokens > BUDGET
+
+
+def test_the_next_turn_reads_its_message_and_the_last_answer(server, client):
+    def ask(messages):
+        return client.chat.completions.create(model="demo", messages=messages, max_tokens=30, temperature=0)
+
+    messages = [{"role": "user", "content": "What is this about? " + text(1500)}]
+    first = ask(messages)
+    assert first.usage.prompt_tokens > 4 * BUDGET
+    messages.append({"role": "assistant", "content": first.choices[0].message.content})
+    messages.append({"role": "user", "content": "Say more of it, please. " + text(40)})
+    before = server.metrics()
+    second = ask(messages)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached == first.usage.prompt_tokens // BLOCK * BLOCK
+    after = server.metrics()
+    assert after["prefix_hits_total"] - before["prefix_hits_total"] == 1
+    assert after["prefix_hit_tokens_total"] - before["prefix_hit_tokens_total"] == cached
+    assert second.choices[0].message.content
 
 
 def test_two_budgets_at_once_give_what_each_gives_alone(client):
@@ -187,10 +207,14 @@ def test_page_granularity_frees_pages_and_two_api_servers_count_them_once():
     try:
         assert any("KV compression is on" in line and "granularity page" in line for line in pages.log)
         evicted = 0
-        for _ in range(4):  # a client each, with a connection of its own, which the kernel gives to either of them
+        for turn in range(4):  # a client each, with a connection of its own, which the kernel gives to either of them
             client = openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300)
             answer = client.completions.create(
-                model="demo", prompt=text(900), max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+                model="demo",
+                prompt=f"{turn}: {text(900)}",
+                max_tokens=200,
+                temperature=0,
+                extra_body={"ignore_eos": True},
             )
             client.close()
             evicted += cdiv(answer.usage.prompt_tokens + 199 - BUDGET, BLOCK) * BLOCK

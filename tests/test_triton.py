@@ -35,7 +35,7 @@ from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.kernels import REFERENCE_OPS, reference
 from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache, read_plane, write_plane
-from vllm_qfilters.kernels.ops import Observation, TokenStat
+from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat
 from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
@@ -435,7 +435,7 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
         copy_pages(cache, batch)
         scores, plane = gather_scores(cache.scores, batch), cache.planes[:, :, 1]
         observation = Observation(0, queries, 0, is_question=True)
-        observed = observe(cache, batch, [observation], plane, 0.1, 7, 13, shared_by_heads=True)
+        observed = observe(cache, batch, [observation], plane, Softmax(0.1), 7, 13, shared_by_heads=True)
         projections = score_resident(cache, batch, filters)
         of_pages = page_scores(cache.scores, first + torch.arange(3, device=DEVICE), mean, deviation)
         is_kept = select_kept(scores, batch, 2, 4)
@@ -461,8 +461,8 @@ def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_obser
         RecentQueries(random_tensor(2, 6, 5, 12, seed=index).cpu(), compaction.position, compaction.position)
         for index, compaction in enumerate(compactions)
     ]
-    method = ExpectedAttention(model_of(fast.cache, TRITON_OPS, 3, 0, scale=1.0))
-    slow_method = ExpectedAttention(model_of(slow.cache, REFERENCE_OPS, 3, 0, scale=1.0))
+    method = ExpectedAttention(model_of(fast.cache, TRITON_OPS, 3, 0))
+    slow_method = ExpectedAttention(model_of(slow.cache, REFERENCE_OPS, 3, 0))
     on_device = [dataclasses.replace(queries, queries=queries.queries.to(DEVICE)) for queries in recent]
     Compactor(method, 6, shared_by_heads=False).apply(compactions, fast.table_rows, fast.batch.block_table, on_device)
     for index, eviction in enumerate(evictions):
@@ -501,7 +501,8 @@ def make_bank(cache: StridedCache, group: int, rank: int, num_rotations: int) ->
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     filters = Filters(torch.zeros(1), query_mean_before_rope=mean, query_second_before_rope=second)
     rotation_of_layer = [rotations[layer % num_rotations] for layer in range(cache.num_layers)]
-    return FilterBank(filters, rotation_of_layer, rank, scale=0.1)
+    heads = [slice(0, num_heads)] * cache.num_layers
+    return FilterBank(filters, rotation_of_layer, heads, cache.num_kv_heads, rank, scale=0.1)
 
 
 def model_of(cache: StridedCache, ops, group: int, rank: int, num_rotations: int = 1, **options) -> Model:
@@ -512,7 +513,8 @@ SCORERS = [
     "rotary", "rotary, two rotations", "expected", "expected, rank 0", "expected, observed",
     "expected, observed after the prompt", "expected, observed after the prompt, shared",
     "expected, all but one observed",
-    "expected, observed, fp8", "keydiff",
+    "expected, observed, fp8", "keydiff", "rotary, heads differ", "expected, heads differ, sinks", "expected, capped",
+    "expected, observed, heads differ, sinks, capped",
 ]  # fmt: skip
 
 
@@ -541,16 +543,22 @@ def test_methods_score_with_triton_as_with_the_reference(case, name):
     rank, group = 0 if "rank 0" in name else 3, 3
     recent = [None] * len(slow.evictions)
     made = KeyDiff if name == "keydiff" else RotaryFilter if "rotary" in name else ExpectedAttention
+    softmax = Softmax(
+        0.1,
+        soft_cap=1.5 if "capped" in name else 0.0,
+        sinks=random_tensor(2, 2 * group, seed=5) if "sinks" in name else None,
+        group_sizes=torch.tensor([2, 3], device=DEVICE) if "heads differ" in name else None,
+    )
     # Other ranks saw more of what this one saw.
     options = dict(
-        scale=0.1,
         shared_by_heads="shared" in name,
         max_over_ranks=lambda peak: 3 * peak,
         num_rotations=2 if "two" in name else 1,
     )
     fast.cache.key_scales = key_scales
-    method = made(model_of(fast.cache, TRITON_OPS, group, rank, **options))
-    slow_method = made(model_of(slow.cache, REFERENCE_OPS, group, rank, **options))
+    method = made(model_of(fast.cache, TRITON_OPS, group, rank, softmax=softmax, **options))
+    slow_softmax = Softmax(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in vars(softmax).values()))
+    slow_method = made(model_of(slow.cache, REFERENCE_OPS, group, rank, softmax=slow_softmax, **options))
     if "observed" in name and len(recent) > ("but one" in name):
         queries = random_tensor(2, 2 * group, 5, 12, seed=4).cpu()
         end = slow.compactions[0].position - 3
@@ -582,7 +590,7 @@ def test_compaction_takes_no_more_memory_than_is_set_aside(group, is_shared, byt
     evictions = [*3 * [Eviction(66, 16, 4, 20)], Eviction(300, 208, 4, 40), Eviction(48, 16, 4, 16)]
     sequences = Sequences(evictions, Geometry(num_kv_heads=2, head_size=12), seed=1)
     cache, residents = sequences.cache, [eviction.resident for eviction in evictions]
-    method = ExpectedAttention(model_of(cache, TRITON_OPS, group, 3, scale=0.1, shared_by_heads=is_shared))
+    method = ExpectedAttention(model_of(cache, TRITON_OPS, group, 3, softmax=Softmax(0.1), shared_by_heads=is_shared))
     queries = random_tensor(2, 2 * group, 2, 12, seed=4)
     recent = [RecentQueries(queries, compaction.position, compaction.position) for compaction in sequences.compactions]
     compactions = [dataclasses.replace(compaction, distinct_tokens=10) for compaction in sequences.compactions]
@@ -688,7 +696,7 @@ def test_warming_up_touches_the_null_page_alone():
 @pytest.mark.parametrize(
     ("num_rotations", "dtype", "is_shared"),
     [(1, torch.bfloat16, True), (2, torch.float8_e4m3fn, False)],
-    ids=["layer", "two rotations, fp8, head"],
+    ids=["layer", "two rotations, fp8, head, layers that differ"],
 )
 def test_cuts_launch_nothing_that_was_not_warmed_up(num_rotations, dtype, is_shared):
     """Few and many sequences, layers, queries and pages."""
@@ -696,7 +704,10 @@ def test_cuts_launch_nothing_that_was_not_warmed_up(num_rotations, dtype, is_sha
     sequences = Sequences([Eviction(66, 16, 4, 20), Eviction(130, 64, 4, 40), Eviction(48, 16, 4, 16)], geometry, 1)
     cache = sequences.cache
     cache.key_scales = torch.ones(3) if dtype.itemsize == 1 else None
-    method = ExpectedAttention(model_of(cache, TRITON_OPS, 4, 3, num_rotations, scale=0.1, shared_by_heads=is_shared))
+    softmax = Softmax(0.1) if is_shared else Softmax(0.1, 30.0, torch.zeros(3, 8), torch.tensor([4, 2, 4]))
+    method = ExpectedAttention(
+        model_of(cache, TRITON_OPS, 4, 3, num_rotations, softmax=softmax, shared_by_heads=is_shared)
+    )
     queries = torch.zeros(3, 8, 32, 24, dtype=torch.bfloat16)
     with recorded() as warmed_up:
         Compactor(method, 8, is_shared).warm_up(RecentQueries(queries, 0, 0))
@@ -802,7 +813,9 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     cache.planes.copy_(before)
     with forbidden_waiting():
         plane = cache.planes[:, :, 1]
-        found = observe(cache, batch, observations, plane, 0.2, 7, 13, shared_by_heads=False, key_scales=key_scales)
+        found = observe(
+            cache, batch, observations, plane, Softmax(0.2), 7, 13, shared_by_heads=False, key_scales=key_scales
+        )
     torch.testing.assert_close(cache.planes, expected, atol=1e-6, rtol=1e-4)
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])
     for index, row in enumerate(batch.split(found, cache.num_layers, cache.num_kv_heads)):

@@ -36,7 +36,8 @@ class RequestLimits:
             begins.
         prefill_interval: positions at which a prompt is cut are the multiples of this, at most ``chunk``; None where
             ``chunk`` is.
-        private_window: the workers write beside tokens of the window too, when the sequence evicts.
+        observed_queries: last queries of a prompt that scores go by. Where there are any, the workers write beside
+            tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
         elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
@@ -48,7 +49,7 @@ class RequestLimits:
     interval: int
     chunk: int | None
     prefill_interval: int | None
-    private_window: bool = False
+    observed_queries: int = 0
     recent_only: bool = False
     keeps_distinct: bool = False
     elastic: bool = False
@@ -98,6 +99,38 @@ class RequestLimits:
         like.
         """
         return max(0, kept - self.budget) if self.keeps_distinct else 0
+
+    @property
+    def private_window(self) -> bool:
+        """Whether the workers write beside tokens of the window, when the sequence evicts."""
+        return self.observed_queries > 0
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what a prompt holds behind a cut is a function of its tokens and these limits, so that prompts that
+        begin alike can share it.
+
+        The cuts of elastic sequences depend on others. And the queries that the next cut goes by must be computed.
+        """
+        if self.prefill_interval is None or self.elastic:
+            return False
+        return self.observed_queries <= self.prefill_interval
+
+    def prefix_tokens(self, block_size: int) -> int:
+        """Tokens that a prompt holds behind each of its cuts."""
+        return self._kept_while_prefilling // block_size * block_size
+
+    def end_of_prefix(self, cut: int, block_size: int) -> int:
+        """The last position, at a multiple of the block size, before the next cut of a long enough prompt."""
+        assert self.prefill_interval is not None
+        return cut + self.prefill_interval - block_size
+
+    def keeps_prefix(self, cut: int, block_size: int) -> bool:
+        """Whether what a prompt holds behind a cut stays in the prefix cache after the next one: so often that a prompt
+        leaves no more pages than it has tokens."""
+        assert self.prefill_interval is not None and self.first_prefill_cut is not None
+        spacing = max(1, cdiv(self.prefix_tokens(block_size), self.prefill_interval))
+        return (cut - self.first_prefill_cut) // self.prefill_interval % spacing == 0
 
     @property
     def first_prefill_cut(self) -> int | None:

@@ -9,7 +9,7 @@ import dataclasses
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_qfilters.plan import CompactionPlan
+from vllm_qfilters.plan import CompactionPlan, PrefixHit
 
 
 @dataclasses.dataclass
@@ -18,16 +18,20 @@ class QFiltersSchedulerOutput(SchedulerOutput):
 
     Attributes:
         compaction: the evictions.
+        prefix_hits: requests that start this step behind a compressed prefix.
         pages_to_score: pages this step fills, whose scores are wanted back; page granularity alone.
     """
 
     compaction: CompactionPlan = dataclasses.field(default_factory=CompactionPlan)
+    prefix_hits: tuple[PrefixHit, ...] = ()
     pages_to_score: tuple[int, ...] = ()
 
     @classmethod
-    def from_output(cls, output: SchedulerOutput, compaction: CompactionPlan) -> "QFiltersSchedulerOutput":
+    def from_output(
+        cls, output: SchedulerOutput, compaction: CompactionPlan, prefix_hits: tuple[PrefixHit, ...] = ()
+    ) -> "QFiltersSchedulerOutput":
         values = {field.name: getattr(output, field.name) for field in dataclasses.fields(SchedulerOutput)}
-        return cls(**values, compaction=compaction)
+        return cls(**values, compaction=compaction, prefix_hits=prefix_hits)
 
 
 @dataclasses.dataclass

@@ -51,3 +51,22 @@ class CompactionPlan:
     """All evictions of one step, applied by the workers before they touch the cache for it."""
 
     compactions: tuple[RequestCompaction, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixHit:
+    """One request starts behind a compressed prefix.
+
+    Attributes:
+        req_id: the request.
+        cut: the position of the last cut before.
+        position: of the first token it computes.
+        evicted_tokens: tokens of the prefix that it does not hold.
+        block_ids: the pages that a sequence holds right behind that cut.
+    """
+
+    req_id: str
+    cut: int
+    position: int
+    evicted_tokens: int
+    block_ids: tuple[int, ...]

@@ -113,6 +113,11 @@ class Policy:
         return not self.entry.recent_only
 
     @property
+    def scores_by_queries(self) -> bool:
+        """Whether scores go by queries, expected or observed."""
+        return self.entry.needs_filters or self.observed_queries > 0
+
+    @property
     def expects_attention(self) -> bool:
         """Whether scores go by the attention expected of each query head."""
         return self.entry.expects_attention
@@ -224,7 +229,7 @@ class Policy:
             interval=self.interval,
             chunk=self.chunk if self.evicts_prompts_in_chunks else None,
             prefill_interval=self.prefill_interval if self.evicts_prompts_in_chunks else None,
-            private_window=bool(self.observed_queries),
+            observed_queries=self.observed_queries,
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
         )

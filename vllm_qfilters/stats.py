@@ -10,6 +10,8 @@ COUNTERS = {
     "pressure_compactions": "Those of them for want of pages, with evict 'pressure'.",
     "evicted_tokens": "Tokens evicted from the KV cache.",
     "freed_pages": "KV cache pages that evictions gave up and nobody else held.",
+    "prefix_hits": "Requests that started behind a compressed prefix.",
+    "prefix_hit_tokens": "Tokens of those prefixes, which were not read again.",
     "compaction_seconds": "Seconds one rank spent choosing and moving tokens; nothing is moved with page granularity.",
 }
 _KEY = "kv_compression"
@@ -45,6 +47,8 @@ class KVCompressionStats:
         pressure_compactions: those of them for want of pages.
         evicted_tokens: tokens evicted from sequences.
         freed_pages: pages that evictions gave up and nobody else held.
+        prefix_hits: requests that started behind a compressed prefix.
+        prefix_hit_tokens: tokens of those prefixes.
         compaction_seconds: the time one rank spent compacting.
         resident_tokens: tokens that running sequences hold now.
         compressed_requests: running sequences that have evicted tokens.
@@ -57,6 +61,8 @@ class KVCompressionStats:
     pressure_compactions: int = 0
     evicted_tokens: int = 0
     freed_pages: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
     compaction_seconds: float = 0.0
     resident_tokens: int = 0
     compressed_requests: int = 0

@@ -11,7 +11,7 @@ import torch
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.ops import Observation, TokenStat, Turns
+from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat, Turns
 from vllm_qfilters.kernels.triton import compaction, distinctness, observation, score_pages, selection
 from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
 from vllm_qfilters.kernels.triton.write_and_score import NUMBERS_OF_TOKENS, write_and_score
@@ -48,12 +48,18 @@ class TritonOps:
         return score_resident(cache, batch, filters[None], key_scales=cache.key_scales, turns=turns)
 
     def expected_attention(
-        self, cache: StridedCache, batch: CompactionBatch, means: torch.Tensor, factors: torch.Tensor, turns: Turns
+        self,
+        cache: StridedCache,
+        batch: CompactionBatch,
+        means: torch.Tensor,
+        factors: torch.Tensor,
+        turns: Turns,
+        softmax: Softmax,
     ) -> torch.Tensor:
         by_rank = factors[None] if factors.shape[2] else None
-        logits = score_resident(cache, batch, means[None], by_rank, key_scales=cache.key_scales, turns=turns)
+        logits = score_resident(cache, batch, means[None], by_rank, cache.key_scales, turns, softmax.soft_cap)
         group = means.shape[1] // cache.num_kv_heads
-        return mean_softmax(logits, batch, cache.num_layers, cache.num_kv_heads, group)
+        return mean_softmax(logits, batch, cache.num_layers, cache.num_kv_heads, group, softmax)
 
     def observe(
         self,
@@ -61,14 +67,14 @@ class TritonOps:
         batch: CompactionBatch,
         observations: Sequence[Observation],
         plane: torch.Tensor,
-        scale: float,
+        softmax: Softmax,
         mean_pool: int,
         peak_pool: int,
         shared_by_heads: bool,
         max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         heads = shared_by_heads, max_over_ranks, cache.key_scales
-        return observation.observe(cache, batch, observations, plane, scale, mean_pool, peak_pool, *heads)
+        return observation.observe(cache, batch, observations, plane, softmax, mean_pool, peak_pool, *heads)
 
     def key_distinctness(self, cache: StridedCache, batch: CompactionBatch, pool: int) -> torch.Tensor:
         return distinctness.key_distinctness(cache, batch, pool)

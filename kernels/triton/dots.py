@@ -29,6 +29,19 @@ def dims_at_once(key_dtype: torch.dtype) -> int:
 
 
 @triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def capped(logits, SOFT_CAP: tl.constexpr):
+    """``c tanh(x / c)`` of logits x; a soft cap c of 0: x."""
+    if SOFT_CAP != 0:
+        logits = SOFT_CAP * tanh(logits / SOFT_CAP)
+    return logits
+
+
+@triton.jit
 def split(vectors):
     """float32 vectors as the sum of two that bfloat16 holds."""
     high = vectors.to(tl.bfloat16)

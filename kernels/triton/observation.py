@@ -13,9 +13,10 @@ import triton.language as tl
 
 from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Observation
+from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Observation, Softmax
 from vllm_qfilters.kernels.triton import dots
 from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
+from vllm_qfilters.kernels.triton.dots import capped
 from vllm_qfilters.kernels.triton.selection import gather_scores
 
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
@@ -42,6 +43,7 @@ def _logits(
     num_group_queries,
     num_seen,
     scale,
+    SOFT_CAP: tl.constexpr,  # 0: none
     OPERAND: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,
@@ -59,7 +61,17 @@ def _logits(
         keys = tl.load(key_at[None, :] + dim[:, None], mask=is_token[None, :] & is_dim[:, None], other=0.0)
         logits = tl.dot(queries.to(OPERAND), keys.to(OPERAND), logits, input_precision="tf32x3")
     last_seen = num_seen - num_queries + index % num_queries
-    return tl.where(token[None, :] <= last_seen[:, None], logits * scale, float("-inf"))
+    logits = capped(logits * scale, SOFT_CAP)
+    return tl.where(token[None, :] <= last_seen[:, None], logits, float("-inf"))
+
+
+@triton.jit
+def _group_size(group_sizes_ptr, layer, GROUP: tl.constexpr, HAS_GROUP_SIZES: tl.constexpr):
+    """Query heads of a KV head of a layer; there are ``GROUP``, and some of them may be padding."""
+    group = GROUP
+    if HAS_GROUP_SIZES:
+        group = tl.load(group_sizes_ptr + layer).to(tl.int32)
+    return group
 
 
 @triton.jit
@@ -70,7 +82,8 @@ def _key_at(keys, pages, token, num_seen, block_stride, slot_stride, BLOCK_SIZE:
 
 
 @triton.jit(
-    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"]
+    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"],
+    do_not_specialize_on_alignment=["sinks_ptr", "group_sizes_ptr"],
 )
 def _observed_terms_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -79,6 +92,8 @@ def _observed_terms_kernel(
     observations_ptr,  # [num_observations, 5]
     queries_ptr,  # [num_layers, num_heads, all queries, head_size]
     terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
+    sinks_ptr,  # [num_layers, num_heads]
+    group_sizes_ptr,  # [num_layers]
     scale,
     num_kv_heads,
     max_group_queries,
@@ -91,6 +106,9 @@ def _observed_terms_kernel(
     cache_head_stride,
     cache_slot_stride,
     GROUP: tl.constexpr,
+    HAS_GROUP_SIZES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,  # multiplied at once
@@ -100,10 +118,11 @@ def _observed_terms_kernel(
 ):
     sequence, first_query, num_queries, num_seen, _ = _load_observation(observations_ptr, columns_ptr)
     index = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
-    if tl.program_id(2) * QUERIES >= GROUP * num_queries:
-        return
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
     head = tl.program_id(1) % num_kv_heads
+    num_group_queries = _group_size(group_sizes_ptr, layer, GROUP, HAS_GROUP_SIZES) * num_queries
+    if tl.program_id(2) * QUERIES >= num_group_queries:
+        return
     query_at = queries_ptr + layer * queries_layer_stride + (head * GROUP + index // num_queries) * queries_head_stride
     query_at += (first_query + index % num_queries) * queries_query_stride
     pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
@@ -114,21 +133,28 @@ def _observed_terms_kernel(
         token = start + tl.arange(0, TILE)
         key_at = _key_at(cache, pages, token, num_seen, cache_block_stride, cache_slot_stride, BLOCK_SIZE)
         logits = _logits(
-            query_at, index, key_at, token, num_queries, GROUP * num_queries, num_seen, scale, OPERAND, HEAD_SIZE, DIMS,
-            QUERIES, TILE,
+            query_at, index, key_at, token, num_queries, num_group_queries, num_seen, scale, SOFT_CAP, OPERAND,
+            HEAD_SIZE, DIMS, QUERIES, TILE,
         )  # fmt: skip
         # The first tile holds the first token, which every query sees: from there on nothing is -inf - -inf.
         larger = tl.maximum(largest, tl.max(logits, axis=1))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
         largest = larger
+    if HAS_SINKS:
+        sink_at = sinks_ptr + (layer * num_kv_heads + head) * GROUP + index // num_queries
+        sink = tl.load(sink_at, mask=index < num_group_queries, other=float("-inf"))
+        larger = tl.maximum(largest, sink)
+        total = total * tl.exp(largest - larger) + tl.exp(sink - larger)
+        largest = larger
     heads = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     terms = terms_ptr + (heads * max_group_queries + index) * 2
-    tl.store(terms, largest, mask=index < GROUP * num_queries)
-    tl.store(terms + 1, total, mask=index < GROUP * num_queries)
+    tl.store(terms, largest, mask=index < num_group_queries)
+    tl.store(terms + 1, total, mask=index < num_group_queries)
 
 
 @triton.jit(
-    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"]
+    do_not_specialize=["max_group_queries", "block_table_stride", "queries_layer_stride", "queries_head_stride"],
+    do_not_specialize_on_alignment=["sinks_ptr", "group_sizes_ptr"],
 )
 def _observed_attention_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -139,6 +165,8 @@ def _observed_attention_kernel(
     terms_ptr,  # [num_observations, num_layers * num_kv_heads, max_group_queries, 2]
     mean_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     peak_ptr,  # likewise
+    sinks_ptr,  # [num_layers, num_heads]
+    group_sizes_ptr,  # [num_layers]
     scale,
     num_kv_heads,
     max_group_queries,
@@ -151,6 +179,9 @@ def _observed_attention_kernel(
     cache_head_stride,
     cache_slot_stride,
     GROUP: tl.constexpr,
+    HAS_GROUP_SIZES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,  # multiplied at once
@@ -171,25 +202,26 @@ def _observed_attention_kernel(
     heads = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     total_attention = tl.zeros([TILE], tl.float32)
     peak = tl.zeros([TILE], tl.float32)
-    for first in range(0, GROUP * num_queries, QUERIES):
+    num_group_queries = _group_size(group_sizes_ptr, layer, GROUP, HAS_GROUP_SIZES) * num_queries
+    for first in range(0, num_group_queries, QUERIES):
         index = first + tl.arange(0, QUERIES)
         query_at = (
             queries_ptr + layer * queries_layer_stride + (head * GROUP + index // num_queries) * queries_head_stride
         )
         query_at += (first_query + index % num_queries) * queries_query_stride
-        is_query = index < GROUP * num_queries
+        is_query = index < num_group_queries
         terms = terms_ptr + (heads * max_group_queries + index) * 2
         largest = tl.load(terms, mask=is_query, other=float("inf"))
         total = tl.load(terms + 1, mask=is_query, other=1.0)
         logits = _logits(
-            query_at, index, key_at, token, num_queries, GROUP * num_queries, num_seen, scale, OPERAND, HEAD_SIZE, DIMS,
-            QUERIES, TILE,
+            query_at, index, key_at, token, num_queries, num_group_queries, num_seen, scale, SOFT_CAP, OPERAND,
+            HEAD_SIZE, DIMS, QUERIES, TILE,
         )  # fmt: skip
         attention = tl.exp(logits - largest[:, None]) / total[:, None]
         total_attention += tl.sum(attention, axis=0)
         peak = tl.maximum(peak, tl.max(attention, axis=0))
     start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
-    tl.store(mean_ptr + start + token, total_attention / (GROUP * num_queries), mask=token < resident)
+    tl.store(mean_ptr + start + token, total_attention / num_group_queries, mask=token < resident)
     tl.store(peak_ptr + start + token, peak, mask=token < resident)
 
 
@@ -257,7 +289,7 @@ def observe(
     batch: CompactionBatch,
     observations: Sequence[Observation],
     plane: torch.Tensor,
-    scale: float,
+    softmax: Softmax,
     mean_pool: int,
     peak_pool: int,
     shared_by_heads: bool,
@@ -271,7 +303,7 @@ def observe(
         batch: the sequences; the last query of each has seen at least as many tokens as there are queries.
         observations: of different sequences.
         plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
-        scale: of the attention's logits.
+        softmax: of the model.
         mean_pool, peak_pool: neighbours, odd.
         shared_by_heads: the peak is that of all heads of a layer.
         max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
@@ -303,7 +335,7 @@ def observe(
             some,
             plane,
             observed,
-            scale,
+            softmax,
             mean_pool,
             peak_pool,
             shared_by_heads,
@@ -336,7 +368,7 @@ def _observe(
     observations: Sequence[Observation],
     plane: torch.Tensor,
     observed: torch.Tensor,
-    scale: float,
+    softmax: Softmax,
     mean_pool: int,
     peak_pool: int,
     shared_by_heads: bool,
@@ -364,7 +396,9 @@ def _observe(
     mean = torch.empty(num_layer_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     peak = torch.empty_like(mean)
     sizes = (
-        scale,
+        softmax.sinks,
+        softmax.group_sizes,
+        softmax.scale,
         cache.num_kv_heads,
         most_queries,
         batch.block_table.stride(0),
@@ -374,6 +408,9 @@ def _observe(
     tile = at_once = 64
     constants = dict(
         GROUP=group,
+        HAS_GROUP_SIZES=softmax.group_sizes is not None,
+        HAS_SINKS=softmax.sinks is not None,
+        SOFT_CAP=softmax.soft_cap,
         OPERAND=dots.operand_dtype(key_values.dtype),
         HEAD_SIZE=cache.head_size,
         DIMS=dots.dims_at_once(key_values.dtype),

@@ -8,10 +8,10 @@ import triton.language as tl
 
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
-from vllm_qfilters.kernels.ops import Turns
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Softmax, Turns
 from vllm_qfilters.kernels.triton import dots
 from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
-from vllm_qfilters.kernels.triton.dots import split
+from vllm_qfilters.kernels.triton.dots import capped, split, tanh
 
 
 @triton.jit
@@ -70,6 +70,7 @@ def _score_resident_kernel(
     IS_SCALED: tl.constexpr,
     IS_TURNED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    SOFT_CAP: tl.constexpr,  # 0: none
     OPERAND: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,  # multiplied at once
@@ -102,6 +103,7 @@ def _score_resident_kernel(
     vector = tl.arange(0, MEMBERS * SLOTS)
     member = tl.program_id(1) % parts * MEMBERS + vector // SLOTS
     score = tl.zeros([MEMBERS, TILE], tl.float32)
+    variance = tl.zeros([MEMBERS, TILE], tl.float32)  # of capped logits
     for first_slot in range(0, 1 + RANK, SLOTS):
         slot = first_slot + vector % SLOTS
         projections = tl.zeros([MEMBERS * SLOTS, TILE], tl.float32)
@@ -126,8 +128,18 @@ def _score_resident_kernel(
                 projections = tl.dot(vectors, keys, projections, input_precision="tf32x3")
         if IS_SCALED:
             projections *= tl.load(key_scales_ptr + layer)
-        terms = tl.where((slot == 0)[:, None], projections, projections * projections / 2)
+        is_filter = (slot == 0)[:, None]
+        if SOFT_CAP == 0:
+            terms = tl.where(is_filter, projections, projections * projections / 2)
+        else:
+            terms = tl.where(is_filter, projections, 0.0)
+            squares = tl.where(is_filter, 0.0, projections * projections)
+            variance += tl.sum(tl.reshape(squares, [MEMBERS, SLOTS, TILE]), axis=1)
         score += tl.sum(tl.reshape(terms, [MEMBERS, SLOTS, TILE]), axis=1)
+    if SOFT_CAP != 0:
+        of_uncapped = tanh((score + variance / 2) / SOFT_CAP)
+        slope = 1 - of_uncapped * of_uncapped
+        score = capped(score + variance * slope, SOFT_CAP) - variance * slope * slope / 2
 
     scores = scores_ptr + tl.load(sequence + TOKEN_START) * num_layers * num_heads + layer_head * resident
     mask = (members < GROUP)[:, None] & is_token[None, :]
@@ -141,9 +153,10 @@ def score_resident(
     factors: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     turns: Turns | None = None,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """``<k, R f> + sum_r <k, R g_r>^2 / 2`` of every resident key ``k``, for filter ``f`` and factors ``g_r`` of each
-    query head.
+    query head; capped as :meth:`vllm_qfilters.kernels.ops.Ops.expected_attention` caps its exponents.
 
     Args:
         cache: of this rank.
@@ -153,6 +166,7 @@ def score_resident(
         factors: float32, shape ``[num_sequences or 1, num_layers, num_heads, rank, head_size]``; None: none.
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
         turns: ``R``, of each sequence; None: the identity.
+        soft_cap: 0: none.
 
     Returns:
         float32, flat: ``[num_layers, num_heads, resident_tokens]`` per sequence.
@@ -207,6 +221,7 @@ def score_resident(
         IS_SCALED=key_scales is not None,
         IS_TURNED=turns is not None,
         IS_SPLIT=dots.is_narrow(key_values.dtype),
+        SOFT_CAP=soft_cap,
         OPERAND=dots.operand_dtype(key_values.dtype),
         HEAD_SIZE=head_size,
         DIMS=dots.dims_at_once(key_values.dtype),
@@ -218,12 +233,14 @@ def score_resident(
     return scores
 
 
-@triton.jit(do_not_specialize=["num_layer_heads"])
+@triton.jit(do_not_specialize=["num_layer_heads"], do_not_specialize_on_alignment=["sinks_ptr"])
 def _softmax_terms_kernel(
     logits_ptr,  # flat [num_layers, num_heads, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     terms_ptr,  # [num_sequences, num_layers * num_heads, 2]
+    sinks_ptr,  # [num_layers * num_heads]
     num_layer_heads,
+    HAS_SINKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
@@ -234,23 +251,32 @@ def _softmax_terms_kernel(
         token = start + tl.arange(0, TILE)
         largest = tl.maximum(largest, tl.load(logits + token, mask=token < resident, other=float("-inf")))
     top = tl.max(largest, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + tl.program_id(1))
+        top = tl.maximum(top, sink)
     total = tl.zeros([TILE], tl.float32)
     for start in range(0, resident, TILE):
         token = start + tl.arange(0, TILE)
         total += tl.exp(tl.load(logits + token, mask=token < resident, other=float("-inf")) - top)
     terms = terms_ptr + (tl.program_id(0).to(tl.int64) * num_layer_heads + tl.program_id(1)) * 2
     tl.store(terms, top)
-    tl.store(terms + 1, tl.sum(total, axis=0))
+    sum_of_all = tl.sum(total, axis=0)
+    if HAS_SINKS:
+        sum_of_all += tl.exp(sink - top)
+    tl.store(terms + 1, sum_of_all)
 
 
-@triton.jit(do_not_specialize=["num_layer_kv_heads"])
+@triton.jit(do_not_specialize=["num_layer_kv_heads"], do_not_specialize_on_alignment=["group_sizes_ptr"])
 def _mean_softmax_kernel(
     logits_ptr,  # flat [num_layers, num_kv_heads * GROUP, resident_tokens] per sequence
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     terms_ptr,  # [num_sequences, num_layers * num_kv_heads * GROUP, 2]
     attention_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
+    group_sizes_ptr,  # [num_layers]
     num_layer_kv_heads,
+    num_kv_heads,
     GROUP: tl.constexpr,
+    HAS_GROUP_SIZES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
@@ -260,21 +286,30 @@ def _mean_softmax_kernel(
     start = tl.load(sequence + TOKEN_START) * num_layer_kv_heads + tl.program_id(1) * resident
     terms = terms_ptr + (tl.program_id(0).to(tl.int64) * num_layer_kv_heads + tl.program_id(1)) * GROUP * 2
     total = tl.zeros([TILE], tl.float32)
-    for member in range(GROUP):
+    group = GROUP
+    if HAS_GROUP_SIZES:
+        group = tl.load(group_sizes_ptr + tl.program_id(1) // num_kv_heads).to(tl.int32)
+    for member in range(group):
         logits = tl.load(logits_ptr + start * GROUP + member * resident + token, mask=is_token, other=0.0)
         total += tl.exp(logits - tl.load(terms + 2 * member)) / tl.load(terms + 2 * member + 1)
-    tl.store(attention_ptr + start + token, total / GROUP, mask=is_token)
+    tl.store(attention_ptr + start + token, total / group, mask=is_token)
 
 
 def mean_softmax(
-    logits: torch.Tensor, batch: CompactionBatch, num_layers: int, num_kv_heads: int, group: int
+    logits: torch.Tensor,
+    batch: CompactionBatch,
+    num_layers: int,
+    num_kv_heads: int,
+    group: int,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> torch.Tensor:
-    """The softmax over tokens of each query head's logits, averaged over the query heads of a KV head.
+    """The softmax over tokens, and a sink, of each query head's logits, averaged over the query heads of a KV head.
 
     Args:
         logits: float32, flat: ``[num_layers, num_kv_heads * group, resident_tokens]`` per sequence.
         batch: the sequences.
         num_layers, num_kv_heads, group: of ``logits``.
+        softmax: its sinks and group sizes.
 
     Returns:
         float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
@@ -282,10 +317,25 @@ def mean_softmax(
     num_heads, tile = num_layers * num_kv_heads, 1024
     terms = torch.empty(batch.num_sequences, num_heads * group, 2, dtype=torch.float32, device=logits.device)
     _softmax_terms_kernel[(batch.num_sequences, num_heads * group)](
-        logits, batch.columns, terms, num_heads * group, TILE=tile
+        logits,
+        batch.columns,
+        terms,
+        softmax.sinks,
+        num_heads * group,
+        HAS_SINKS=softmax.sinks is not None,
+        TILE=tile,
     )
     attention = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=logits.device)
     _mean_softmax_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))](
-        logits, batch.columns, terms, attention, num_heads, GROUP=group, TILE=tile
+        logits,
+        batch.columns,
+        terms,
+        attention,
+        softmax.group_sizes,
+        num_heads,
+        num_kv_heads,
+        GROUP=group,
+        HAS_GROUP_SIZES=softmax.group_sizes is not None,
+        TILE=tile,
     )
     return attention

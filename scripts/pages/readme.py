@@ -4,8 +4,6 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 from scripts.pages.markdown import NOT_MEASURED, number, table
 from scripts.pages.results import File, Values, by_variant
@@ -13,7 +11,6 @@ from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.report import kind, loss_increase
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.config import EVICTS, KVCompressionConfig
-from vllm_qfilters.core.scheduler import QFiltersScheduler
 from vllm_qfilters.policy import resolve
 
 COLUMNS = {"plain": "plain vLLM", "qfilters": "qfilters", "streaming": "StreamingLLM"}  # by variant
@@ -103,19 +100,15 @@ def results(files: Sequence[File]) -> str:
 
 
 def prefix_cache() -> str:
-    """How long a hit in the prefix cache can be, asked of the scheduler itself."""
-    budgets = [1024, 2048, 4096, 8192]
-    hits = {budget: longest_hit(KVCompressionConfig(budget=budget)) for budget in budgets}
-    kept = {longest_hit(KVCompressionConfig(**options)) for options in ({"prefill": "full"}, {"scope": "decode"})}
-    (whole,) = kept
+    """Where hits in the prefix cache end, asked of the limits of a request."""
+    cuts = {budget: kept_cuts(KVCompressionConfig(budget=budget)) for budget in (1024, 2048, 4096, 8192)}
     policy = resolve(KVCompressionConfig(), block_size=PREFIX_CACHE_PAGE)
-    usual = hits[int(policy.budget)]
-    where = f"pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}"
     lines = (
-        f"Hits in the prefix cache end below the first cut. At budgets of {_listed(hits)} tokens the longest hit is",
-        f"{_listed(hits.values())} tokens ({where}): the default budget reads {number(HISTORY - usual)} tokens of a",
-        f"history of {number(HISTORY)} again on every turn. `prefill: full` and `scope: decode` keep the prompt's",
-        f"prefix: they read {number(HISTORY - whole)} again, plus at most the last answer, and hold whole prompts.",
+        "A prompt that goes on where an earlier one ended starts there: its last answer is read, and what is new.",
+        "Prompts that begin alike and part start at the last cut before that was kept, or below the first. At budgets",
+        f"of {_listed(cuts)} tokens the first cut is at {_listed(of_budget[0] for of_budget in cuts.values())},",
+        f"and then one in {_listed(of_budget[1] - of_budget[0] for of_budget in cuts.values())} tokens is kept",
+        f"(pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}).",
     )
     return "\n".join(lines)
 
@@ -124,18 +117,13 @@ def _listed(numbers: Iterable[int]) -> str:
     return " / ".join(map(number, numbers))
 
 
-def longest_hit(config: KVCompressionConfig) -> int:
-    """Most tokens of a prompt of ``HISTORY`` tokens that the scheduler takes from the prefix cache."""
+def kept_cuts(config: KVCompressionConfig) -> list[int]:
+    """The positions of the cuts of a long prompt that stay in the prefix cache."""
     policy = resolve(config, block_size=PREFIX_CACHE_PAGE)
-    limits = {"request": policy.request_limits(None, HISTORY, PREFIX_CACHE_PAGE)}
-    scheduler: Any = SimpleNamespace(
-        compression=policy, block_size=PREFIX_CACHE_PAGE, block_manager=SimpleNamespace(limits=limits)
-    )
-    # A long answer, so that the sequence outgrows its budget also where the prompt is kept beside it.
-    request: Any = SimpleNamespace(request_id="request", num_prompt_tokens=HISTORY, max_tokens=HISTORY)
-    hit = QFiltersScheduler._longest_prefix_cache_hit(scheduler, request)
-    assert hit is not None
-    return hit
+    limits = policy.request_limits(None, HISTORY, PREFIX_CACHE_PAGE)
+    assert limits is not None and limits.first_prefill_cut is not None and limits.prefill_interval is not None
+    cuts = range(limits.first_prefill_cut, HISTORY, limits.prefill_interval)
+    return [cut for cut in cuts if limits.keeps_prefix(cut, PREFIX_CACHE_PAGE)]
 
 
 def quality(files: Sequence[File]) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_qfilters.kernels.ops import in_groups_of
 from vllm_qfilters.methods.base import RecentQueries
 
 
@@ -82,11 +83,12 @@ class QueryRecorder:
     follows decoding when their sequence ends.
 
     Args:
-        num_layers, num_heads, head_size: of this rank.
+        num_layers, num_heads, head_size: of this rank; query heads of the layer that has the most.
         num_queries: kept of each prompt, at most.
         dtype: of the model.
         device: the queries are computed on.
         follows_decoding: the queries of generated tokens are kept too.
+        num_kv_heads: of this rank; behind the query heads of each, zeros are kept where a layer has fewer.
     """
 
     def __init__(
@@ -98,11 +100,13 @@ class QueryRecorder:
         dtype: torch.dtype,
         device: torch.device,
         follows_decoding: bool = False,
+        num_kv_heads: int = 1,
     ) -> None:
         self.num_queries = num_queries
         self._num_layers, self._shape, self._dtype = num_layers, (num_heads, head_size), dtype
         self._is_pinned = device.type == "cuda"
         self._follows_decoding = follows_decoding
+        self._num_kv_heads = num_kv_heads
         self._sequences: dict[str, _Sequence] = {}
         self._ignored: set[str] = set()
         self._tokens: list[int] = []  # of the step, whose queries are kept
@@ -173,6 +177,7 @@ class QueryRecorder:
             self._indices = indices.to(query.device, non_blocking=True)
         bits = query.view(torch.uint8) if query.element_size() == 1 else query  # PyTorch need not index fp8
         kept = dequantise(bits.index_select(0, self._indices).view(query.dtype)).to(self._dtype)
+        kept = in_groups_of(self._shape[0] // self._num_kv_heads, kept, self._num_kv_heads, dim=1)
         for block in self._blocks:
             block.queries[layer].copy_(kept[block.first : block.first + block.count], non_blocking=True)
 

@@ -3,6 +3,7 @@
 Runs in the engine process and owns ``evicted`` there. The worker side keeps its own count, from the same plans.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,24 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_qfilters.budget import RequestLimits
-from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.budget import RequestLimits, cdiv
+from vllm_qfilters.core.compressed_prefixes import CompressedPrefix, CompressedPrefixes
+from vllm_qfilters.plan import PrefixHit, RequestCompaction
+
+
+@dataclasses.dataclass
+class _Standing:
+    """Where a running sequence stands while what it holds is a function of its tokens and limits.
+
+    Attributes:
+        cut: its last one.
+        num_cached: of its pages, from the first on, are in the prefix cache, or others in their place.
+        is_own: it put those of the cut there.
+    """
+
+    cut: int
+    num_cached: int
+    is_own: bool
 
 
 class QFiltersManager(FullAttentionManager):
@@ -26,11 +43,36 @@ class QFiltersManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
+        self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
+        self.prefixes = CompressedPrefixes(self.block_pool, self.block_size, self.kv_cache_group_id)
+        self._standings: dict[str, _Standing] = {}
+        self._planned: set[str] = set()  # requests whose prefixes the step being scheduled makes
+        self._found: tuple[str, CompressedPrefix] | None = None  # by the request looked at last, which has no pages yet
+        self._prefix_hits: list[PrefixHit] = []  # of the step being scheduled
 
     def resident_tokens(self, request: Request) -> int:
         return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
+
+    def find_prefix(self, request: Request, longest: int) -> CompressedPrefix | None:
+        """The compressed prefix that a request without pages starts behind, if it is given the pages it needs now.
+
+        Args:
+            longest: most tokens that it may find.
+        """
+        limits = self.limits.get(request.request_id)
+        found = None
+        if limits is not None and limits.shares_prefixes:
+            found = self.prefixes.find(request, limits, longest)
+        self._found = None if found is None else (request.request_id, found)
+        return found
+
+    def take_prefix_hits(self) -> tuple[PrefixHit, ...]:
+        """Requests that start behind a compressed prefix in the step that was scheduled. Call at the end of it."""
+        hits, self._prefix_hits = self._prefix_hits, []
+        self._planned.clear()
+        return tuple(hits)
 
     def get_num_blocks_to_allocate(
         self,
@@ -44,6 +86,10 @@ class QFiltersManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         num_tokens -= self.evicted.get(request_id, 0)
+        if request_id in self.num_cached_block:  # it runs: asked for every request at every step
+            return max(0, cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]))
+        if self._found is not None and self._found[0] == request_id:
+            num_tokens -= self._found[1].evicted
         if apply_admission_cap and request_id in self.limits:
             # Agrees with QFiltersSpec.max_memory_usage_bytes, or a request that passed the startup check is never
             # admitted.
@@ -59,20 +105,47 @@ class QFiltersManager(FullAttentionManager):
             prefill_end,
         )
 
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        return super().allocate_new_blocks(
-            request_id, num_tokens - self.evicted.get(request_id, 0), num_tokens_main_model
-        )
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        if self._found is not None and self._found[0] == request_id:
+            _, found = self._found
+            self._found = None
+            num_pages = self.limits[request_id].prefix_tokens(self.block_size) // self.block_size
+            pages = tuple(block.block_id for block in found.blocks[:num_pages])
+            self._prefix_hits.append(PrefixHit(request_id, found.cut, found.position, found.evicted, pages))
+            self.evicted[request_id] = found.evicted
+            self._standings[request_id] = _Standing(found.cut, len(found.blocks), is_own=False)
 
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        num_tokens -= self.evicted.get(request_id, 0)
+        if num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size:
+            return []
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # After an eviction page i no longer holds tokens [i * block_size, ...), and new keys have seen a compressed
         # context.
-        if request.request_id not in self.evicted:
-            super().cache_blocks(request, *args, **kwargs)
+        request_id = request.request_id
+        if request_id not in self.evicted:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        elif (standing := self._standings.get(request_id)) is not None:
+            limits, blocks = self.limits[request_id], self.req_to_blocks[request_id]
+            end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
+            for index in range(standing.num_cached, (end - self.evicted[request_id]) // self.block_size):
+                self.prefixes.add_page(request, limits, standing.cut, index, blocks[index])
+                standing.num_cached = index + 1
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finish, abort and preemption all come through here: a resumed request starts again with nothing evicted.
         self.evicted.pop(request_id, None)
+        self.next_cuts.pop(request_id, None)
+        standing = self._standings.pop(request_id, None)
+        if request_id in self._planned:
+            self._planned.discard(request_id)
+            if standing is not None and standing.is_own:  # the workers will not make it
+                self.prefixes.give_up(self.req_to_blocks[request_id])
+        if self._found is not None and self._found[0] == request_id:
+            self._found = None
         return super().pop_blocks_for_free(request_id)
 
     def plan_eviction(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
@@ -100,6 +173,7 @@ class QFiltersManager(FullAttentionManager):
             written.extend(range(after_out, len(blocks)))
         elif (kept - window) % bs:
             written.append(after_out)  # its head belongs to the evictable region, its tail to the window
+        self._give_up_prefix(request, [blocks[i] for i in (*written, *range(first_out, after_out))])
 
         replaced = [i for i in written if not self.block_pool.is_block_writable(blocks[i])]
         if len(replaced) > self.block_pool.get_num_free_blocks():
@@ -155,6 +229,7 @@ class QFiltersManager(FullAttentionManager):
         is_out = indices if isinstance(indices, range) else frozenset(indices)
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
+        self._keep_prefix(request)
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         return RequestCompaction(
             req_id=request_id,
@@ -168,3 +243,31 @@ class QFiltersManager(FullAttentionManager):
             shared_pages_out=tuple(shared) if limits.private_window else (),
             distinct_tokens=limits.distinct_tokens(resident - evicted_tokens),
         )
+
+    def _keep_prefix(self, request: Request) -> None:
+        """Keeps what a prompt holds behind the cut that was planned just now, if others can start there."""
+        request_id, cut = request.request_id, request.num_computed_tokens
+        limits, standing = self.limits[request_id], self._standings.pop(request_id, None)
+        follows_from_tokens = standing is not None or request_id not in self.evicted
+        is_of_prompt = limits.shares_prefixes and cut < request.num_prompt_tokens
+        if self.enable_caching and is_of_prompt and follows_from_tokens:
+            is_own = self.prefixes.add(request, limits, cut, self.req_to_blocks[request_id])
+            num_pages = limits.prefix_tokens(self.block_size) // self.block_size
+            self._standings[request_id] = _Standing(cut, num_pages, is_own)
+            self._planned.add(request_id)
+
+    def _give_up_prefix(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:
+        """Takes what a prompt holds since its last cut out of the prefix cache, unless it is to stay there, or others
+        hold it too: else its pages would have to be copied.
+
+        Args:
+            blocks: those of its pages that are about to be written to or to be taken out.
+        """
+        standing, limits = self._standings.get(request.request_id), self.limits[request.request_id]
+        is_last = request.num_computed_tokens >= request.num_prompt_tokens
+        if standing is None or not standing.is_own or is_last or limits.keeps_prefix(standing.cut, self.block_size):
+            return
+        # The window may still stand in pages of earlier prefixes.
+        own = [block for block in blocks if self.prefixes.begins_with(block, limits, standing.cut)]
+        if all(block.ref_cnt == 1 for block in own):
+            self.prefixes.give_up(own)

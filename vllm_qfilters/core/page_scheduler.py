@@ -27,9 +27,10 @@ class QFiltersPageScheduler(QFiltersScheduler):
         if self.compression.needs_scores:
             filled = []
             for req_id, num_tokens in output.num_scheduled_tokens.items():
-                filled += self.block_manager.expect_scores(
-                    self.requests[req_id], num_tokens, self.unverified_drafts[req_id]
-                )
+                request, num_unverified = self.requests[req_id], self.unverified_drafts.get(req_id, 0)
+                # Whole pages are evicted: positions end with them.
+                if request.num_computed_tokens % self.block_size < num_tokens + num_unverified:
+                    filled += self.block_manager.expect_scores(request, num_tokens, num_unverified)
             output.pages_to_score = tuple(filled)
         return output
 

@@ -5,6 +5,7 @@ requests in the same step; which tokens go is the workers' business (worker/comp
 """
 
 import dataclasses
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -26,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_qfilters.budget import RequestLimits, cdiv
 from vllm_qfilters.config import EVICT_PRESSURE, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
+from vllm_qfilters.core.compressed_prefixes import CompressedPrefix
 from vllm_qfilters.core.manager import QFiltersManager
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
@@ -45,6 +48,12 @@ def _awaits_last_token(request: Request) -> bool:
     ``Scheduler.schedule``, schedules no other step for it, and an eviction would serve nobody."""
     known_tokens = request.num_computed_tokens + 2 - request.num_output_placeholders
     return request.num_output_placeholders > 0 and known_tokens >= request.num_prompt_tokens + request.max_tokens
+
+
+def _reads_prompt(request: Request) -> bool:
+    """Whether a request still reads its prompt. One that was preempted reads what it had generated as well: it is cut
+    there where it was cut before."""
+    return request.num_computed_tokens < request.num_prompt_tokens
 
 
 def _waits(request: Request | None) -> bool:
@@ -78,6 +87,8 @@ class QFiltersScheduler(AsyncScheduler):
         KVCacheSpecRegistry.register(QFiltersSpec, QFiltersManager, FullAttentionSpec)
         KVCacheSpecRegistry.register(QFiltersPageSpec, PageManager, FullAttentionSpec)
         super().__init__(vllm_config, *args, **kwargs)
+        # What would schedule in our place: only under async scheduling placeholders stand in for tokens still to come.
+        self._vllm_scheduler: Any = AsyncScheduler if self.scheduler_config.async_scheduling else Scheduler
         policy = Policy.from_vllm_config(self.vllm_config)
         assert policy is not None, "vLLM finds this scheduler by a configuration that has KV compression"
         self.compression = policy
@@ -130,8 +141,9 @@ class QFiltersScheduler(AsyncScheduler):
         self._kept_out = self._looked_up if _waits(self._looked_up) else None
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             self.unverified_drafts[req_id] += len(drafts)
-        # A request preempted meanwhile has lost its pages and its count of evicted tokens: its row is void.
-        rows = tuple(row for row in plan.compactions if row.req_id in self.block_manager.evicted)
+        # A request preempted meanwhile has lost its pages: its row is void.
+        preempted = output.preempted_req_ids or ()
+        rows = tuple(row for row in plan.compactions if row.req_id not in preempted)
         for row in rows:
             history = self._histories.setdefault(row.req_id, _History())
             history.evictions += 1
@@ -139,7 +151,10 @@ class QFiltersScheduler(AsyncScheduler):
         self.compression_stats.compactions += len(rows)
         self.compression_stats.pressure_compactions += sum(row.req_id in self._pressed for row in rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
-        return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows))
+        hits = self.block_manager.take_prefix_hits()
+        self.compression_stats.prefix_hits += len(hits)
+        self.compression_stats.prefix_hit_tokens += sum(hit.position for hit in hits)
+        return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows), hits)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -169,13 +184,16 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _plan_compaction(self) -> CompactionPlan:
         rows = []
-        for request in list(self.running):
+        next_cuts = self.block_manager.next_cuts
+        for request in [r for r in self.running if r.num_computed_tokens >= next_cuts.get(r.request_id, 0)]:
             if request.status != RequestStatus.RUNNING:
                 continue  # preempted for one before it
             if _awaits_last_token(request):
                 continue
             evicted_tokens = self._evicted_tokens_due(request)
             if not evicted_tokens:
+                if request.request_id not in self._sitting_out:
+                    next_cuts[request.request_id] = self._next_cut(request)
                 continue
             while (row := self.block_manager.plan_eviction(request, evicted_tokens)) is None:
                 if self._preempt_lowest_priority() is request:
@@ -194,7 +212,10 @@ class QFiltersScheduler(AsyncScheduler):
         rows: list[RequestCompaction] = []
         if self.compression.evict != EVICT_PRESSURE:
             return rows
-        wanted, pool = self._pages_wanted(), self.kv_cache_manager.block_pool
+        pool = self.kv_cache_manager.block_pool
+        if not _waits(self._kept_out) and self._most_pages_wanted() <= pool.get_num_free_blocks():
+            return rows
+        wanted = self._pages_wanted()
         if wanted <= pool.get_num_free_blocks() + self.block_manager.num_releasable:
             return rows
         wanted += int(RESERVE * pool.num_gpu_blocks)
@@ -209,6 +230,12 @@ class QFiltersScheduler(AsyncScheduler):
                 rows.append(row)
                 self._pressed.add(request.request_id)
         return rows
+
+    def _most_pages_wanted(self) -> int:
+        """No less than running requests need for the step, whatever they hold."""
+        num_running = len(self.running)
+        tokens = self.max_num_scheduled_tokens + num_running * self.num_lookahead_tokens
+        return num_running + cdiv(tokens, self.block_size)
 
     def _pages_wanted(self) -> int:
         """Pages that the running requests need for the step, and the waiting one that the last step kept out."""
@@ -265,15 +292,26 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None or limits.elastic:
             return 0
-        if request.is_prefill_chunk and not limits.is_prefill_cut(request.num_computed_tokens):
+        if _reads_prompt(request) and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
         evicted_tokens = limits.evicted_tokens(
-            self.block_manager.resident_tokens(request), request.is_prefill_chunk, self.block_size
+            self.block_manager.resident_tokens(request), _reads_prompt(request), self.block_size
         )
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
             return 0
         return evicted_tokens
+
+    def _next_cut(self, request: Request) -> int:
+        """The least position at which a request that need not be cut now may have to be."""
+        limits = self.block_manager.limits.get(request.request_id)
+        if limits is None or limits.elastic:
+            return sys.maxsize
+        if not _reads_prompt(request):
+            return limits.budget + self.block_manager.evicted.get(request.request_id, 0)
+        to_next_cut = limits.tokens_to_next_cut(request.num_computed_tokens)
+        end = request.num_prompt_tokens
+        return end if to_next_cut is None else min(end, request.num_computed_tokens + to_next_cut)
 
     def _sits_out(self, request: Request, evicted_tokens: int) -> bool:
         """Whether a sequence about to lose ``evicted_tokens`` has to wait for the output of a step.
@@ -285,6 +323,9 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         # limit: one of vLLM's own, from 0.33 on.
+        prefix = self._compressed_prefix(request, *limit)
+        if prefix is not None:
+            return KVCacheBlocks((prefix.blocks,)), prefix.position, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         longest = self._longest_prefix_cache_hit(request)
         limits = self.block_manager.limits.get(request.request_id)
@@ -298,6 +339,13 @@ class QFiltersScheduler(AsyncScheduler):
         self._looked_up = request
         self._idle_hit_pages = _idle(blocks.blocks[0])
         return blocks, num_tokens, boundary, diverged
+
+    def _compressed_prefix(self, request: Request, max_length: int | None = None) -> CompressedPrefix | None:
+        """Behind which a request starts; max_length: most tokens that vLLM lets it find, None: no limit."""
+        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return None
+        longest = request.num_prompt_tokens - max(1, self.compression.observed_queries)
+        return self.block_manager.find_prefix(request, longest if max_length is None else min(longest, max_length))
 
     def _hit_with_room(self, blocks: KVCacheBlocks, num_pages: int) -> int:
         """Pages of a hit, ``num_pages`` at most, that leave one more for the first new tokens: pages that nobody holds
@@ -315,7 +363,8 @@ class QFiltersScheduler(AsyncScheduler):
         return self.kv_cache_manager.block_pool.get_num_free_blocks() - watermark - idle_hit_pages
 
     def _longest_prefix_cache_hit(self, request: Request) -> int | None:
-        """Tokens, whole pages; None: no limit. Within it a hit changes nothing of what is evicted."""
+        """Tokens, whole pages; None: no limit. Within it a hit on pages from before any cut changes nothing of what is
+        evicted."""
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None or request.num_prompt_tokens + request.max_tokens <= limits.budget:
             return None
@@ -331,6 +380,8 @@ class QFiltersScheduler(AsyncScheduler):
         # request for which that is 0.
         if request.request_id in self._sitting_out:
             return 0
+        if num_new_tokens == 1:
+            return num_new_tokens  # which a request that is not to be cut has room for
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None:
@@ -339,8 +390,9 @@ class QFiltersScheduler(AsyncScheduler):
             # A prompt goes on in the pages there are: for all of it others would be preempted, or it for itself.
             is_decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
             return num_new_tokens if is_decoding else min(num_new_tokens, max(1, self._room(request)))
-        if request.status == RequestStatus.RUNNING and not request.is_prefill_chunk:
+        if num_computed_tokens >= request.num_prompt_tokens:
             return min(num_new_tokens, limits.budget - self.block_manager.resident_tokens(request))  # the drafts too
+        num_new_tokens = min(num_new_tokens, request.num_prompt_tokens - num_computed_tokens)
         to_next_cut = limits.tokens_to_next_cut(num_computed_tokens)
         return num_new_tokens if to_next_cut is None else min(num_new_tokens, to_next_cut)
 
@@ -355,17 +407,15 @@ class QFiltersScheduler(AsyncScheduler):
         return tokens - self.block_manager.resident_tokens(request) - self.num_lookahead_tokens
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        self._vllm_scheduler()._update_after_schedule(scheduler_output)
+        self._vllm_scheduler._update_after_schedule(self, scheduler_output)
 
-    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> tuple[list[int], bool]:
-        updated: tuple[list[int], bool] = self._vllm_scheduler()._update_request_with_output(request, *args, **kwargs)
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        updated: tuple[list[int], bool] = self._vllm_scheduler._update_request_with_output(
+            self, request, new_token_ids, is_stale
+        )
         return updated
-
-    def _vllm_scheduler(self) -> Any:
-        """What would schedule in our place: only under async scheduling do placeholders stand in for tokens still to
-        come.
-        """
-        return super() if self.scheduler_config.async_scheduling else super(AsyncScheduler, self)
 
     def _free_blocks(self, request: Request) -> None:
         history = self._histories.pop(request.request_id, _History())

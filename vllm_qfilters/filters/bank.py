@@ -7,7 +7,7 @@ import torch
 
 from vllm_qfilters.filters.format import HORIZON, Filters, last
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.kernels.ops import Turns
+from vllm_qfilters.kernels.ops import Turns, in_groups_of
 
 
 class FilterBank:
@@ -20,12 +20,15 @@ class FilterBank:
     Args:
         filters: with the statistics of the layers and heads of this rank.
         rotations: of each layer.
+        heads: of them the query heads of this rank, by layer.
+        num_kv_heads: of this rank.
         rank: factors of C to go by, 0 to head_size; the largest.
         scale: of the attention's logits, usually ``head_size ** -0.5``.
 
     Attributes:
         rotations: the different ones.
-        means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32.
+        means: ``scale * f``, shape ``[num_layers, num_heads, head_size]``, float32; where layers have fewer query heads
+            than others, zeros stand behind those of each KV head.
         factors: ``scale * sqrt(eigenvalue) * eigenvector`` of C, the largest last, shape
             ``[num_layers, num_heads, rank, head_size]``.
 
@@ -33,9 +36,17 @@ class FilterBank:
         ValueError: the filters come without statistics, as published ones do.
     """
 
-    def __init__(self, filters: Filters, rotations: Sequence[Rotation], rank: int, scale: float) -> None:
-        mean, factors = filters.query_mean_before_rope, filters.query_factors
-        if mean is None or (rank and factors is None and filters.query_second_before_rope is None):
+    def __init__(
+        self,
+        filters: Filters,
+        rotations: Sequence[Rotation],
+        heads: Sequence[slice],
+        num_kv_heads: int,
+        rank: int,
+        scale: float,
+    ) -> None:
+        mean, factors, second = filters.query_mean_before_rope, filters.query_factors, filters.query_second_before_rope
+        if mean is None or (rank and factors is None and second is None):
             raise ValueError(
                 "the filters hold no statistics of queries before RoPE (published ones do not): calibrate with "
                 "`vllm-qfilters calibrate`, use filters 'auto', or choose filter 'static'"
@@ -44,6 +55,15 @@ class FilterBank:
         self.rotations = tuple(by_rotation)
         indices = {rotation: index for index, rotation in enumerate(self.rotations)}
         self._rotation_of_layer = torch.tensor([indices[rotation] for rotation in rotations])
+        group = max(own.stop - own.start for own in heads) // num_kv_heads
+        mean, factors, second = (
+            whole
+            if whole is None
+            else torch.stack(
+                [in_groups_of(group, layer[own], num_kv_heads) for layer, own in zip(whole, heads, strict=True)]
+            )
+            for whole in (mean, factors, second)
+        )
         self.means = torch.empty_like(mean)
         for rotation, layers in by_rotation.items():
             self.means[layers] = scale * rotation.average_mean(mean[layers], HORIZON)
@@ -51,7 +71,7 @@ class FilterBank:
         if rank == 0:
             factors = mean.new_empty(*mean.shape[:2], 0, mean.shape[-1])
         elif factors is None:  # a file before version 3
-            factors = query_factors(mean, filters.query_second_before_rope, rotations, rank)
+            factors = query_factors(mean, second, rotations, rank)
         self.factors = scale * factors[..., last(rank, factors.shape[2]), :].contiguous()
 
     def to(self, device: torch.device) -> "FilterBank":

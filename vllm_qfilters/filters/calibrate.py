@@ -22,6 +22,7 @@ from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import STORED_RANK, Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.kernels.ops import in_groups_of
 
 NUM_SEQUENCES = 1  # four lose the same: benchmarks/results/calibration-SmolLM2-135M-Instruct.json
 SEQUENCE_TOKENS = 2048
@@ -145,35 +146,37 @@ def make_filters(
         layers: the name of each.
     """
 
-    def stacked(attribute: str, moment: str) -> torch.Tensor:
-        return torch.stack([getattr(getattr(layer, attribute), moment) for layer in statistics])
+    def local(attribute: str, moment: str) -> list[torch.Tensor]:
+        return [getattr(getattr(layer, attribute), moment) for layer in statistics]
 
-    def gathered(local: torch.Tensor, num_total: int | None = None) -> torch.Tensor:
-        group = get_tp_group()
-        whole = group.all_gather(local.to(group.device).contiguous(), dim=1).cpu()
-        # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
-        whole = whole if num_total is None else whole[:, :: whole.shape[1] // num_total]
-        return torch.cat(_of_all_stages(whole))
+    def gathered(local: Sequence[torch.Tensor], num_total: int | None = None) -> list[torch.Tensor]:
+        group, wholes = get_tp_group(), []
+        for of_layer in local:
+            whole = group.all_gather(of_layer.to(group.device).contiguous(), dim=0).cpu()
+            # With fewer KV heads than ranks, neighbouring ranks hold copies of one head.
+            wholes.append(whole if num_total is None else whole[:: whole.shape[0] // num_total])
+        return [whole for of_stage in _of_all_stages(wholes) for whole in of_stage]
 
-    second_after = stacked("query_after_rope", "second")
-    direction = torch.linalg.eigh(second_after.double()).eigenvectors[..., -1].float()
-    sign = torch.where((direction * stacked("query_after_rope", "mean")).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    direction = gathered(sign * direction)
-    num_layers, num_heads, head_size = direction.shape
-    filters = direction.view(num_layers, total_kv_heads, num_heads // total_kv_heads, head_size).mean(2)
+    directions = []
+    for mean, second in zip(local("query_after_rope", "mean"), local("query_after_rope", "second"), strict=True):
+        direction = torch.linalg.eigh(second.double()).eigenvectors[..., -1].float()
+        directions.append(torch.where((direction * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0) * direction)
+    filters = torch.stack([whole.unflatten(0, (total_kv_heads, -1)).mean(1) for whole in gathered(directions)])
 
-    mean, second = stacked("query_before_rope", "mean"), stacked("query_before_rope", "second")
-    factors = query_factors(mean, second, [layer.rotation for layer in statistics], rank)
-
-    key_mean = gathered(stacked("key_after_rope", "mean"), total_kv_heads)
-    key_second = gathered(stacked("key_after_rope", "second"), total_kv_heads)
+    means, seconds = local("query_before_rope", "mean"), local("query_before_rope", "second")
+    factors = [
+        query_factors(mean[None], second[None], [layer.rotation], rank)[0]
+        for mean, second, layer in zip(means, seconds, statistics, strict=True)
+    ]
+    key_mean = torch.stack(gathered(local("key_after_rope", "mean"), total_kv_heads))
+    key_second = torch.stack(gathered(local("key_after_rope", "second"), total_kv_heads))
     score_mean = (filters * key_mean).sum(-1)
     score_square = torch.einsum("lhi,lhij,lhj->lh", filters, key_second, filters)
     return Filters(
         filters=filters,
         layers=tuple(name for names in _of_all_stages(layers) for name in names),
-        query_mean_before_rope=gathered(mean),
-        query_factors=gathered(factors),
+        query_mean_before_rope=_with_zeros_behind(gathered(means)),
+        query_factors=_with_zeros_behind(gathered(factors)),
         score_mean=score_mean,
         score_std=(score_square - score_mean.square()).clamp(min=0).sqrt(),
         calibration=description,
@@ -249,6 +252,12 @@ def _of_all_stages(own: Any) -> list[Any]:
     """What each pipeline stage has of its layers, of which there may be different numbers, in order."""
     stages = get_pp_group()
     return [stages.broadcast_object(own, rank) for rank in range(stages.world_size)]
+
+
+def _with_zeros_behind(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all ``layers``, for as many heads as the layer with the most has."""
+    most = max(layer.shape[0] for layer in layers)
+    return torch.stack([in_groups_of(most, layer, num_kv_heads=1) for layer in layers])
 
 
 def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: int) -> SchedulerOutput:

@@ -38,7 +38,8 @@ class ModelIdentity:
     Attributes:
         name: as the user gave it: a repository or a folder. Informative; a moved model keeps its filters.
         architecture: of the model, e.g. LlamaForCausalLM.
-        num_layers, num_heads, num_kv_heads, head_size: of the whole model, not of one rank.
+        num_layers, num_kv_heads, head_size: of the whole model, not of one rank.
+        num_heads: likewise; of the layer that has the most.
         rope: the rotary parameters of its configuration.
         revision: the commit of its repository; empty for a folder. Informative, like the name.
         has_long_rope: of the two tables of longrope, positions turn by the long one, as they do where ``max_model_len``
@@ -64,13 +65,20 @@ class ModelIdentity:
             name=str(model_config.model),
             architecture=model_config.architecture,
             num_layers=model_config.get_total_num_hidden_layers(),
-            num_heads=model_config.hf_text_config.num_attention_heads,
+            num_heads=most_query_heads(model_config.hf_text_config),
             num_kv_heads=model_config.get_total_num_kv_heads(),
             head_size=model_config.get_head_size(),
             rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
             revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
             has_long_rope=rope.get("rope_type") == "longrope" and model_config.max_model_len > first_trained_on,
         )
+
+
+def most_query_heads(hf_text_config: Any) -> int:
+    """Of a layer. Where they differ (Laguna, Step-3.5), the configuration has one number for all, and others beside."""
+    by_layer = getattr(hf_text_config, "num_attention_heads_per_layer", None) or ()
+    others = getattr(hf_text_config, "attention_other_setting", None) or {}
+    return max(hf_text_config.num_attention_heads, others.get("num_attention_heads", 0), *by_layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +112,8 @@ class Filters:
     Attributes:
         filters: pointing along the mean query, shape ``[num_layers, num_kv_heads, head_size]``, float32.
         layers: the name of each, as vLLM has it; empty if the file does not say.
-        query_mean_before_rope: shape ``[num_layers, num_heads, head_size]``, float32.
+        query_mean_before_rope: shape ``[num_layers, num_heads, head_size]``, float32. Zeros stand behind the heads of
+            layers that have fewer than others, likewise below.
         query_factors: F with ``F^T F`` the covariance, or as much of it as ``rank`` directions hold, of the queries at
             positions 0 to ``HORIZON - 1``: rows are eigenvectors times standard deviations, the largest last. Shape
             ``[num_layers, num_heads, rank, head_size]``, float32.

@@ -84,6 +84,14 @@ class Refusal(NamedTuple):
     message: str
 
 
+def _has_other_kv_heads_in_some_layers(config: Any) -> bool:
+    """config: of Transformers, which keeps what differs between layers in a configuration of each."""
+    if not getattr(config, "is_heterogeneous", False):
+        return False
+    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    return len({(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}) > 1
+
+
 # Of models by their configuration alone.
 MODEL_REFUSALS = (
     Refusal(
@@ -91,10 +99,17 @@ MODEL_REFUSALS = (
     ),
     Refusal(lambda start: start.model.is_encoder_decoder, "encoder-decoder models"),
     Refusal(lambda start: start.model.use_mla, "MLA (latent attention) models"),
-    Refusal(lambda start: start.model.uses_mrope, "models with M-RoPE positions"),
     Refusal(
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
+    ),
+    Refusal(
+        lambda start: _has_other_kv_heads_in_some_layers(start.model.hf_text_config),
+        "models whose layers differ in the number or the size of their KV heads (Gemma 4)",
+    ),
+    Refusal(
+        lambda start: getattr(start.model.hf_text_config, "num_kv_shared_layers", 0) > 0,
+        "models whose layers share one KV cache (Gemma 3n)",
     ),
 )
 REFUSALS = (
@@ -254,11 +269,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         limits = policy.request_limits(params.extra_args, prompt_tokens, block_size)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error
-    if limits is not None and request.mm_features and vllm_config.model_config.is_mm_prefix_lm:
-        raise VLLMValidationError(
-            "KV compression does not support images in prompts of models that attend to them in both directions: set "
-            "kv_budget to 0, which switches compression off for the request, where allow_kv_budget_off lets it"
-        )
+    if limits is not None and request.mm_features:
+        _check_media(request, limits.budget, prompt_tokens, vllm_config.model_config)
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
         return
@@ -269,6 +281,25 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         raise VLLMValidationError(
             f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: "
             "set a smaller kv_budget or max_tokens, or give the server more --kv-cache-memory-bytes"
+        )
+
+
+def _check_media(request: Any, budget: int, prompt_tokens: int, model: ModelConfig) -> None:
+    """Refuses images and the like in the prompt of a request that is compressed, where they are not supported."""
+    switch_off = "set kv_budget to 0, which switches compression off for the request, where allow_kv_budget_off lets it"
+    if model.is_mm_prefix_lm:
+        raise VLLMValidationError(
+            "KV compression does not support images in prompts of models that attend to them in both directions: "
+            + switch_off
+        )
+    # Embeddings in place of tokens stand at the positions of text.
+    has_media = any(feature.modality != "prompt_embeds" for feature in request.mm_features)
+    length = min(prompt_tokens + request.sampling_params.max_tokens, model.max_model_len)
+    if model.uses_mrope and has_media and length > budget:
+        raise VLLMValidationError(
+            "KV compression does not support images, videos and audio in prompts of models with M-RoPE, whose "
+            f"positions then fall behind the number of tokens: this request can come to {length} tokens, up to its "
+            f"budget of {budget} none is evicted; set a smaller max_tokens, or {switch_off}"
         )
 
 

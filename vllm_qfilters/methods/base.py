@@ -16,7 +16,7 @@ import torch
 
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.kernels.batch import CompactionBatch
-from vllm_qfilters.kernels.ops import Cache, Ops, Queries, TokenStat
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Cache, Ops, Queries, Softmax, TokenStat
 from vllm_qfilters.methods.catalog import Entry
 
 
@@ -56,7 +56,7 @@ class Model:
     Attributes:
         cache: keys, values and token stats.
         ops: the operators of its device.
-        scale: of the attention's logits.
+        softmax: of its attention.
         shared_by_heads: the heads of a layer keep the same tokens.
         max_over_ranks: the largest of a tensor over ranks that hold other heads of the same layers.
         static_filters: makes the paper's filters of the KV heads, shape ``[num_layers, num_kv_heads, head_size]``.
@@ -65,7 +65,7 @@ class Model:
 
     cache: Cache
     ops: Ops
-    scale: float = 1.0
+    softmax: Softmax = PLAIN_SOFTMAX
     shared_by_heads: bool = False
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
     static_filters: Callable[[], torch.Tensor] = _no_filters
@@ -101,6 +101,7 @@ class Method:
         """
         part = copy.copy(self)
         part.cache = self.cache.of_layers(layers)
+        part.model = dataclasses.replace(self.model, softmax=self.model.softmax.of_layers(layers))
         part.first_layer = self.first_layer + layers.start
         return part
 

@@ -26,5 +26,13 @@ class SnapKV(Method):
             if recent is not None
         ]
         return self.ops.observe(
-            self.cache, batch, observations, self.cache.scores, self.model.scale, self.POOL, 1, False, lambda peak: peak
+            self.cache,
+            batch,
+            observations,
+            self.cache.scores,
+            self.model.softmax,
+            self.POOL,
+            1,
+            False,
+            lambda peak: peak,
         )

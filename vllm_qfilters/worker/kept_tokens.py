@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_qfilters.kernels.reference import moves, taken_out
-from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.plan import PrefixHit, RequestCompaction
 
 
 class KeptTokens:
@@ -26,6 +26,7 @@ class KeptTokens:
         self._block_size = block_size
         self._positions: dict[str, torch.Tensor] = {}  # [num_layers, num_kv_heads, resident_tokens], int64
         self._ends: dict[str, int] = {}  # position after the last of them
+        self._of_page: dict[int, torch.Tensor] = {}  # positions, of pages that sequences held behind a cut
 
     def follow(self, compaction: RequestCompaction, is_kept: torch.Tensor) -> None:
         """Follows the tokens of a sequence through a compaction.
@@ -52,6 +53,11 @@ class KeptTokens:
         is_kept = torch.tensor([block_id in kept_pages for block_id in old_block_ids])
         is_kept = is_kept.repeat_interleave(self._block_size)[: compaction.resident_tokens]
         self._keep(compaction, self._before(compaction)[..., is_kept])
+
+    def start(self, hit: PrefixHit) -> None:
+        """A request starts behind a compressed prefix, which was made since this record began."""
+        self._positions[hit.req_id] = torch.cat([self._of_page[page] for page in hit.block_ids], dim=-1)
+        self._ends[hit.req_id] = hit.cut
 
     def restart(self, req_ids: Iterable[str]) -> None:
         """Requests whose pages are gone, and which start again after a preemption."""
@@ -81,3 +87,5 @@ class KeptTokens:
     def _keep(self, compaction: RequestCompaction, positions: torch.Tensor) -> None:
         self._positions[compaction.req_id] = positions
         self._ends[compaction.req_id] = compaction.position
+        # The last page may be filled later.
+        self._of_page.update(zip(compaction.block_ids, positions.split(self._block_size, dim=-1), strict=False))

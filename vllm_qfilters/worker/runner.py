@@ -46,7 +46,7 @@ from vllm_qfilters.filters.fingerprint import fingerprint
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, Filters, ModelIdentity, Part
 from vllm_qfilters.filters.load import AUTO, cached_file, given_file, keep, part_of
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
-from vllm_qfilters.kernels.ops import Cache, Ops, TokenStat
+from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
 from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
 from vllm_qfilters.plan import RequestCompaction
@@ -56,7 +56,8 @@ from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.page_scorer import PageScorer
-from vllm_qfilters.worker.specs import check_query_heads, check_specs
+from vllm_qfilters.worker.softmax import softmax_of
+from vllm_qfilters.worker.specs import check_specs
 from vllm_qfilters.worker.timer import CompactionTimer
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -125,7 +126,7 @@ class CompressedModelRunner:
         """
         method = self._method(filters)
         if not self.compression.evicts_whole_pages:
-            num_heads = self.layers[0].num_heads if self.compression.expects_attention else self.cache.num_kv_heads
+            num_heads = self.most_query_heads if self.compression.expects_attention else self.cache.num_kv_heads
             self.compactor = Compactor(method, num_heads, self.compression.heads_keep_the_same, mean_over_ranks)
         if method.stat == TokenStat.NONE:
             return
@@ -158,7 +159,7 @@ class CompressedModelRunner:
         model = Model(
             cache=self.cache,
             ops=self.ops,
-            scale=self.layers[0].impl.scale,
+            softmax=softmax_of(self.layers, self.device) if self.compression.scores_by_queries else PLAIN_SOFTMAX,
             shared_by_heads=self.compression.heads_keep_the_same,
             max_over_ranks=max_over_ranks,
             static_filters=lambda: filters.filters,
@@ -166,13 +167,26 @@ class CompressedModelRunner:
         )
         return make(self.compression.entry, model)
 
+    @property
+    def most_query_heads(self) -> int:
+        """Of a layer on this rank."""
+        return max(layer.num_heads for layer in self.layers)
+
     def apply_plan(self, scheduler_output: SchedulerOutput) -> None:
         """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of
         a table's row, and may zero or hand out pages that the plan gave up.
         """
-        if not isinstance(scheduler_output, QFiltersSchedulerOutput) or not scheduler_output.compaction.compactions:
+        if not isinstance(scheduler_output, QFiltersSchedulerOutput):
             return
-        compactions = scheduler_output.compaction.compactions
+        for hit in scheduler_output.prefix_hits:
+            self.lengths.add(hit.req_id, hit.evicted_tokens)
+        if scheduler_output.compaction.compactions:
+            self._evict(scheduler_output.compaction.compactions)
+        if self.kept_tokens is not None:
+            for hit in scheduler_output.prefix_hits:
+                self.kept_tokens.start(hit)
+
+    def _evict(self, compactions: Sequence[RequestCompaction]) -> None:
         if not self.compression.evicts_whole_pages:
             table_rows, block_table = self.tables_of(compactions)
             recent_queries = [self.recent_queries(compaction) for compaction in compactions]
@@ -216,7 +230,6 @@ class CompressedModelRunner:
         layers = self.compilation_config.static_forward_context
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
             raise ValueError("KV compression does not support models whose layers share one KV cache")
-        check_query_heads(self.compression, {name: layers[name].num_heads for name in specs})
         block_size = self.cache_config.block_size
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
@@ -269,11 +282,12 @@ class CompressedModelRunner:
             self.recorder = QueryRecorder(
                 len(self.layers),
                 self.compression.observed_queries,
-                self.layers[0].num_heads,
+                self.most_query_heads,
                 self.layers[0].head_size,
                 self.model_config.dtype,
                 self.device,
                 self.compression.entry.follows_decoding,
+                self.layers[0].num_kv_heads,
             )
             if self._is_first_rank and self.device.type == "cuda":
                 most = self.recorder.sequence_bytes * self.scheduler_config.max_num_seqs
@@ -330,7 +344,13 @@ class CompressedModelRunner:
 
     def filter_bank(self, filters: Filters) -> FilterBank:
         """Of the query heads of this rank."""
-        return FilterBank(filters, self.rotations(), self.compression.rank, self.layers[0].impl.scale)
+        first, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
+        if self._part().heads == slice(None):
+            heads = [slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads) for layer in self.layers]
+        else:  # others were not read
+            heads = [slice(0, first.num_heads)] * len(self.layers)
+        rank, scale = self.compression.rank, first.impl.scale
+        return FilterBank(filters, self.rotations(), heads, first.num_kv_heads, rank, scale)
 
     def record_kept_tokens(self) -> None:
         """From now on; forgets what was recorded before."""
@@ -422,12 +442,13 @@ class CompressedModelRunner:
     def _part(self) -> Part:
         """What of the model's filters this rank needs."""
         first_layer, _ = self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
-        num_heads, tp_rank = self.layers[0].num_heads, get_tensor_model_parallel_rank()
+        num_heads, tp_rank = self.most_query_heads, get_tensor_model_parallel_rank()
+        has_as_many = all(layer.num_heads == num_heads for layer in self.layers)
         first_kv_head, num_kv_heads = self._kv_heads()
         return Part(
             tuple(layer.layer_name for layer in self.layers),
             first_layer,
-            heads=slice(tp_rank * num_heads, (tp_rank + 1) * num_heads),
+            heads=slice(tp_rank * num_heads, (tp_rank + 1) * num_heads) if has_as_many else slice(None),
             kv_heads=slice(first_kv_head, first_kv_head + num_kv_heads),
             rank=self.compression.rank,
         )

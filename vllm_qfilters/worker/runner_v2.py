@@ -40,20 +40,21 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         if self.compression.evicts_whole_pages:
             return 0
         specs = self.get_kv_cache_spec()
-        name, spec = next(iter(specs.items()))
-        layer = self.compilation_config.static_forward_context[name]
+        layers = [self.compilation_config.static_forward_context[name] for name in specs]
+        layer, spec = layers[0], next(iter(specs.values()))
+        num_heads = max(layer.num_heads for layer in layers)
         cached_tokens = cache_bytes // (len(specs) * spec.page_size_bytes) * spec.block_size
         longest = self.compression.max_compacted_tokens(self.model_config.max_model_len, spec.block_size)
         return workspace_bytes(
             num_layers=len(specs),
-            num_heads=layer.num_heads if self.compression.expects_attention else layer.num_kv_heads,
+            num_heads=num_heads if self.compression.expects_attention else layer.num_kv_heads,
             num_kv_heads=layer.num_kv_heads,
             head_size=layer.head_size,
             num_sequences=self.scheduler_config.max_num_seqs,
             longest_sequence=min(longest, cached_tokens),
             cached_tokens=cached_tokens,
             query_bytes=query_bytes(
-                self.compression.observed_queries, layer.num_heads, layer.head_size, self.model_config.dtype
+                self.compression.observed_queries, num_heads, layer.head_size, self.model_config.dtype
             ),
         )
 

@@ -1,7 +1,5 @@
 """What a worker refuses of a model's layers and of CUDA graphs: known once the model is loaded, and no earlier."""
 
-from collections.abc import Mapping
-
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
@@ -29,7 +27,12 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
             )
         elif spec.attention_chunk_size is not None or spec.non_causal:
             raise ValueError(f"KV compression does not support chunked or non-causal attention, which {name} has")
-        if spec.head_size_v != spec.head_size or spec.num_head_slots is not None or spec.page_size_padded is not None:
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                "KV compression does not support values of another size than keys (MiMo-V2): those of "
+                f"{name} have {spec.head_size_v} and {spec.head_size} elements"
+            )
+        if spec.num_head_slots is not None or spec.page_size_padded is not None:
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
         if spec.dtype != first.dtype:
             raise ValueError(
@@ -42,28 +45,6 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
                 f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x "
                 f"{spec.head_size}, "
                 f"the first layer {first.num_kv_heads} x {first.head_size}"
-            )
-
-
-def check_query_heads(config: Policy, num_heads: Mapping[str, int]) -> None:
-    """Refuses models such as Laguna and Step-3.5, whose layers differ in their query heads, for methods that score by
-    queries.
-
-    Args:
-        num_heads: query heads by layer.
-
-    Raises:
-        ValueError: names two layers that differ.
-    """
-    if not config.entry.needs_filters and not config.observed_queries:
-        return
-    first, heads_of_first = next(iter(num_heads.items()))
-    for name, heads in num_heads.items():
-        if heads != heads_of_first:
-            raise ValueError(
-                f"method '{config.method}' scores by queries, and KV compression needs as many query heads in every "
-                f"layer for that: {name} has {heads}, {first} {heads_of_first}; choose a method that goes by keys and "
-                "values alone, such as knorm or streaming"
             )
 
 

@@ -117,6 +117,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
+    llm.reset_prefix_cache()  # what is known of cached pages is what was recorded
     llm.collective_rpc("record_kept_tokens")
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     (output,) = llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params)

@@ -13,6 +13,7 @@ from vllm_qfilters.commands.arguments import UsageError, at_least, check_writabl
 from vllm_qfilters.commands.engine import one_line, read_engine_args
 from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
+from vllm_qfilters.filters.format import most_query_heads
 from vllm_qfilters.policy import Policy, resolve
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ class _Sizes:
         args, layers, policy = self._engine_args, self._layers, self._policy
         devices = args.tensor_parallel_size * args.pipeline_parallel_size
         whole = weight_bytes(self.model_config) if weights is None else weights
-        num_heads = self.model_config.hf_text_config.num_attention_heads // args.tensor_parallel_size
+        num_heads = most_query_heads(self.model_config.hf_text_config) // args.tensor_parallel_size
         in_layer = query_bytes(policy.observed_queries, num_heads, layers.head_size, self.model_config.dtype)
         left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices)
         cached_tokens = left // self._compressed.page_bytes * self._block_size

@@ -43,7 +43,7 @@ class ExpectedAttention(Method):
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         bank = self.bank
         attention = self.ops.expected_attention(
-            self.cache, batch, bank.means, bank.factors, bank.turns(batch.positions)
+            self.cache, batch, bank.means, bank.factors, bank.turns(batch.positions), self.model.softmax
         )
         if self.observes:
             attention = mix_in_observed(attention, self._observed(batch, recent_queries))
@@ -66,7 +66,7 @@ class ExpectedAttention(Method):
             batch,
             observations,
             self.cache.planes[:, :, self.OBSERVED],
-            self.model.scale,
+            self.model.softmax,
             self.MEAN_POOL,
             self.PEAK_POOL,
             self.model.shared_by_heads,

@@ -20,7 +20,9 @@ class RotaryFilter(Method):
         super().__init__(model)
         self.bank = model.filter_bank().to(model.device)
         by_kv_head = self.bank.means.unflatten(1, (self.cache.num_kv_heads, -1))
-        self.mean_of_group = by_kv_head.mean(2).contiguous()  # [num_layers, num_kv_heads, head_size]
+        sizes = model.softmax.group_sizes
+        group = by_kv_head.shape[2] if sizes is None else sizes.view(-1, 1, 1)
+        self.mean_of_group = (by_kv_head.sum(2) / group).contiguous()  # [num_layers, num_kv_heads, head_size]
 
     def of_layers(self, layers: slice) -> Self:
         part = super().of_layers(layers)

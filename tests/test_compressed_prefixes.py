@@ -1,0 +1,308 @@
+"""Compressed prefixes without a model: is a sequence that starts behind one what it would be, had it read everything?
+
+The workers are stood for by one that keeps in its pages what a cache keeps: a token's entry depends on the token and on
+all entries it attends to, survivors move as in ``kernels/reference.py``, and the next token follows from the entries.
+So a page that is written while others read it, or a prefix that is not what its tokens make of it, changes all that
+comes after. The truth is a sequence of its own, read token by token from an empty cache.
+"""
+
+import random
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from tests.test_bookkeeping import BLOCK, NUM_BLOCKS, Simulation, Worker
+from vllm_qfilters.budget import RequestLimits, cdiv
+from vllm_qfilters.kernels.reference import taken_out
+from vllm_qfilters.messages import QFiltersModelRunnerOutput
+
+VOCAB = 500
+
+
+def entry(token: int, position: int, attended: int) -> int:
+    return hash((token, position, attended))
+
+
+def next_token(entries: list[int]) -> int:
+    return 3 + hash((VOCAB, sum(entries))) % (VOCAB - 3)
+
+
+def survivors(entries: list[int], position: int, evicted: int, sinks: int, window: int) -> list[bool]:
+    """Which entries stay, of those between sinks and window the ones of the highest scores."""
+    middle = range(sinks, len(entries) - window)
+    best = sorted(middle, key=lambda i: hash((entries[i], position)))[evicted:]
+    kept = set(best) | set(range(sinks)) | set(range(len(entries) - window, len(entries)))
+    return [i in kept for i in range(len(entries))]
+
+
+def page_score(entries: list[int]) -> float:
+    return hash(tuple(entries)) % 2**24 / 2**24
+
+
+class CachingWorker(Worker):
+    """Keeps the entries of tokens in pages, for granularity ``layer`` or ``page``."""
+
+    def __init__(self, rng: random.Random, granularity: str) -> None:
+        super().__init__(rng)
+        self.moves = granularity == "layer"
+        self.cache = [[0] * BLOCK for _ in range(NUM_BLOCKS)]
+        self.tokens: dict[str, list[int]] = {}  # of requests until they end, preempted ones too
+        self.ended: list[list[int]] = []
+        self.cuts: dict[str, int] = {}  # positions of the last cuts
+
+    def step(self, output: SchedulerOutput) -> None:
+        self.ended += [self.tokens.pop(req_id) for req_id in output.finished_req_ids if req_id in self.tokens]
+        for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
+            self.cuts.pop(req_id, None)
+        for row in output.compaction.compactions:
+            self.cuts[row.req_id] = row.position
+            if self.moves:
+                self.compact(row)
+        super().step(output)
+        for new in output.scheduled_new_reqs:
+            self.tokens.setdefault(new.req_id, list(new.prompt_token_ids))
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            entries, tokens = self.entries(req_id, -num_tokens), self.tokens[req_id]
+            attended, position = sum(entries), self.computed[req_id] - num_tokens
+            for place in range(len(entries), len(entries) + num_tokens):
+                made = entry(tokens[position], position, attended)
+                self.cache[self.pages[req_id][place // BLOCK]][place % BLOCK] = made
+                attended, position = attended + made, position + 1
+            if position >= len(tokens):
+                tokens.append(next_token(self.entries(req_id)))
+
+    def answer(self, output: SchedulerOutput, samples: dict[str, bool]) -> ModelRunnerOutput:
+        answer = super().answer(output, samples)
+        for index, req_id in enumerate(answer.req_ids):
+            if samples[req_id]:
+                token = next_token(self.entries(req_id))
+                assert self.tokens[req_id][self.computed[req_id]] == token, "read again, it says something else"
+                answer.sampled_token_ids[index] = [token]
+        if isinstance(answer, QFiltersModelRunnerOutput):
+            answer.page_scores = tuple(page_score(self.cache[page]) for page in output.pages_to_score)
+        return answer
+
+    def entries(self, req_id: str, more: int = 0) -> list[int]:
+        resident = self.computed[req_id] + more - self.lengths._evicted.get(req_id, 0)
+        return [self.cache[self.pages[req_id][place // BLOCK]][place % BLOCK] for place in range(resident)]
+
+    def compact(self, row) -> None:
+        entries, table = self.entries(row.req_id), list(self.pages[row.req_id])
+        assert len(entries) == row.resident_tokens
+        for place, page in row.copied_pages:
+            self.cache[page] = list(self.cache[table[place]])
+            table[place] = page
+        kept = survivors(entries, row.position, row.evicted_tokens, row.sinks, row.window)
+        bounds = taken_out(len(entries), row.evicted_tokens, row.sinks, row.window, BLOCK)
+        first_out, after_out, after_displaced = bounds
+        sources = [i for i in range(first_out, after_displaced) if kept[i]]
+        places = [*range(first_out), *range(after_out, len(entries))]
+        holes = [i for i in places if not kept[i] or after_out <= i < after_displaced]
+        for source, hole in zip(sources, holes, strict=True):
+            self.cache[table[hole // BLOCK]][hole % BLOCK] = entries[source]
+
+
+def cold(tokens: list[int | None], num_prompt: int, limits: RequestLimits | None, moves: bool) -> list[int]:
+    """The entries of a sequence alone that has computed ``tokens``, of which the first ones are its prompt; None at
+    their end: it has been cut for the next one."""
+    entries: list[int] = []
+    for position, token in enumerate(tokens):
+        evicted = 0
+        if limits is not None and position >= num_prompt:
+            evicted = limits.evicted_tokens(len(entries), False, BLOCK)
+        elif limits is not None and position and limits.is_prefill_cut(position):
+            evicted = limits.evicted_tokens(len(entries), True, BLOCK)
+        if evicted and moves:
+            window = limits.protected_window(len(entries) - evicted)
+            kept = survivors(entries, position, evicted, limits.sinks, window)
+            entries = [made for made, is_kept in zip(entries, kept, strict=True) if is_kept]
+        elif evicted:
+            window = limits.protected_window(len(entries) - evicted)
+            pages = [entries[i : i + BLOCK] for i in range(0, len(entries), BLOCK)]
+            choice = range(cdiv(limits.sinks, BLOCK), (len(entries) - window) // BLOCK)
+            out = set(sorted(choice, key=lambda i: page_score(pages[i]))[: evicted // BLOCK])
+            entries = [made for i, page in enumerate(pages) if i not in out for made in page]
+        if token is not None:
+            entries.append(entry(token, position, sum(entries)))
+    return entries
+
+
+class Conversations(Simulation):
+    """Users who say more, say it again, or say something else; some prompts begin alike."""
+
+    def __init__(self, model, granularity: str, seed: int, **options) -> None:
+        def make_worker(rng):
+            return CachingWorker(rng, granularity)
+
+        super().__init__(model, granularity, True, "always", seed, make_worker, **options)
+        self.budgets = [None, None, {"kv_budget": 32}, {"kv_budget": 0.5}, {"kv_budget": 0}]
+        self.num_checked = self.num_checked_behind_prefixes = 0
+        self.started: set[str] = set()  # behind a compressed prefix
+
+    def words(self, most: int) -> list[int]:
+        return [self.rng.randrange(3, VOCAB) for _ in range(self.rng.randint(1, most))]
+
+    def add(self, max_tokens: int | None = None) -> None:
+        del self.worker.ended[:-8]
+        prompt = self.rng.choice([[], *self.prefixes, *self.worker.ended])[:400]
+        if prompt and self.rng.random() < 0.3:
+            prompt = prompt[: self.rng.randint(1, len(prompt))]
+        self.ask([*prompt, *self.words(60)], self.rng.choice(self.budgets), max_tokens or self.rng.randint(1, 80))
+
+    def ask(self, prompt: list[int], extra_args=None, max_tokens: int = 1, **request) -> str:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
+        name = f"simulated-{self.added}"
+        self.scheduler.add_request(Request(name, prompt, params, None, block_hasher=self.hasher, **request))
+        self.added += 1
+        return name
+
+    def step(self) -> None:
+        super().step()
+        output, _ = self.in_flight[-1] if self.in_flight else (None, None)
+        if output is not None:
+            self.started |= {hit.req_id for hit in output.prefix_hits}
+        running = [request.request_id for request in self.scheduler.running]
+        running = [req_id for req_id in running if req_id in self.worker.computed]
+        if running:
+            self.check(self.rng.choice(running))
+
+    def check(self, req_id: str) -> None:
+        worker, request = self.worker, self.scheduler.requests[req_id]
+        tokens: list[int | None] = [*worker.tokens[req_id][: worker.computed[req_id]]]
+        if worker.cuts.get(req_id) == len(tokens):
+            tokens.append(None)
+        limits = self.scheduler.block_manager.limits.get(req_id)
+        expected = cold(tokens, request.num_prompt_tokens, limits, worker.moves)
+        assert sorted(worker.entries(req_id)) == sorted(expected), f"{req_id} is not what a cold reading gives"
+        self.num_checked += 1
+        self.num_checked_behind_prefixes += req_id in self.started
+
+
+@pytest.mark.parametrize("chunk, prefill_interval, seed", [(32, 8, 1), (24, 24, 2), (64, 2, 3)])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_what_starts_behind_a_prefix_is_what_a_cold_reading_gives(
+    granularity, chunk, prefill_interval, seed, tiny_model
+):
+    simulation = Conversations(tiny_model, granularity, seed, chunk=chunk, prefill_interval=prefill_interval)
+    scheduler, rng = simulation.scheduler, simulation.rng
+    for number in range(1000):
+        # By turns, there is room for prefixes, and too little for those that run.
+        while len(scheduler.requests) < (24 if number // 100 % 2 else 4):
+            simulation.add()
+        if rng.random() < 0.02:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+            simulation.ended += 1
+        if rng.random() < 0.003:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        simulation.step()
+        if number % 250 == 249:
+            simulation.audit()
+    simulation.finish()
+    simulation.audit_ended()
+    stats = scheduler.compression_stats
+    # vLLM seeds its hashes anew in every process, so that these differ: 4 to 37 hits were seen.
+    assert stats.prefix_hits > 1 and stats.prefix_hit_tokens > 50 * stats.prefix_hits
+    assert simulation.num_checked_behind_prefixes > 10 and simulation.preemptions > 5
+
+
+class Asked:
+    """One request after another, each alone."""
+
+    def __init__(self, model, granularity: str = "layer", **options) -> None:
+        self.simulation = Conversations(model, granularity, 0, **dict(chunk=32, prefill_interval=8) | options)
+
+    def __call__(self, prompt: list[int], extra_args=None, max_tokens: int = 4, **request) -> int:
+        """How many tokens of the prompt were not read again."""
+        stats, scheduler = self.simulation.scheduler.compression_stats, self.simulation.scheduler
+        before = stats.prefix_hit_tokens
+        self.simulation.ask(prompt, extra_args, max_tokens, **request)
+        self.simulation.finish()
+        self.simulation.audit()
+        assert not scheduler.block_manager._standings
+        return stats.prefix_hit_tokens - before
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(num_tokens)]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_longer_prompt_starts_at_the_end_of_the_last_one(granularity, tiny_model):
+    ask = Asked(tiny_model, granularity)
+    prompt = prompt_of(333)
+    assert ask(prompt[:301]) == 0
+    assert ask(prompt) == 300  # whole pages
+    assert ask(prompt) == 332
+    assert ask(prompt[:301]) == 300
+
+
+def test_a_prompt_that_begins_alike_starts_at_a_cut_that_was_kept(tiny_model):
+    """Cuts are at multiples of 8, the first at 80; every ninth stays, for 72 tokens are held behind each. Behind one
+    are three more pages up to the next."""
+    ask = Asked(tiny_model)
+    prompt = prompt_of(333)
+    assert ask(prompt) == 0
+    assert ask([*prompt[:270], *prompt_of(40, seed=1)]) == 80 + 2 * 72 + 6
+    assert ask([*prompt[:151], *prompt_of(40, seed=2)]) == 86
+    assert ask([*prompt[:79], *prompt_of(40, seed=3)]) == 0
+
+
+def test_limits_salts_and_prompts_share_nothing_with_others(tiny_model):
+    ask = Asked(tiny_model)
+    prompt = prompt_of(87)
+    assert ask(prompt) == 0
+    assert ask(prompt, {"kv_budget": 46}) == 0
+    assert ask(prompt, {"kv_budget": 0.5}) == 0
+    assert ask([*prompt, 7], {"kv_budget": 0.5}) == 86  # the same half, rounded up
+    assert ask(prompt[:-3], {"kv_budget": 0.5}) == 0
+    assert ask(prompt, cache_salt="one") == 0
+    assert ask(prompt, cache_salt="two") == 0
+    assert ask(prompt, cache_salt="two") == 86
+    assert ask(prompt) == 86
+    assert ask([prompt[0] + 1, *prompt[1:]]) == 0
+
+
+def test_nothing_is_found_after_a_reset_or_where_it_may_not_be_read(tiny_model):
+    ask = Asked(tiny_model)
+    prompt = prompt_of(301)
+    assert ask(prompt) == 0 and ask(prompt) == 300
+    assert ask.simulation.scheduler.reset_prefix_cache()
+    assert ask(prompt) == 0
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_what_a_preempted_prompt_did_not_compute_is_not_found(granularity, tiny_model):
+    """It is cut in the plan of a step, and preempted before that step is sent."""
+    ask = Asked(tiny_model, granularity)
+    simulation, prompt = ask.simulation, prompt_of(301)
+    scheduler = simulation.scheduler
+    name = simulation.ask(prompt, max_tokens=4)
+    while scheduler.requests[name].num_computed_tokens < 160:
+        simulation.step()
+    plan_compaction = scheduler._plan_compaction
+
+    def plan_and_preempt():
+        plan = plan_compaction()
+        if plan.compactions:
+            scheduler._preempt_lowest_priority()
+            scheduler._plan_compaction = plan_compaction
+        return plan
+
+    scheduler._plan_compaction = plan_and_preempt
+    simulation.finish()
+    assert scheduler._plan_compaction == plan_compaction and simulation.preemptions == 1
+    assert ask(prompt) == 300
+
+
+def test_memory_goes_to_prefixes_only_while_nobody_needs_it(tiny_model):
+    """A cache that requests fill leaves no prefix behind, and no request waits for one."""
+    ask = Asked(tiny_model)
+    prompt = prompt_of(301)
+    assert ask(prompt) == 0
+    for seed in range(1, 12):
+        ask(prompt_of(700, seed=seed), {"kv_budget": 0}, max_tokens=1)
+    assert ask(prompt) == 0

@@ -1,0 +1,142 @@
+"""Compressed prefixes: what prompts hold behind a cut, kept in vLLM's own prefix cache for prompts that begin alike.
+
+Runs in the engine process; the block manager calls it. What a sequence holds while its prompt is read is a function of
+its tokens up to there and of its limits: prompts are cut at multiples of ``prefill_interval``, and what a cut keeps
+follows from the tokens before it. So the pages behind a cut are found again by the hash of those tokens, as vLLM has
+it (salt and adapter are in it), the limits, the cut, and the place of the page. They are in vLLM's map of hashes and in
+its queue of free pages, and leave both as other pages do.
+
+The pages of a cut belong together: another prompt that was cut at the same tokens may have decided a tie otherwise, for
+other tokens were computed beside its own. Therefore the pages of one sequence alone are there at a time.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.request import Request
+
+from vllm_qfilters.budget import RequestLimits
+
+_INDEX_BYTES = 4
+_GROUP_BYTES = 4  # at the end of vLLM's keys
+
+
+class CompressedPrefix(NamedTuple):
+    """A compressed prefix that was found.
+
+    Attributes:
+        cut: the position of its cut.
+        blocks: the pages a sequence holds there, and those that were filled since.
+        position: of the next token, a multiple of the block size.
+        evicted: tokens that are not held.
+    """
+
+    cut: int
+    blocks: list[KVCacheBlock]
+    position: int
+    evicted: int
+
+
+class CompressedPrefixes:
+    """Finds and keeps compressed prefixes.
+
+    Args:
+        block_pool: whose pages they are.
+        block_size: tokens per page.
+        group_id: of the KV cache group.
+    """
+
+    def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
+        self._pool = block_pool
+        self._block_size = block_size
+        self._group_id = group_id
+
+    def find(self, request: Request, limits: RequestLimits, longest: int) -> CompressedPrefix | None:
+        """The longest compressed prefix of a request that is there whole.
+
+        Args:
+            request: its prompt is longer than ``longest``.
+            limits: of the request; they let it share prefixes.
+            longest: most tokens that the request may find.
+        """
+        first, interval = limits.first_prefill_cut, limits.prefill_interval
+        assert first is not None and interval is not None
+        for cut in range(longest // interval * interval, first - 1, -interval):
+            blocks = self._pages(request, limits, cut)
+            if blocks is None:
+                continue
+            position = cut
+            while position + self._block_size <= min(longest, limits.end_of_prefix(cut, self._block_size)):
+                block = self._page(request, limits, cut, len(blocks))
+                if block is None:
+                    break
+                blocks.append(block)
+                position += self._block_size
+            return CompressedPrefix(cut, blocks, position, position - len(blocks) * self._block_size)
+        return None
+
+    def add(self, request: Request, limits: RequestLimits, cut: int, blocks: Sequence[KVCacheBlock]) -> bool:
+        """Keeps what a prompt holds behind a cut; False: that of another sequence is there.
+
+        Args:
+            blocks: all its pages, of which none is written any more while it is in the cache.
+        """
+        places = range(limits.prefix_tokens(self._block_size) // self._block_size)
+        cached = [self._page(request, limits, cut, index) for index in places]
+        if all(block is not None for block in cached):
+            return False
+        others = [block for block, own in zip(cached, blocks, strict=False) if block is not None and block is not own]
+        self.give_up(others)
+        for index in places:
+            self.add_page(request, limits, cut, index, blocks[index])
+        return True
+
+    def add_page(self, request: Request, limits: RequestLimits, cut: int, index: int, block: KVCacheBlock) -> None:
+        """Keeps a full page of a sequence that was cut last at ``cut``; index: its place in the sequence."""
+        key = make_block_hash_with_group_id(self._hash(request, limits, cut, index), self._group_id)
+        self._pool._insert_block_hash(key, block, num_tokens=self._end(limits, cut, index))
+
+    def begins_with(self, block: KVCacheBlock, limits: RequestLimits, cut: int) -> bool:
+        """Whether a page came into the prefix cache for what a prompt held behind this cut, and for no earlier one."""
+        of_cut, key = _of_cut(limits, cut), block.block_hash
+        behind = _INDEX_BYTES + _GROUP_BYTES
+        return key is not None and key[-len(of_cut) - behind : -behind] == of_cut
+
+    def give_up(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Takes pages out of the prefix cache, to be written."""
+        self._pool.evict_blocks({block.block_id for block in blocks})
+
+    def _pages(self, request: Request, limits: RequestLimits, cut: int) -> list[KVCacheBlock] | None:
+        """All that a prompt holds behind a cut; None: some of it is gone."""
+        blocks = []
+        for index in reversed(range(limits.prefix_tokens(self._block_size) // self._block_size)):
+            block = self._page(request, limits, cut, index)  # pages behind leave the cache first
+            if block is None:
+                return None
+            blocks.append(block)
+        return blocks[::-1]
+
+    def _page(self, request: Request, limits: RequestLimits, cut: int, index: int) -> KVCacheBlock | None:
+        found = self._pool.get_cached_block(self._hash(request, limits, cut, index), [self._group_id])
+        return found[0] if found else None
+
+    def _hash(self, request: Request, limits: RequestLimits, cut: int, index: int) -> BlockHash:
+        tokens = request.block_hashes[self._end(limits, cut, index) // self._block_size - 1]
+        return BlockHash(tokens + _of_cut(limits, cut) + index.to_bytes(_INDEX_BYTES, "big"))
+
+    def _end(self, limits: RequestLimits, cut: int, index: int) -> int:
+        """How many tokens a page is a function of: all up to the cut, or up to its own last one."""
+        return cut + max(0, (index + 1) * self._block_size - limits.prefix_tokens(self._block_size))
+
+
+def _of_cut(limits: RequestLimits, cut: int) -> bytes:
+    return _digest(limits) + cut.to_bytes(8, "big")
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(limits: RequestLimits) -> bytes:
+    return hashlib.sha256(repr(limits).encode()).digest()
