@@ -243,3 +243,15 @@ def test_no_smaller_budget_than_the_smallest_has_room(window, sinks, interval):
     smallest = min_budget(window, sinks, interval)
     assume(smallest > 0)
     assert not has_room(smallest - 1, window, sinks, interval)
+
+
+@given(st.sampled_from(BLOCK_SIZES[1:]), st.integers(1, 64), st.integers(0, 512), st.integers(0, 8))
+def test_a_prompt_that_starts_behind_a_cut_computes_the_queries_of_the_next(block_size, pages, observed, cut):
+    """Or what stands there would be shared with those that start behind it."""
+    interval = pages * block_size
+    limits = RequestLimits(4096, 0, 0, block_size, 2048, interval, observed_queries=observed)
+    assume(limits.shares_prefixes)
+    end = limits.end_of_prefix(cut * interval, block_size)
+    assert cut * interval <= end and end % block_size == 0
+    next_cut = (cut + 1) * interval
+    assert max(1, observed) <= next_cut - end < max(1, observed) + block_size

@@ -121,9 +121,10 @@ class RequestLimits:
         return self._kept_while_prefilling // block_size * block_size
 
     def end_of_prefix(self, cut: int, block_size: int) -> int:
-        """The last position, at a multiple of the block size, before the next cut of a long enough prompt."""
+        """The last position, at a multiple of the block size, from which a long enough prompt computes all queries that
+        its next cut goes by."""
         assert self.prefill_interval is not None
-        return cut + self.prefill_interval - block_size
+        return cut + self.prefill_interval - cdiv(max(1, self.observed_queries), block_size) * block_size
 
     def keeps_prefix(self, cut: int, block_size: int) -> bool:
         """Whether what a prompt holds behind a cut stays in the prefix cache after the next one: so often that a prompt

@@ -325,6 +325,7 @@ class QFiltersScheduler(AsyncScheduler):
         # limit: one of vLLM's own, from 0.33 on.
         prefix = self._compressed_prefix(request, *limit)
         if prefix is not None:
+            self._looked_up, self._idle_hit_pages = request, _idle(prefix.blocks)
             return KVCacheBlocks((prefix.blocks,)), prefix.position, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         longest = self._longest_prefix_cache_hit(request)
