@@ -123,12 +123,13 @@ class Compactor:
         """
         kept: list[torch.Tensor] = []
         num_layers = self.cache.num_layers
-        query_bytes = max((recent.queries.nbytes for recent in recent_queries if recent is not None), default=0)
-        for part in self._parts(compactions, query_bytes // num_layers):
+        of_prompts = (recent.queries.nbytes for recent in recent_queries if recent is not None)
+        query_bytes = max(of_prompts, default=0) // num_layers
+        for part in self._parts(compactions, query_bytes):
             batch = CompactionBatch.make(compactions[part], table_rows[part], block_table)
             self.ops.copy_pages(self.cache, batch)
             by_layers = []
-            needed = num_layers * self._layer_bytes(batch.num_tokens, batch.num_sequences, query_bytes // num_layers)
+            needed = num_layers * self._layer_bytes(batch.num_tokens, batch.num_sequences, query_bytes)
             for layers in _equal_parts(num_layers, math.ceil(needed / self.bytes_at_once)):
                 of_layers = [queries and queries.of_layers(layers) for queries in recent_queries[part]]
                 is_kept = self._compact(self._method_of(layers), batch, of_layers)
