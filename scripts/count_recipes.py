@@ -103,11 +103,22 @@ def read(sources: Sources) -> list[Recipe]:
         registered = ModelRegistry.models.get(row["architecture"])
         traits = set((row["traits"] or "").split())
         if registered is not None:
-            bases = bases_of(sources, registered.module_name, registered.class_name)
+            module, name = _where_defined(registered)
+            bases = bases_of(sources, module, name)
             traits |= {TRAITS_OF_BASES[base] for base in bases & TRAITS_OF_BASES.keys()}
         order = sorted(traits, key=lambda trait: [*TRAITS].index(trait))
         found.append(Recipe(row["recipe"], row["architecture"], tuple(order), registered is not None))
     return found
+
+
+def _where_defined(registered: object) -> tuple[str, str]:
+    """The module and the name of a model's class. vLLM's registry has those of its own models as text, and the class
+    itself of one that a plugin has registered.
+    """
+    model_class = getattr(registered, "model_cls", None)
+    if model_class is None:
+        return registered.module_name, registered.class_name  # type: ignore[attr-defined]
+    return model_class.__module__, model_class.__name__
 
 
 def bases_of(sources: Sources, module: str, name: str) -> set[str]:

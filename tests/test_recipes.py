@@ -6,6 +6,8 @@ import re
 
 import pytest
 import vllm
+from vllm import ModelRegistry
+from vllm.model_executor.models.registry import _RegisteredModel
 
 from scripts import count_recipes
 from scripts.check_vllm import Sources
@@ -39,6 +41,13 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
 def test_families_come_from_the_registry_and_the_file(name, family, word, recipes):
     (recipe,) = [recipe for recipe in recipes if recipe.name == name]
     assert (recipe.family, count_recipes.verdict(recipe).word) == (family, word)
+
+
+def test_a_class_that_a_plugin_registered_is_known_by_itself(recipes, monkeypatch):
+    name = "Qwen3ForCausalLM"
+    registered = _RegisteredModel.from_model_cls(ModelRegistry.models[name].load_model_cls())
+    monkeypatch.setitem(ModelRegistry.models, name, registered)
+    assert count_recipes.read(Sources(pathlib.Path(vllm.__file__).parent)) == recipes
 
 
 def test_every_proof_is_a_test_that_exists():

@@ -405,13 +405,14 @@ def _observe(
         *queries.stride()[:3],
         *key_values.stride()[:4],
     )
-    tile = at_once = 64
+    operand, tile = dots.operand_dtype(key_values.dtype), 64
+    at_once = 32 if operand == tl.float32 else 64  # operands of four bytes: registers for half as many queries
     constants = dict(
         GROUP=group,
         HAS_GROUP_SIZES=softmax.group_sizes is not None,
         HAS_SINKS=softmax.sinks is not None,
         SOFT_CAP=softmax.soft_cap,
-        OPERAND=dots.operand_dtype(key_values.dtype),
+        OPERAND=operand,
         HEAD_SIZE=cache.head_size,
         DIMS=dots.dims_at_once(key_values.dtype),
         BLOCK_SIZE=cache.block_size,
