@@ -12,6 +12,7 @@ CASES = {
     "scheduler": "ms per step of the scheduler alone at 1,024 running requests: plain vLLM and ours",
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",
     "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",
+    "openvino": "OpenVINO GenAI, which evicts on CPUs too, beside vLLM and ours at the same budget",
     "identity": "does a budget nobody reaches leave plain vLLM's output as it is, bit by bit?",
     "page_scores": "what page scores cost of a decode step",
     "operators": "the C++ kernels against the PyTorch ones, on the shapes of the demo model",

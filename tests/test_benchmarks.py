@@ -156,6 +156,12 @@ class FakeConversations:
         return [] if self.steps == 3 else outputs  # the prompt is read in two steps
 
 
+def test_openvino_is_left_out_where_it_is_not_installed(tiny_model):
+    openvino = importlib.import_module("benchmarks.openvino")
+    with pytest.raises(case.NotMeasured, match="--python"):
+        openvino.measure({"model": str(tiny_model), "aggregation": None})
+
+
 def test_variants_whose_packages_are_missing_are_left_out(tiny_model, monkeypatch, tmp_path):
     absent = ("kvpress, expected attention", "kvpress, StreamingLLM")
     status, _ = run("kvpress", monkeypatch, tmp_path, str(tiny_model), "--rounds", "1", absent=absent)
