@@ -10,6 +10,7 @@ CASES = {
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
     "follow_up": "the next turn of a long conversation: seconds to its first token, tokens of the history read again",
     "scheduler": "ms per step of the scheduler alone at 1,024 running requests: plain vLLM and ours",
+    "start": "seconds from the command to the first answer, cold and warm: plain vLLM and ours",
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",
     "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",
     "openvino": "OpenVINO GenAI, which evicts on CPUs too, beside vLLM and ours at the same budget",

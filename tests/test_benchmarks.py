@@ -416,3 +416,15 @@ def test_a_part_that_takes_too_long_is_stopped_and_the_file_says_so(monkeypatch,
     found = json.loads((tmp_path / "gpu_all.json").read_text())["parts"]["sleeps"]
     assert found["status"] == "stopped after 5 s" and found["last_lines"] == ["begun"]
     assert gpu_all.run(sleeps, 0.5)["status"] == "not started, no time left"
+
+
+def test_a_start_is_of_the_server_that_was_asked_for():
+    start = importlib.import_module("benchmarks.start")
+    job = {"model": "M", "kv_cache_memory_bytes": 7, "compiled": False, "llm": {"dtype": "float32", "seed": 3}}
+    plain = start.command({**job, "method": None, "budget": 5, "options": {"sinks": 2}}, 8000)
+    assert pathlib.Path(plain[0]).name == "vllm"
+    expected = "serve M --port 8000 --kv-cache-memory-bytes 7 --enforce-eager --dtype float32 --seed 3"
+    assert plain[1:] == expected.split()
+    ours = start.command({**job, "method": "knorm", "budget": 5, "options": {"sinks": 2}, "compiled": True}, 8000)
+    assert "--enforce-eager" not in ours and ours[-3:-1] == ["knorm", "--kv-compression-config"]
+    assert json.loads(ours[-1]) == {"budget": 5, "sinks": 2}
