@@ -12,14 +12,10 @@ a CPU: its times mean nothing, and are only written where ``--output`` says.
 """
 
 import argparse
-import datetime
-import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +30,7 @@ import torch
 import triton
 
 from benchmarks.case import RESULTS, check_output
+from vllm_qfilters.commands.evaluation.environment import describe_run
 from vllm_qfilters.kernels import REFERENCE_OPS
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
@@ -221,33 +218,6 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def machine() -> dict[str, object]:
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    card, driver = "none: Triton's interpreter, times mean nothing", None
-    if not IS_DRY_RUN:
-        card = torch.cuda.get_device_name()
-        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    changes = "+changes" if output("git", "status", "--porcelain", "-uno") else ""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "card": card,
-        "driver": driver,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "xformers")},
-        "commit": output("git", "rev-parse", "--short", "HEAD") + changes,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -261,16 +231,16 @@ def main() -> None:
     copied = copy_bandwidth()
     result = {
         "dry_run": IS_DRY_RUN,
-        "machine": machine(),
+        "run": describe_run(),
         "copy_GB_per_s": round(copied, 1),
         "cases": {},
         "skipped": {},
     }
-    for key, value in (result["machine"] | {"copy GB/s": result["copy_GB_per_s"]}).items():
+    for key, value in (result["run"] | {"copy GB/s": result["copy_GB_per_s"]}).items():
         print(f"{key}: {value}")
     print(f"\n{'':76}{'ms':>10}{'GB/s':>10}{'% of copy':>12}")
     groups = [write_cases, lambda: compaction_cases(arguments.sequences), lambda: attention_cases(arguments.sequences)]
-    if version("xformers") is None:
+    if importlib.util.find_spec("xformers") is None:
         result["skipped"]["xformers decode attention"] = "xformers is not installed"
         groups.pop()
     for make_cases in groups:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_qfilters import cpu
 
-PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-qfilters")
+PACKAGES = ("vllm", "torch", "triton", "transformers", "xformers", "vllm-qfilters")
 
 _FOLDER = pathlib.Path(__file__).parent
 
