@@ -224,7 +224,7 @@ builder = MagicMock(
     nvfp4_trtllm=False, cache_dtype="auto", attention_config=MagicMock(use_trtllm_attention=False),
     global_hyperparameters=MagicMock(), model_config=MagicMock(), head_dim=64, sm_scale=0.1, window_left=-1,
     logits_soft_cap=0.0, kv_cache_dtype=torch.bfloat16, q_data_type_decode=None, q_data_type_prefill=None,
-    decode_fixed_split_size=-1, prefill_fixed_split_size=-1, disable_split_kv=False,
+    decode_fixed_split_size=-1, prefill_fixed_split_size=-1, disable_split_kv=False, use_fa2_native_decode=False,
     paged_kv_indptr=flashinfer.CpuGpuBuffer(9, dtype=torch.int32, device="cpu", pin_memory=False),
     paged_kv_last_page_len=flashinfer.CpuGpuBuffer(8, dtype=torch.int32, device="cpu", pin_memory=False),
     paged_kv_indices=torch.zeros(64, dtype=torch.int32),
