@@ -88,18 +88,27 @@ class Worker:
 
 
 class Simulation:
-    """An engine whose workers are stood for by ``make_worker(rng)``; options: of the compression, beside the usual
-    ones."""
+    """An engine whose workers are stood for by ``make_worker(rng)``; policy: vLLM's, of scheduling; options: of the
+    compression, beside the usual ones."""
 
     def __init__(
-        self, model, granularity: str, log_stats: bool, evict: str, seed: int = 0, make_worker=Worker, **options
+        self,
+        model,
+        granularity: str,
+        log_stats: bool,
+        evict: str,
+        seed: int = 0,
+        make_worker=Worker,
+        policy: str = "fcfs",
+        **options,
     ) -> None:
         options = dict(
             budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity, evict=evict
         ) | ANY_BUDGET | options  # fmt: skip
         args = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048,
-            max_num_seqs=64, max_num_batched_tokens=512, **kv_compression("random_once", **options),
+            max_num_seqs=64, max_num_batched_tokens=512, scheduling_policy=policy,
+            **kv_compression("random_once", **options),
         )  # fmt: skip
         config = args.create_engine_config()
         config.cache_config.num_gpu_blocks = NUM_BLOCKS

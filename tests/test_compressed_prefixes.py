@@ -150,7 +150,8 @@ class Conversations(Simulation):
         prompt = self.rng.choice([[], *self.prefixes, *self.worker.ended])[:400]
         if prompt and self.rng.random() < 0.3:
             prompt = prompt[: self.rng.randint(1, len(prompt))]
-        self.ask([*prompt, *self.words(60)], self.rng.choice(self.budgets), max_tokens or self.rng.randint(1, 80))
+        max_tokens, priority = max_tokens or self.rng.randint(1, 80), self.rng.randrange(3)
+        self.ask([*prompt, *self.words(60)], self.rng.choice(self.budgets), max_tokens, priority=priority)
 
     def ask(self, prompt: list[int], extra_args=None, max_tokens: int = 1, **request) -> str:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
@@ -181,12 +182,15 @@ class Conversations(Simulation):
         self.num_checked_behind_prefixes += req_id in self.started
 
 
-@pytest.mark.parametrize("chunk, prefill_interval, seed", [(32, 8, 1), (24, 24, 2), (64, 2, 3)])
+@pytest.mark.parametrize(
+    "chunk, prefill_interval, seed, policy", [(32, 8, 1, "fcfs"), (24, 24, 2, "priority"), (64, 2, 3, "fcfs")]
+)
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_what_starts_behind_a_prefix_is_what_a_cold_reading_gives(
-    granularity, chunk, prefill_interval, seed, tiny_model
+    granularity, chunk, prefill_interval, seed, policy, tiny_model
 ):
-    simulation = Conversations(tiny_model, granularity, seed, chunk=chunk, prefill_interval=prefill_interval)
+    options = dict(chunk=chunk, prefill_interval=prefill_interval, policy=policy)
+    simulation = Conversations(tiny_model, granularity, seed, **options)
     scheduler, rng = simulation.scheduler, simulation.rng
     for number in range(1000):
         # By turns, there is room for prefixes, and too little for those that run.
@@ -296,6 +300,60 @@ def test_what_a_preempted_prompt_did_not_compute_is_not_found(granularity, tiny_
     simulation.finish()
     assert scheduler._plan_compaction == plan_compaction and simulation.preemptions == 1
     assert ask(prompt) == 300
+
+
+@pytest.mark.parametrize("position", [512, 1152], ids=["before-any-cut", "behind-a-prefix"])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_what_a_request_preempted_in_its_own_step_did_not_compute_is_not_found(granularity, position, tiny_model):
+    """Under priority scheduling vLLM preempts requests for others that come after them in the same step."""
+    simulation = Conversations(tiny_model, granularity, 0, chunk=640, prefill_interval=640, policy="priority")
+    scheduler, pages = simulation.scheduler, simulation.scheduler.kv_cache_manager
+    urgent = simulation.ask(prompt_of(9, seed=1), max_tokens=40, priority=0)
+    simulation.step()
+    name = simulation.ask(prompt_of(1400), max_tokens=4, priority=1)
+    allocate_slots = pages.allocate_slots
+    while scheduler.requests[name].num_computed_tokens < position:
+        simulation.step()
+
+    def find_no_page(request, *args, **kwargs):
+        if request.request_id == urgent:
+            pages.allocate_slots = allocate_slots
+            return None
+        return allocate_slots(request, *args, **kwargs)
+
+    pages.allocate_slots = find_no_page
+    scheduler.running.reverse()
+    simulation.step()
+    assert pages.allocate_slots == allocate_slots and simulation.preemptions == 1
+    simulation.finish()
+    simulation.audit_ended()
+    assert simulation.num_checked > 50
+
+
+def test_pages_behind_a_cut_are_those_of_one_sequence(tiny_model):
+    """Two prompts begin alike and are read at once. The pages that the longer one fills behind the last cut of the
+    shorter one follow its own pages of that cut, which are not in the prefix cache."""
+    ask = Asked(tiny_model)
+    prompt = prompt_of(333)
+    for num_tokens in (243, 333):
+        ask.simulation.ask(prompt[:num_tokens])
+    ask.simulation.finish()
+    assert ask(prompt[:248]) == 242
+
+
+def test_what_comes_in_the_place_of_a_prefix_leaves_others_alone(tiny_model):
+    """Behind both cuts of a prompt stand some of the same pages. Those of the first one leave the cache in part, and
+    another prompt's come in their place."""
+    ask = Asked(tiny_model)
+    simulation, prompt = ask.simulation, prompt_of(95)
+    pages, pool = simulation.scheduler.block_manager, simulation.scheduler.kv_cache_manager.block_pool
+    assert ask(prompt) == 0
+    name = simulation.ask([*prompt[:85], *prompt_of(9, seed=1)])
+    found = pages.prefixes.find(simulation.scheduler.requests[name], pages.limits[name], 81)
+    assert found.cut == 80
+    pool.evict_blocks({found.blocks[5].block_id})
+    simulation.finish()
+    assert ask(prompt) == 94
 
 
 def test_memory_goes_to_prefixes_only_while_nobody_needs_it(tiny_model):

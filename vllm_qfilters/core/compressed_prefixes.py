@@ -90,7 +90,7 @@ class CompressedPrefixes:
         if all(block is not None for block in cached):
             return False
         others = [block for block, own in zip(cached, blocks, strict=False) if block is not None and block is not own]
-        self.give_up(others)
+        self.forget_cut(others, limits, cut)
         for index in places:
             self.add_page(request, limits, cut, index, blocks[index])
         return True
@@ -102,13 +102,21 @@ class CompressedPrefixes:
 
     def begins_with(self, block: KVCacheBlock, limits: RequestLimits, cut: int) -> bool:
         """Whether a page came into the prefix cache for what a prompt held behind this cut, and for no earlier one."""
-        of_cut, key = _of_cut(limits, cut), block.block_hash
-        behind = _INDEX_BYTES + _GROUP_BYTES
-        return key is not None and key[-len(of_cut) - behind : -behind] == of_cut
+        key = block.block_hash
+        return key is not None and _is_of_cut(key, limits, cut)
 
     def give_up(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Takes pages out of the prefix cache, to be written."""
         self._pool.evict_blocks({block.block_id for block in blocks})
+
+    def forget_cut(self, blocks: Sequence[KVCacheBlock], limits: RequestLimits, cut: int) -> None:
+        """Takes pages out of what prompts held behind a cut. For other cuts, and as pages from before any, they stay in
+        the prefix cache."""
+        for block in blocks:
+            num_tokens = block.block_hash_num_tokens
+            for key in self._pool._remove_cached_block_hashes(block):
+                if not _is_of_cut(key, limits, cut):
+                    self._pool._insert_block_hash(key, block, num_tokens=num_tokens)
 
     def _pages(self, request: Request, limits: RequestLimits, cut: int) -> list[KVCacheBlock] | None:
         """All that a prompt holds behind a cut; None: some of it is gone."""
@@ -135,6 +143,11 @@ class CompressedPrefixes:
 
 def _of_cut(limits: RequestLimits, cut: int) -> bytes:
     return _digest(limits) + cut.to_bytes(8, "big")
+
+
+def _is_of_cut(key: bytes, limits: RequestLimits, cut: int) -> bool:
+    of_cut, behind = _of_cut(limits, cut), _INDEX_BYTES + _GROUP_BYTES
+    return key[-len(of_cut) - behind : -behind] == of_cut
 
 
 @functools.lru_cache(maxsize=1024)

@@ -135,6 +135,7 @@ class QFiltersScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()
+        self.block_manager.start_step()
         plan = self._plan_compaction()
         self._looked_up, self._idle_hit_pages = None, 0
         output = super().schedule(throttle_prefills)
@@ -151,7 +152,7 @@ class QFiltersScheduler(AsyncScheduler):
         self.compression_stats.compactions += len(rows)
         self.compression_stats.pressure_compactions += sum(row.req_id in self._pressed for row in rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
-        hits = self.block_manager.take_prefix_hits()
+        hits = self.block_manager.end_step()
         self.compression_stats.prefix_hits += len(hits)
         self.compression_stats.prefix_hit_tokens += sum(hit.position for hit in hits)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows), hits)
