@@ -12,6 +12,7 @@ COUNTERS = {
     "freed_pages": "KV cache pages that evictions gave up and nobody else held.",
     "prefix_hits": "Requests that started behind a compressed prefix.",
     "prefix_hit_tokens": "Tokens of those prefixes, which were not read again.",
+    "resumed_requests": "Those of them that went on from what a request held at its end, with prefix 'resume'.",
     "compaction_seconds": "Seconds one rank spent choosing and moving tokens; nothing is moved with page granularity.",
 }
 _KEY = "kv_compression"
@@ -49,6 +50,7 @@ class KVCompressionStats:
         freed_pages: pages that evictions gave up and nobody else held.
         prefix_hits: requests that started behind a compressed prefix.
         prefix_hit_tokens: tokens of those prefixes.
+        resumed_requests: those of the requests that went on from what an earlier one held at its end.
         compaction_seconds: the time one rank spent compacting.
         resident_tokens: tokens that running sequences hold now.
         compressed_requests: running sequences that have evicted tokens.
@@ -63,6 +65,7 @@ class KVCompressionStats:
     freed_pages: int = 0
     prefix_hits: int = 0
     prefix_hit_tokens: int = 0
+    resumed_requests: int = 0
     compaction_seconds: float = 0.0
     resident_tokens: int = 0
     compressed_requests: int = 0

@@ -49,6 +49,7 @@ class QFiltersManager(FullAttentionManager):
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
         self.prefixes = CompressedPrefixes(self.block_pool, self.block_size, self.kv_cache_group_id)
+        self.resumes = False  # requests go on from what earlier ones held at their end; set by the scheduler
         self._standings: dict[str, _Standing] = {}
         # While a step is scheduled: requests of which it makes a prefix, and of others the first page that it fills and
         # that is in the prefix cache already.
@@ -71,8 +72,26 @@ class QFiltersManager(FullAttentionManager):
         found = None
         if limits is not None and limits.shares_prefixes:
             found = self.prefixes.find(request, limits, longest)
+        if self.resumes and limits is not None:
+            shortest = 1 if found is None else found.position + 1
+            found = self.prefixes.find_end(request, limits, shortest, longest) or found
         self._found = None if found is None else (request.request_id, found)
         return found
+
+    def keep_end(self, request: Request) -> None:
+        """Keeps what a request holds, where others go on from it. Call when it has ended, before its pages are freed.
+
+        What it held while its prompt was read, and what was never cut, is in the prefix cache anyway.
+        """
+        request_id, evicted = request.request_id, self.evicted.get(request.request_id, 0)
+        if not self.resumes or not evicted or request.num_computed_tokens < request.num_prompt_tokens:
+            return
+        # What is computed behind the last token that was known lies in the pages behind.
+        held = min(request.num_computed_tokens, request.num_tokens - 1) - evicted
+        blocks = self.req_to_blocks[request_id][: held // self.block_size]
+        if blocks:
+            position = evicted + len(blocks) * self.block_size
+            self.prefixes.add_end(request, self.limits[request_id], position, blocks)
 
     def start_step(self) -> None:
         """A step is scheduled from now on. Requests that lose their pages before :meth:`end_step` will not compute what
@@ -123,11 +142,14 @@ class QFiltersManager(FullAttentionManager):
         if self._found is not None and self._found[0] == request_id:
             _, found = self._found
             self._found = None
-            num_pages = self.limits[request_id].prefix_tokens(self.block_size) // self.block_size
+            cut, num_pages, resumes = found.position, len(found.blocks), found.cut is None
+            if found.cut is not None:
+                self._standings[request_id] = _Standing(found.cut, num_pages, is_own=False)
+                cut = found.cut
+                num_pages = self.limits[request_id].prefix_tokens(self.block_size) // self.block_size
             pages = tuple(block.block_id for block in found.blocks[:num_pages])
-            self._prefix_hits.append(PrefixHit(request_id, found.cut, found.position, found.evicted, pages))
+            self._prefix_hits.append(PrefixHit(request_id, cut, found.position, found.evicted, pages, resumes))
             self.evicted[request_id] = found.evicted
-            self._standings[request_id] = _Standing(found.cut, len(found.blocks), is_own=False)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         num_tokens -= self.evicted.get(request_id, 0)

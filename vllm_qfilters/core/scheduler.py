@@ -97,6 +97,7 @@ class QFiltersScheduler(AsyncScheduler):
             f"pages are managed by {type(manager).__name__}, not QFiltersManager"
         )
         self.block_manager = manager
+        manager.resumes = policy.resumes
         self.compression_stats = KVCompressionStats()
         if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
             # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
@@ -155,6 +156,7 @@ class QFiltersScheduler(AsyncScheduler):
         hits = self.block_manager.end_step()
         self.compression_stats.prefix_hits += len(hits)
         self.compression_stats.prefix_hit_tokens += sum(hit.position for hit in hits)
+        self.compression_stats.resumed_requests += sum(hit.resumes for hit in hits)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows), hits)
 
     def update_from_output(
@@ -424,6 +426,7 @@ class QFiltersScheduler(AsyncScheduler):
         peak_tokens = max(history.peak_tokens, self.block_manager.resident_tokens(request))
         if self.log_stats and peak_tokens:
             self.compression_stats.request_resident_tokens.append(peak_tokens)
+        self.block_manager.keep_end(request)
         super()._free_blocks(request)
         self.block_manager.limits.pop(request.request_id, None)
 
