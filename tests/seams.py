@@ -135,6 +135,7 @@ OVERRIDDEN = {
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__": "self *args **kwargs",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_blocks": "self request",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_request_blocks": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._reserve_prefill_lookahead": (
         "self request num_computed_tokens num_new_tokens"
     ),

@@ -196,7 +196,9 @@ class Simulation:
         assert pool.get_num_free_blocks() == NUM_BLOCKS - 1 - len(holders)
         assert set(pages.evicted) <= set(pages.req_to_blocks) and set(pages.limits) <= set(self.scheduler.requests)
         assert set(pages.evicted) <= {request.request_id for request in self.scheduler.running}
-        assert all(tokens > 0 for tokens in pages.evicted.values())
+        assert all(tokens > 0 for tokens in pages.evicted.values()) and pages.all_evicted == sum(pages.evicted.values())
+        computed = sum(request.num_computed_tokens for request in self.scheduler.running)
+        assert self.scheduler._computed_tokens == computed
         for request in self.scheduler.running:
             req_id = request.request_id
             assert self.worker.pages[req_id] == [block.block_id for block in pages.req_to_blocks[req_id]]
@@ -210,6 +212,7 @@ class Simulation:
     def audit_ended(self) -> None:
         """All requests ended, and nobody holds anything of them."""
         assert self.added == self.ended and not self.scheduler.requests
+        assert self.scheduler._computed_tokens == self.scheduler.block_manager.all_evicted == 0
         assert not self.worker.lengths._evicted and not self.worker.pages
         assert self.scheduler.reset_prefix_cache()
 

@@ -56,7 +56,7 @@ class KVCompressionStats:
         compressed_requests: running sequences that have evicted tokens.
         saved_pages: pages that running sequences would hold uncompressed, less those they hold.
         request_resident_tokens: the most tokens held at once by each sequence that ended since the last message.
-        sequences: the running sequences, where the endpoint is on.
+        sequences: the running sequences, where the endpoint is on; None: those of the last message are recent enough.
     """
 
     compactions: int = 0
@@ -71,7 +71,7 @@ class KVCompressionStats:
     compressed_requests: int = 0
     saved_pages: int = 0
     request_resident_tokens: list[int] = dataclasses.field(default_factory=list)
-    sequences: list[RunningSequence] = dataclasses.field(default_factory=list)
+    sequences: list[RunningSequence] | None = None
 
     def __str__(self) -> str:
         return (
@@ -85,7 +85,7 @@ class KVCompressionStats:
         news = dataclasses.replace(self, **{name: getattr(self, name) - getattr(sent, name) for name in COUNTERS})
         for name in COUNTERS:
             setattr(sent, name, getattr(self, name))
-        self.request_resident_tokens = []
+        self.request_resident_tokens, self.sequences = [], None
         return news
 
 

@@ -45,6 +45,7 @@ class QFiltersManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
+        self.all_evicted = 0  # the sum of them
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
@@ -150,6 +151,7 @@ class QFiltersManager(FullAttentionManager):
             pages = tuple(block.block_id for block in found.blocks[:num_pages])
             self._prefix_hits.append(PrefixHit(request_id, cut, found.position, found.evicted, pages, resumes))
             self.evicted[request_id] = found.evicted
+            self.all_evicted += found.evicted
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         num_tokens -= self.evicted.get(request_id, 0)
@@ -181,7 +183,7 @@ class QFiltersManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finish, abort and preemption all come through here: a resumed request starts again with nothing evicted.
         self._forget_uncomputed(request_id)
-        self.evicted.pop(request_id, None)
+        self.all_evicted -= self.evicted.pop(request_id, 0)
         self.next_cuts.pop(request_id, None)
         self._standings.pop(request_id, None)
         if self._found is not None and self._found[0] == request_id:
@@ -283,6 +285,7 @@ class QFiltersManager(FullAttentionManager):
         evicted_tokens = len(indices) * self.block_size
         self._keep_prefix(request)
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
+        self.all_evicted += evicted_tokens
         return RequestCompaction(
             req_id=request_id,
             position=request.num_computed_tokens,
