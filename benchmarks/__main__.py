@@ -9,6 +9,7 @@ CASES = {
     "elastic": "`evict: pressure` beside plain vLLM and `evict: always`, with room for the whole load and with less",
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
     "follow_up": "the next turn of a long conversation: seconds to its first token, tokens of the history read again",
+    "recall": "facts that the first messages of a conversation told, asked for at its end: `prefix` exact and resume",
     "scheduler": "ms per step of the scheduler alone at 1,024 running requests: plain vLLM and ours",
     "start": "seconds from the command to the first answer, cold and warm: plain vLLM and ours",
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",

@@ -4,7 +4,8 @@ kind and all that was said.
     python -m benchmarks agents models/SmolLM2-135M-Instruct [--kinds 2] [--agents 8] [--turns 4] [--shared 1500]
 
 Plain vLLM and ours run with the prefix cache and without it: compression that needs the prefix cache off would lose
-what lies between. The agents of a turn run at once; the next turn begins when all have finished.
+what lies between. With ``resume``, a turn goes on from what the last one held at its end. The agents of a turn run at
+once; the next turn begins when all have finished. With as many kinds as agents each has a long history of its own.
 """
 
 import argparse
@@ -15,8 +16,21 @@ from typing import Any
 
 from benchmarks.case import Case, Numbers, bar_panels
 from benchmarks.engine import Engine
+from benchmarks.throughput import bytes_per_token
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"method": None},
+    "layer": {"method": "qfilters"},
+    "page": {"method": "qfilters", "granularity": "page"},
+}
 OFF = ", prefix cache off"
+VARIANTS = {
+    name + ("" if caches else OFF): {**job, "enable_prefix_caching": caches}
+    for name, job in KINDS.items()
+    for caches in (True, False)
+} | {
+    f"{name}, resume": {**KINDS[name], "prefix": "resume", "enable_prefix_caching": True} for name in ("layer", "page")
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,19 +40,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", type=int, default=1500, help="tokens of a shared prefix; default %(default)s")
     parser.add_argument("--said", type=int, default=100, help="new tokens per turn; default %(default)s")
     parser.add_argument("--output-tokens", type=int, default=60, help="answered per turn; default %(default)s")
+    parser.add_argument(
+        "--cache",
+        type=float,
+        help="share of what plain vLLM holds of all histories; in place of --kv-cache-memory-bytes",
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    kinds = {
-        "plain": {"method": None},
-        "layer": {"method": "qfilters"},
-        "page": {"method": "qfilters", "granularity": "page"},
-    }
-    return {
-        name + ("" if caches else OFF): {**job, "enable_prefix_caching": caches}
-        for name, job in kinds.items()
-        for caches in (True, False)
-    }
+    cache = {}
+    if arguments.cache is not None:
+        said = arguments.turns * (arguments.said + arguments.output_tokens)
+        tokens = arguments.kinds * arguments.shared + arguments.agents * said
+        cache = {"kv_cache_memory_bytes": int(tokens * bytes_per_token(arguments) * arguments.cache)}
+    return {name: {**VARIANTS[name], **cache} for name in arguments.variants}
 
 
 def measure(job: dict[str, Any]) -> Numbers:
@@ -46,7 +62,7 @@ def measure(job: dict[str, Any]) -> Numbers:
     engine = Engine(
         job,
         job["method"],
-        {"granularity": job["granularity"]} if "granularity" in job else {},
+        {name: job[name] for name in ("granularity", "prefix") if name in job},
         max_model_len=length,
         enable_prefix_caching=job["enable_prefix_caching"],
     )
@@ -81,12 +97,14 @@ def measure(job: dict[str, Any]) -> Numbers:
 
 def ratios(of_round: Mapping[str, Numbers]) -> dict[str, float]:
     found = {}
-    for name in ("plain", "layer", "page"):
-        with_cache, without = of_round[name]["turns_per_s"], of_round[name + OFF]["turns_per_s"]
-        found[f"{name}: with the prefix cache over without"] = with_cache / without
-    for name in ("layer", "page"):
-        speedup = of_round[name]["turns_per_s"] / of_round["plain"]["turns_per_s"]
-        found[f"{name}: over plain, both with the prefix cache"] = speedup
+    for name in KINDS:
+        if name in of_round and name + OFF in of_round:
+            with_cache, without = of_round[name]["turns_per_s"], of_round[name + OFF]["turns_per_s"]
+            found[f"{name}: with the prefix cache over without"] = with_cache / without
+    for name, numbers in of_round.items():
+        if "plain" in of_round and name != "plain" and not name.endswith(OFF):
+            speedup = numbers["turns_per_s"] / of_round["plain"]["turns_per_s"]
+            found[f"{name}: over plain, both with the prefix cache"] = speedup
     return found
 
 

@@ -6,7 +6,8 @@ The first turn is answered, then the second turn is sent with the whole history 
 on. Plain vLLM finds nearly all of the history in the prefix cache. A sequence that evicts while its prompt is read
 (``prefill: chunked``, the default) starts behind the compressed prefix that the first turn's prompt left. With
 ``prefill: full`` a prompt is cut after it was read, and all of it is found. Either way the answer was written in
-another context than it is read in, and is read again. Conversations follow each other, alone on the engine.
+another context than it is read in, and is read again. With ``prefix: resume`` the second turn goes on from what the
+first one held at its end. Conversations follow each other, alone on the engine.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found |= {method: {"method": method, "compression": {}} for method in arguments.methods}
     if "qfilters" in arguments.methods:
         found["qfilters, prefill full"] = {"method": "qfilters", "compression": {"prefill": "full"}}
+        found["qfilters, prefix resume"] = {"method": "qfilters", "compression": {"prefix": "resume"}}
     return found
 
 

@@ -25,7 +25,7 @@ MOST_PROMPT_TOKENS = 256
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=1024, help="that decode; default %(default)s")
     parser.add_argument("--steps", type=int, default=400, help="that are measured; default %(default)s")
-    parser.add_argument("--budget", type=int, default=192, help="tokens; default %(default)s")
+    parser.add_argument("--budget", type=int, default=256, help="tokens; default %(default)s")
 
 
 def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -42,10 +42,10 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def cache_bytes(arguments: argparse.Namespace, share: float) -> int:
     """Reckons the bytes that hold a share of what plain vLLM needs for all requests at once."""
     tokens = arguments.requests * (arguments.prompt + arguments.output_tokens)
-    return int(tokens * _bytes_per_token(arguments) * share)
+    return int(tokens * bytes_per_token(arguments) * share)
 
 
-def _bytes_per_token(arguments: argparse.Namespace) -> int:
+def bytes_per_token(arguments: argparse.Namespace) -> int:
     """Reckons the bytes that the keys and values of a token take in all layers, uncompressed."""
     from transformers import AutoConfig
 

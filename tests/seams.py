@@ -135,6 +135,7 @@ OVERRIDDEN = {
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__": "self *args **kwargs",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_blocks": "self request",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_request_blocks": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._reserve_prefill_lookahead": (
         "self request num_computed_tokens num_new_tokens"
     ),
@@ -228,6 +229,7 @@ CALLED = {
     "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
     "vllm.v1.core.block_pool:BlockPool._insert_block_hash": "self block_hash_with_group_id block num_tokens",
+    "vllm.v1.core.block_pool:BlockPool._remove_cached_block_hashes": "self block",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks": "self block_ids",
     "vllm.v1.core.block_pool:BlockPool.free_blocks": "self ordered_blocks",
     "vllm.v1.core.block_pool:BlockPool.get_cached_block": "self block_hash kv_cache_group_ids",
@@ -286,6 +288,7 @@ ATTRIBUTES = [
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash_num_tokens",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
     "vllm.v1.core.sched.output:SchedulerOutput.finished_req_ids",
@@ -299,6 +302,7 @@ ATTRIBUTES = [
     "vllm.v1.core.sched.scheduler:Scheduler.running",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.block_pool",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.block_size",
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.num_cached_block",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.req_to_blocks",
     "vllm.v1.engine.async_llm:AsyncLLM.logger_manager",
     "vllm.v1.engine:EngineCoreRequest.mm_features",

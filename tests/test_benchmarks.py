@@ -82,6 +82,17 @@ def test_the_cache_of_throughput_is_a_share_of_what_the_load_needs(tiny_model, m
     assert {job["kv_cache_memory_bytes"] for job in child.jobs.values()} == {4 * 400 * bytes_per_token // 4}
 
 
+def test_agents_share_a_cache_of_what_their_histories_take(tiny_model, monkeypatch, tmp_path):
+    options = ["--kinds", "2", "--agents", "4", "--turns", "2", "--shared", "300", "--said", "20", "--cache", "0.5"]
+    options += ["--output-tokens", "30", "--variants", "plain", "layer, resume", "--llm", '{"dtype": "float32"}']
+    _, child = run("agents", monkeypatch, tmp_path, str(tiny_model), *options)
+    bytes_per_token = 3 * 2 * 2 * 32 * 4
+    assert [job["kv_cache_memory_bytes"] for job in child.jobs.values()] == [1000 * bytes_per_token // 2] * 2
+    assert list(child.jobs) == ["plain", "layer, resume"] and child.jobs["layer, resume"]["prefix"] == "resume"
+    ratios = json.loads((tmp_path / "out.json").read_text())["ratios"][0]
+    assert ratios == {"layer, resume: over plain, both with the prefix cache": 2}
+
+
 def test_elastic_names_answers_that_differ_and_preemptions():
     elastic = importlib.import_module("benchmarks.elastic")
 

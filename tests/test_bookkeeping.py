@@ -88,18 +88,27 @@ class Worker:
 
 
 class Simulation:
-    """An engine whose workers are stood for by ``make_worker(rng)``; options: of the compression, beside the usual
-    ones."""
+    """An engine whose workers are stood for by ``make_worker(rng)``; policy: vLLM's, of scheduling; options: of the
+    compression, beside the usual ones."""
 
     def __init__(
-        self, model, granularity: str, log_stats: bool, evict: str, seed: int = 0, make_worker=Worker, **options
+        self,
+        model,
+        granularity: str,
+        log_stats: bool,
+        evict: str,
+        seed: int = 0,
+        make_worker=Worker,
+        policy: str = "fcfs",
+        **options,
     ) -> None:
         options = dict(
             budget=BUDGET, window=12, sinks=2, interval=BLOCK, chunk=CHUNK, granularity=granularity, evict=evict
         ) | ANY_BUDGET | options  # fmt: skip
         args = EngineArgs(
             str(model), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_model_len=2048,
-            max_num_seqs=64, max_num_batched_tokens=512, **kv_compression("random_once", **options),
+            max_num_seqs=64, max_num_batched_tokens=512, scheduling_policy=policy,
+            **kv_compression("random_once", **options),
         )  # fmt: skip
         config = args.create_engine_config()
         config.cache_config.num_gpu_blocks = NUM_BLOCKS
@@ -187,7 +196,9 @@ class Simulation:
         assert pool.get_num_free_blocks() == NUM_BLOCKS - 1 - len(holders)
         assert set(pages.evicted) <= set(pages.req_to_blocks) and set(pages.limits) <= set(self.scheduler.requests)
         assert set(pages.evicted) <= {request.request_id for request in self.scheduler.running}
-        assert all(tokens > 0 for tokens in pages.evicted.values())
+        assert all(tokens > 0 for tokens in pages.evicted.values()) and pages.all_evicted == sum(pages.evicted.values())
+        computed = sum(request.num_computed_tokens for request in self.scheduler.running)
+        assert self.scheduler._computed_tokens == computed
         for request in self.scheduler.running:
             req_id = request.request_id
             assert self.worker.pages[req_id] == [block.block_id for block in pages.req_to_blocks[req_id]]
@@ -201,6 +212,7 @@ class Simulation:
     def audit_ended(self) -> None:
         """All requests ended, and nobody holds anything of them."""
         assert self.added == self.ended and not self.scheduler.requests
+        assert self.scheduler._computed_tokens == self.scheduler.block_manager.all_evicted == 0
         assert not self.worker.lengths._evicted and not self.worker.pages
         assert self.scheduler.reset_prefix_cache()
 

@@ -105,11 +105,18 @@ class CachingWorker(Worker):
             self.cache[table[hole // BLOCK]][hole % BLOCK] = entries[source]
 
 
-def cold(tokens: list[int | None], num_prompt: int, limits: RequestLimits | None, moves: bool) -> list[int]:
+def cold(
+    tokens: list[int | None],
+    num_prompt: int,
+    limits: RequestLimits | None,
+    moves: bool,
+    held: tuple[int, ...] = (),
+    start: int = 0,
+) -> list[int]:
     """The entries of a sequence alone that has computed ``tokens``, of which the first ones are its prompt; None at
-    their end: it has been cut for the next one."""
-    entries: list[int] = []
-    for position, token in enumerate(tokens):
+    their end: it has been cut for the next one. held: those that it began with, at position ``start``."""
+    entries = list(held)
+    for position, token in enumerate(tokens[start:], start):
         evicted = 0
         if limits is not None and position >= num_prompt:
             evicted = limits.evicted_tokens(len(entries), False, BLOCK)
@@ -141,6 +148,7 @@ class Conversations(Simulation):
         self.budgets = [None, None, {"kv_budget": 32}, {"kv_budget": 0.5}, {"kv_budget": 0}]
         self.num_checked = self.num_checked_behind_prefixes = 0
         self.started: set[str] = set()  # behind a compressed prefix
+        self.resumed: dict[str, tuple[tuple[int, ...], int]] = {}  # what they held then, and where
 
     def words(self, most: int) -> list[int]:
         return [self.rng.randrange(3, VOCAB) for _ in range(self.rng.randint(1, most))]
@@ -150,7 +158,8 @@ class Conversations(Simulation):
         prompt = self.rng.choice([[], *self.prefixes, *self.worker.ended])[:400]
         if prompt and self.rng.random() < 0.3:
             prompt = prompt[: self.rng.randint(1, len(prompt))]
-        self.ask([*prompt, *self.words(60)], self.rng.choice(self.budgets), max_tokens or self.rng.randint(1, 80))
+        max_tokens, priority = max_tokens or self.rng.randint(1, 80), self.rng.randrange(3)
+        self.ask([*prompt, *self.words(60)], self.rng.choice(self.budgets), max_tokens, priority=priority)
 
     def ask(self, prompt: list[int], extra_args=None, max_tokens: int = 1, **request) -> str:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
@@ -164,6 +173,12 @@ class Conversations(Simulation):
         output, _ = self.in_flight[-1] if self.in_flight else (None, None)
         if output is not None:
             self.started |= {hit.req_id for hit in output.prefix_hits}
+            for req_id in output.preempted_req_ids or ():
+                self.resumed.pop(req_id, None)
+            for hit in output.prefix_hits:
+                if hit.resumes:
+                    held = self.worker.entries(hit.req_id, -output.num_scheduled_tokens[hit.req_id])
+                    self.resumed[hit.req_id] = tuple(held), hit.position
         running = [request.request_id for request in self.scheduler.running]
         running = [req_id for req_id in running if req_id in self.worker.computed]
         if running:
@@ -175,18 +190,21 @@ class Conversations(Simulation):
         if worker.cuts.get(req_id) == len(tokens):
             tokens.append(None)
         limits = self.scheduler.block_manager.limits.get(req_id)
-        expected = cold(tokens, request.num_prompt_tokens, limits, worker.moves)
+        expected = cold(tokens, request.num_prompt_tokens, limits, worker.moves, *self.resumed.get(req_id, ()))
         assert sorted(worker.entries(req_id)) == sorted(expected), f"{req_id} is not what a cold reading gives"
         self.num_checked += 1
         self.num_checked_behind_prefixes += req_id in self.started
 
 
-@pytest.mark.parametrize("chunk, prefill_interval, seed", [(32, 8, 1), (24, 24, 2), (64, 2, 3)])
+@pytest.mark.parametrize(
+    "chunk, prefill_interval, seed, policy", [(32, 8, 1, "fcfs"), (24, 24, 2, "priority"), (64, 2, 3, "fcfs")]
+)
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_what_starts_behind_a_prefix_is_what_a_cold_reading_gives(
-    granularity, chunk, prefill_interval, seed, tiny_model
+    granularity, chunk, prefill_interval, seed, policy, tiny_model
 ):
-    simulation = Conversations(tiny_model, granularity, seed, chunk=chunk, prefill_interval=prefill_interval)
+    options = dict(chunk=chunk, prefill_interval=prefill_interval, policy=policy)
+    simulation = Conversations(tiny_model, granularity, seed, **options)
     scheduler, rng = simulation.scheduler, simulation.rng
     for number in range(1000):
         # By turns, there is room for prefixes, and too little for those that run.
@@ -298,6 +316,60 @@ def test_what_a_preempted_prompt_did_not_compute_is_not_found(granularity, tiny_
     assert ask(prompt) == 300
 
 
+@pytest.mark.parametrize("position", [512, 1152], ids=["before-any-cut", "behind-a-prefix"])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_what_a_request_preempted_in_its_own_step_did_not_compute_is_not_found(granularity, position, tiny_model):
+    """Under priority scheduling vLLM preempts requests for others that come after them in the same step."""
+    simulation = Conversations(tiny_model, granularity, 0, chunk=640, prefill_interval=640, policy="priority")
+    scheduler, pages = simulation.scheduler, simulation.scheduler.kv_cache_manager
+    urgent = simulation.ask(prompt_of(9, seed=1), max_tokens=40, priority=0)
+    simulation.step()
+    name = simulation.ask(prompt_of(1400), max_tokens=4, priority=1)
+    allocate_slots = pages.allocate_slots
+    while scheduler.requests[name].num_computed_tokens < position:
+        simulation.step()
+
+    def find_no_page(request, *args, **kwargs):
+        if request.request_id == urgent:
+            pages.allocate_slots = allocate_slots
+            return None
+        return allocate_slots(request, *args, **kwargs)
+
+    pages.allocate_slots = find_no_page
+    scheduler.running.reverse()
+    simulation.step()
+    assert pages.allocate_slots == allocate_slots and simulation.preemptions == 1
+    simulation.finish()
+    simulation.audit_ended()
+    assert simulation.num_checked > 50
+
+
+def test_pages_behind_a_cut_are_those_of_one_sequence(tiny_model):
+    """Two prompts begin alike and are read at once. The pages that the longer one fills behind the last cut of the
+    shorter one follow its own pages of that cut, which are not in the prefix cache."""
+    ask = Asked(tiny_model)
+    prompt = prompt_of(333)
+    for num_tokens in (243, 333):
+        ask.simulation.ask(prompt[:num_tokens])
+    ask.simulation.finish()
+    assert ask(prompt[:248]) == 242
+
+
+def test_what_comes_in_the_place_of_a_prefix_leaves_others_alone(tiny_model):
+    """Behind both cuts of a prompt stand some of the same pages. Those of the first one leave the cache in part, and
+    another prompt's come in their place."""
+    ask = Asked(tiny_model)
+    simulation, prompt = ask.simulation, prompt_of(95)
+    pages, pool = simulation.scheduler.block_manager, simulation.scheduler.kv_cache_manager.block_pool
+    assert ask(prompt) == 0
+    name = simulation.ask([*prompt[:85], *prompt_of(9, seed=1)])
+    found = pages.prefixes.find(simulation.scheduler.requests[name], pages.limits[name], 81)
+    assert found.cut == 80
+    pool.evict_blocks({found.blocks[5].block_id})
+    simulation.finish()
+    assert ask(prompt) == 94
+
+
 def test_memory_goes_to_prefixes_only_while_nobody_needs_it(tiny_model):
     """A cache that requests fill leaves no prefix behind, and no request waits for one."""
     ask = Asked(tiny_model)
@@ -306,3 +378,67 @@ def test_memory_goes_to_prefixes_only_while_nobody_needs_it(tiny_model):
     for seed in range(1, 12):
         ask(prompt_of(700, seed=seed), {"kv_budget": 0}, max_tokens=1)
     assert ask(prompt) == 0
+
+
+WHOLE_PROMPTS = {"prefill": "full", "chunk": None, "prefill_interval": None}
+
+
+@pytest.mark.parametrize("options", [{}, WHOLE_PROMPTS], ids=["chunked", "full"])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_session_goes_on_from_what_it_held(granularity, options, tiny_model):
+    simulation = Asked(tiny_model, granularity, prefix="resume", **options).simulation
+    worker, scheduler = simulation.worker, simulation.scheduler
+    stats, tokens, held, start = scheduler.compression_stats, [], (), 0
+    for turn, num_tokens in enumerate((150, 30, 1, 200)):
+        prompt, before = tokens + prompt_of(num_tokens, seed=turn), stats.prefix_hit_tokens
+        name = simulation.ask(prompt, max_tokens=41)
+        limits = scheduler.block_manager.limits[name]
+        while name in scheduler.requests:
+            simulation.step()
+            if name in worker.pages:
+                entries, computed = worker.entries(name), worker.computed[name]
+                is_cut = worker.cuts.get(name) == computed  # for a token that was not to come
+        simulation.finish()
+        assert stats.prefix_hit_tokens - before == start and stats.resumed_requests == turn
+        tokens = worker.ended[-1]
+        seen = [*tokens[:computed], *([None] if is_cut else [])]
+        expected = cold(seen, len(prompt), limits, worker.moves, held, start)
+        assert sorted(entries) == sorted(expected) and computed == len(tokens) - 1
+        start = computed // BLOCK * BLOCK
+        held = tuple(entries[: len(entries) - (computed - start)])
+    simulation.audit()
+    simulation.audit_ended()
+
+
+def test_a_session_is_found_by_its_tokens_limits_and_salt_and_only_where_it_is_asked_for(tiny_model):
+    for prefix in ("exact", "resume"):
+        ask, prompt = Asked(tiny_model, prefix=prefix), prompt_of(101)
+        assert ask(prompt, max_tokens=61) == 0
+        (history,) = ask.simulation.worker.ended
+        follow_up = [*history, *prompt_of(7, seed=1)]
+        assert ask(follow_up, {"kv_budget": 46}) == 0
+        assert ask(follow_up, cache_salt="one") == 0
+        assert ask([*prompt, 7, *history[102:]]) == 100  # another answer
+        assert ask([*history[:150], 7]) == 100  # not all of the answer
+        assert ask(follow_up) == {"exact": 150, "resume": 160}[prefix]
+        assert ask([*history, 7, 8]) == {"exact": 158, "resume": 160}[prefix]
+        assert ask.simulation.scheduler.compression_stats.resumed_requests == {"exact": 0, "resume": 2}[prefix]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_what_a_session_held_is_not_written_by_those_that_go_on_from_it(granularity, tiny_model):
+    simulation = Conversations(tiny_model, granularity, 4, chunk=32, prefill_interval=8, prefix="resume")
+    scheduler, rng = simulation.scheduler, simulation.rng
+    simulation.budgets = [None, {"kv_budget": 32}]
+    for number in range(600):
+        while len(scheduler.requests) < 8:
+            simulation.add(max_tokens=rng.randint(1, 30))
+        if rng.random() < 0.02:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+            simulation.ended += 1
+        simulation.step()
+        if number % 200 == 199:
+            simulation.audit()
+    simulation.finish()
+    simulation.audit_ended()
+    assert scheduler.compression_stats.resumed_requests > 5 and not simulation.preemptions

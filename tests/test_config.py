@@ -614,6 +614,21 @@ def test_an_option_that_does_nothing_is_refused_naming_it_and_what_to_do(case):
         assert part in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(evict="pressure"), "needs evict='always'"),
+        (dict(scope="decode"), "needs scope='all'"),
+        (dict(budget=0.5), "needs a budget in tokens, not budget=0.5"),
+    ],
+    ids=str,
+)
+def test_resuming_is_refused_where_no_prompt_could(options, reason):
+    assert policy_of(prefix="resume").resumes and not policy_of(**options).resumes
+    with pytest.raises(ValueError, match=f"prefix='resume' {reason}"):
+        policy_of(prefix="resume", **options)
+
+
 def test_every_option_of_some_is_read_by_a_method_that_is_not_told_to_drop_it():
     for entry in (*METHODS.values(), *QFILTERS.values()):
         assert entry.options <= OPTIONS_OF_SOME == {"filter", "filters", "rank", "observed"}

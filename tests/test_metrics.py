@@ -36,6 +36,13 @@ def test_messages_add_up_to_the_totals_whoever_gets_them():
     assert totals.compactions == 3, "the scheduler's totals stay"
 
 
+def test_records_of_sequences_are_sent_once():
+    totals, sent = KVCompressionStats(), KVCompressionStats()
+    assert totals.take_news(sent).sequences is None, "those of before are recent enough"
+    totals.sequences = []
+    assert totals.take_news(sent).sequences == [] and totals.take_news(sent).sequences is None
+
+
 def test_every_number_that_is_sent_is_a_metric():
     names = {field.name for field in dataclasses.fields(KVCompressionStats)}
     assert names - {"sequences"} == {*COUNTERS, *GAUGES, *HISTOGRAMS}

@@ -1,5 +1,7 @@
 """Prefix caching stays on and right: a request served from cached pages gives what a cold engine gives."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -30,8 +32,8 @@ def engine(request, engines):
     return engine
 
 
-def generate(engine, prompt, kv_budget=None):
-    (output,) = engine.generate([prompt], max_tokens=NEW_TOKENS, kv_budget=kv_budget)
+def generate(engine, prompt, kv_budget=None, max_tokens=NEW_TOKENS):
+    (output,) = engine.generate([prompt], max_tokens=max_tokens, kv_budget=kv_budget)
     return output
 
 
@@ -184,6 +186,50 @@ def test_two_users_go_on_from_the_same_history_at_once(granularity, engines):
         assert again.num_cached_tokens >= 864
         assert_same(again, reference)
     engine.assert_idle()
+
+
+@contextlib.contextmanager
+def told_to_say(engine, tokens):
+    """The only request that runs says ``tokens``, and then what it wants."""
+    sampler, left = engine.runner.sampler, list(tokens)
+
+    def sample(*args, **kwargs):
+        output = type(sampler).forward(sampler, *args, **kwargs)
+        (request,) = engine.scheduler.running
+        if left and not request.is_prefill_chunk:
+            output.sampled_token_ids[:] = left.pop(0)
+        return output
+
+    sampler.forward = sample
+    try:
+        yield
+    finally:
+        del sampler.forward
+    assert not left
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_resumed_session_is_one_that_never_left_the_engine(granularity, engines):
+    """Which decodes the message of the second turn, as if it had said it: no cut falls into the message, and there are
+    cuts behind it."""
+    options = {"observed": 0} if granularity == "layer" else {}
+    engine = engines.get(**OPTIONS, **PREFILLS["chunked"], granularity=granularity, prefix="resume", **options)
+    stats = engine.scheduler.compression_stats
+    prompt, message = random_prompt(900, seed=41), random_prompt(8, seed=42)
+    assert engine.llm.reset_prefix_cache()
+    before = stats.resumed_requests
+    answer = list(generate(engine, prompt, max_tokens=60).outputs[0].token_ids)
+    output, keys = held_at_the_end(engine, [*prompt, *answer, *message], max_tokens=NEW_TOKENS)
+    assert output.num_cached_tokens == 928 and stats.resumed_requests == before + 1  # of 959 that were computed
+    assert engine.llm.reset_prefix_cache()
+    with told_to_say(engine, [*answer, *message]):
+        session, session_keys = held_at_the_end(engine, prompt, max_tokens=68 + NEW_TOKENS)
+    assert list(output.outputs[0].token_ids) == list(session.outputs[0].token_ids)[68:]
+    torch.testing.assert_close(keys, session_keys, atol=1e-4, rtol=0)
+    # Another budget, or another salt, finds nothing.
+    generate(engine, prompt, max_tokens=60)
+    assert generate(engine, [*prompt, *answer, *message], kv_budget=250, max_tokens=1).num_cached_tokens == 416
+    assert stats.resumed_requests == before + 1
 
 
 @pytest.mark.parametrize("granularity", ["layer", "page"])

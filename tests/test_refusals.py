@@ -193,6 +193,14 @@ def test_what_is_not_supported_is_refused_by_name(name, value, reason):
         check_supported(compression, config)
 
 
+def test_resuming_without_the_prefix_cache_is_refused():
+    config = supported_config()
+    config.cache_config.enable_prefix_caching = False
+    check_supported(policy_of(method="random_once", interval=32, chunk=128), config)
+    with pytest.raises(ValueError, match="prefix='resume' without vLLM's prefix caching; drop --no-enable-prefix"):
+        check_supported(policy_of(method="random_once", interval=32, chunk=128, prefix="resume"), config)
+
+
 def test_a_refusal_that_cannot_be_evaluated_hides_no_other():
     config, compression = supported_config(), policy_of(method="random_once", interval=32, chunk=128)
     del config.model_config.use_mla  # as if vLLM had renamed it

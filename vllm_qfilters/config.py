@@ -18,6 +18,7 @@ REQUEST_EVICT_KEY = "kv_evict"
 GRANULARITIES = ("head", "layer", "page")
 PREFILLS = ("chunked", "full")
 SCOPES = ("all", "decode")
+PREFIX_EXACT, PREFIX_RESUME = PREFIXES = ("exact", "resume")
 UNLIMITED = "unlimited"  # a max_budget
 EVICT_ALWAYS, EVICT_PRESSURE = EVICTS = ("always", "pressure")
 FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")  # by vLLM's names
@@ -71,6 +72,10 @@ class KVCompressionConfig:
         filters: a filters file, a Hugging Face repository of published filters, or ``auto``: the cached filters of this
             model, else calibrate now and cache them. ``@`` and a commit behind a repository pin it. None, the default,
             becomes ``auto``.
+        prefix: ``exact``: a prompt that begins as an earlier one did starts behind what that one's tokens made of a
+            prefix, and its answer is a cold reading's; ``resume``: one that begins with an earlier prompt and its whole
+            answer goes on from what that request held at its end, as a session that never left the engine. It reads
+            what is new alone; its answer depends on what the cache still holds.
         endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are
             visible to whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
 
@@ -95,6 +100,7 @@ class KVCompressionConfig:
     rank: int | None = None
     observed: int | None = None
     filters: str | None = None
+    prefix: str = PREFIX_EXACT
     endpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -105,6 +111,7 @@ class KVCompressionConfig:
         check_choice("prefill", self.prefill, PREFILLS)
         check_choice("scope", self.scope, SCOPES)
         check_choice("evict", self.evict, EVICTS)
+        check_choice("prefix", self.prefix, PREFIXES)
         check_budget("budget", self.budget)
         if self.max_budget not in (None, UNLIMITED):
             check_budget("max_budget", self.max_budget)

@@ -59,10 +59,11 @@ class PrefixHit:
 
     Attributes:
         req_id: the request.
-        cut: the position of the last cut before.
+        cut: the position of the last cut before; ``position`` where the prefix is what a request held at its end.
         position: of the first token it computes.
         evicted_tokens: tokens of the prefix that it does not hold.
         block_ids: the pages that a sequence holds right behind that cut.
+        resumes: the prefix is what an earlier request held at its end.
     """
 
     req_id: str
@@ -70,3 +71,4 @@ class PrefixHit:
     position: int
     evicted_tokens: int
     block_ids: tuple[int, ...]
+    resumes: bool = False

@@ -14,6 +14,7 @@ from vllm_qfilters.config import (
     EVICT_ALWAYS,
     EVICT_PRESSURE,
     EVICTS,
+    PREFIX_RESUME,
     REQUEST_BUDGET_KEY,
     REQUEST_EVICT_KEY,
     UNLIMITED,
@@ -69,6 +70,7 @@ class Policy:
     rank: int
     observed: int
     filters: str | None
+    prefix: str
     endpoint: bool
     sliding_window: int = 0
 
@@ -101,6 +103,11 @@ class Policy:
     def heads_keep_the_same(self) -> bool:
         """Whether the heads of a layer keep the same tokens."""
         return self.granularity == "layer"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a request goes on from what an earlier one held at its end."""
+        return self.prefix == PREFIX_RESUME
 
     @property
     def evicts_prompts_in_chunks(self) -> bool:
@@ -303,9 +310,11 @@ def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: i
         rank=0 if "rank" not in entry.options else RANK if config.rank is None else config.rank,
         observed=0 if "observed" not in entry.options else OBSERVED if config.observed is None else config.observed,
         filters=None if "filters" not in entry.options else config.filters or FILTERS,
+        prefix=config.prefix,
         endpoint=config.endpoint,
     )
     policy._check_budgets_hold()
+    _check_prefix(policy)
     _check_max_budget(policy)
     if model_config is None:
         return policy
@@ -320,6 +329,21 @@ def _check_max_budget(policy: Policy) -> None:
         return  # a fraction and a number of tokens: which is more is for the prompt to say
     if limit < budget:
         raise ValueError(f"max_budget={limit!r} is below budget={budget!r}: give at least that, or {UNLIMITED!r}")
+
+
+def _check_prefix(policy: Policy) -> None:
+    """Refuses to resume where no request would find what an earlier one held."""
+    if not policy.resumes:
+        return
+    if policy.evict == EVICT_PRESSURE:
+        raise ValueError("prefix='resume' needs evict='always': what is evicted for want of pages is never shared")
+    if policy.scope == "decode":
+        raise ValueError("prefix='resume' needs scope='all': a follow-up prompt keeps more than the one before it")
+    if not is_int(policy.budget):
+        raise ValueError(
+            f"prefix='resume' needs a budget in tokens, not budget={policy.budget!r}: a fraction of a follow-up prompt "
+            "is another budget, and requests of different budgets share nothing"
+        )
 
 
 def _at_most(most: int | None) -> str:

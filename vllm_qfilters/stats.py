@@ -12,6 +12,7 @@ COUNTERS = {
     "freed_pages": "KV cache pages that evictions gave up and nobody else held.",
     "prefix_hits": "Requests that started behind a compressed prefix.",
     "prefix_hit_tokens": "Tokens of those prefixes, which were not read again.",
+    "resumed_requests": "Those of them that went on from what a request held at its end, with prefix 'resume'.",
     "compaction_seconds": "Seconds one rank spent choosing and moving tokens; nothing is moved with page granularity.",
 }
 _KEY = "kv_compression"
@@ -49,12 +50,13 @@ class KVCompressionStats:
         freed_pages: pages that evictions gave up and nobody else held.
         prefix_hits: requests that started behind a compressed prefix.
         prefix_hit_tokens: tokens of those prefixes.
+        resumed_requests: those of the requests that went on from what an earlier one held at its end.
         compaction_seconds: the time one rank spent compacting.
         resident_tokens: tokens that running sequences hold now.
         compressed_requests: running sequences that have evicted tokens.
         saved_pages: pages that running sequences would hold uncompressed, less those they hold.
         request_resident_tokens: the most tokens held at once by each sequence that ended since the last message.
-        sequences: the running sequences, where the endpoint is on.
+        sequences: the running sequences, where the endpoint is on; None: those of the last message are recent enough.
     """
 
     compactions: int = 0
@@ -63,12 +65,13 @@ class KVCompressionStats:
     freed_pages: int = 0
     prefix_hits: int = 0
     prefix_hit_tokens: int = 0
+    resumed_requests: int = 0
     compaction_seconds: float = 0.0
     resident_tokens: int = 0
     compressed_requests: int = 0
     saved_pages: int = 0
     request_resident_tokens: list[int] = dataclasses.field(default_factory=list)
-    sequences: list[RunningSequence] = dataclasses.field(default_factory=list)
+    sequences: list[RunningSequence] | None = None
 
     def __str__(self) -> str:
         return (
@@ -82,7 +85,7 @@ class KVCompressionStats:
         news = dataclasses.replace(self, **{name: getattr(self, name) - getattr(sent, name) for name in COUNTERS})
         for name in COUNTERS:
             setattr(sent, name, getattr(self, name))
-        self.request_resident_tokens = []
+        self.request_resident_tokens, self.sequences = [], None
         return news
 
 

@@ -4,6 +4,7 @@ Runs in the engine process and owns ``evicted`` there. The worker side keeps its
 """
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ class _Standing:
 
     Attributes:
         cut: its last one.
-        num_cached: of its pages, from the first on, are in the prefix cache, or others in their place.
+        num_cached: of its pages, from the first on, are in the prefix cache; more than it has while another sequence's
+            pages of the cut are there.
         is_own: it put those of the cut there.
     """
 
@@ -43,12 +45,18 @@ class QFiltersManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.limits: dict[str, RequestLimits] = {}  # requests that are compressed; set by the scheduler
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
+        self.all_evicted = 0  # the sum of them
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
         self.prefixes = CompressedPrefixes(self.block_pool, self.block_size, self.kv_cache_group_id)
+        self.resumes = False  # requests go on from what earlier ones held at their end; set by the scheduler
         self._standings: dict[str, _Standing] = {}
-        self._planned: set[str] = set()  # requests whose prefixes the step being scheduled makes
+        # While a step is scheduled: requests of which it makes a prefix, and of others the first page that it fills and
+        # that is in the prefix cache already.
+        self._is_scheduling = False
+        self._planned: set[str] = set()
+        self._first_filled: dict[str, int] = {}
         self._found: tuple[str, CompressedPrefix] | None = None  # by the request looked at last, which has no pages yet
         self._prefix_hits: list[PrefixHit] = []  # of the step being scheduled
 
@@ -65,13 +73,38 @@ class QFiltersManager(FullAttentionManager):
         found = None
         if limits is not None and limits.shares_prefixes:
             found = self.prefixes.find(request, limits, longest)
+        if self.resumes and limits is not None:
+            shortest = 1 if found is None else found.position + 1
+            found = self.prefixes.find_end(request, limits, shortest, longest) or found
         self._found = None if found is None else (request.request_id, found)
         return found
 
-    def take_prefix_hits(self) -> tuple[PrefixHit, ...]:
-        """Requests that start behind a compressed prefix in the step that was scheduled. Call at the end of it."""
+    def keep_end(self, request: Request) -> None:
+        """Keeps what a request holds, where others go on from it. Call when it has ended, before its pages are freed.
+
+        What it held while its prompt was read, and what was never cut, is in the prefix cache anyway.
+        """
+        request_id, evicted = request.request_id, self.evicted.get(request.request_id, 0)
+        if not self.resumes or not evicted or request.num_computed_tokens < request.num_prompt_tokens:
+            return
+        # What is computed behind the last token that was known lies in the pages behind.
+        held = min(request.num_computed_tokens, request.num_tokens - 1) - evicted
+        blocks = self.req_to_blocks[request_id][: held // self.block_size]
+        if blocks:
+            position = evicted + len(blocks) * self.block_size
+            self.prefixes.add_end(request, self.limits[request_id], position, blocks)
+
+    def start_step(self) -> None:
+        """A step is scheduled from now on. Requests that lose their pages before :meth:`end_step` will not compute what
+        was put in the prefix cache for them."""
+        self._is_scheduling = True
+
+    def end_step(self) -> tuple[PrefixHit, ...]:
+        """Requests that start behind a compressed prefix in the step that was scheduled."""
         hits, self._prefix_hits = self._prefix_hits, []
+        self._is_scheduling = False
         self._planned.clear()
+        self._first_filled.clear()
         return tuple(hits)
 
     def get_num_blocks_to_allocate(
@@ -110,11 +143,15 @@ class QFiltersManager(FullAttentionManager):
         if self._found is not None and self._found[0] == request_id:
             _, found = self._found
             self._found = None
-            num_pages = self.limits[request_id].prefix_tokens(self.block_size) // self.block_size
+            cut, num_pages, resumes = found.position, len(found.blocks), found.cut is None
+            if found.cut is not None:
+                self._standings[request_id] = _Standing(found.cut, num_pages, is_own=False)
+                cut = found.cut
+                num_pages = self.limits[request_id].prefix_tokens(self.block_size) // self.block_size
             pages = tuple(block.block_id for block in found.blocks[:num_pages])
-            self._prefix_hits.append(PrefixHit(request_id, found.cut, found.position, found.evicted, pages))
+            self._prefix_hits.append(PrefixHit(request_id, cut, found.position, found.evicted, pages, resumes))
             self.evicted[request_id] = found.evicted
-            self._standings[request_id] = _Standing(found.cut, len(found.blocks), is_own=False)
+            self.all_evicted += found.evicted
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         num_tokens -= self.evicted.get(request_id, 0)
@@ -127,26 +164,43 @@ class QFiltersManager(FullAttentionManager):
         # context.
         request_id = request.request_id
         if request_id not in self.evicted:
+            first = self.num_cached_block.get(request_id, 0)
             super().cache_blocks(request, num_tokens, *args, **kwargs)
+            self._has_filled(request_id, first, self.num_cached_block.get(request_id, 0))
         elif (standing := self._standings.get(request_id)) is not None:
-            limits, blocks = self.limits[request_id], self.req_to_blocks[request_id]
+            limits, blocks, first = self.limits[request_id], self.req_to_blocks[request_id], standing.num_cached
             end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
-            for index in range(standing.num_cached, (end - self.evicted[request_id]) // self.block_size):
+            for index in range(first, (end - self.evicted[request_id]) // self.block_size):
                 self.prefixes.add_page(request, limits, standing.cut, index, blocks[index])
                 standing.num_cached = index + 1
+            self._has_filled(request_id, first, standing.num_cached)
+
+    def _has_filled(self, request_id: str, first: int, end: int) -> None:
+        """Pages of a request from ``first`` to before ``end`` were put in the prefix cache."""
+        if self._is_scheduling and first < end:
+            self._first_filled.setdefault(request_id, first)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finish, abort and preemption all come through here: a resumed request starts again with nothing evicted.
-        self.evicted.pop(request_id, None)
+        self._forget_uncomputed(request_id)
+        self.all_evicted -= self.evicted.pop(request_id, 0)
         self.next_cuts.pop(request_id, None)
-        standing = self._standings.pop(request_id, None)
-        if request_id in self._planned:
-            self._planned.discard(request_id)
-            if standing is not None and standing.is_own:  # the workers will not make it
-                self.prefixes.give_up(self.req_to_blocks[request_id])
+        self._standings.pop(request_id, None)
         if self._found is not None and self._found[0] == request_id:
             self._found = None
         return super().pop_blocks_for_free(request_id)
+
+    def _forget_uncomputed(self, request_id: str) -> None:
+        """Takes out of the prefix cache what the step being scheduled was to compute for a request that is preempted
+        now. Under priority scheduling vLLM preempts requests that it has scheduled in the same step."""
+        blocks = self.req_to_blocks.get(request_id, [])
+        if request_id in self._planned:
+            self._planned.discard(request_id)
+            standing = self._standings[request_id]
+            if standing.is_own:
+                self.prefixes.forget_cut(blocks, self.limits[request_id], standing.cut)
+        first = self._first_filled.pop(request_id, len(blocks))
+        self.prefixes.give_up(blocks[first:])
 
     def plan_eviction(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
         """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
@@ -231,6 +285,7 @@ class QFiltersManager(FullAttentionManager):
         evicted_tokens = len(indices) * self.block_size
         self._keep_prefix(request)
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
+        self.all_evicted += evicted_tokens
         return RequestCompaction(
             req_id=request_id,
             position=request.num_computed_tokens,
@@ -252,7 +307,8 @@ class QFiltersManager(FullAttentionManager):
         is_of_prompt = limits.shares_prefixes and cut < request.num_prompt_tokens
         if self.enable_caching and is_of_prompt and follows_from_tokens:
             is_own = self.prefixes.add(request, limits, cut, self.req_to_blocks[request_id])
-            num_pages = limits.prefix_tokens(self.block_size) // self.block_size
+            # Pages behind those of another sequence are not for its own cut's.
+            num_pages = limits.prefix_tokens(self.block_size) // self.block_size if is_own else sys.maxsize
             self._standings[request_id] = _Standing(cut, num_pages, is_own)
             self._planned.add(request_id)
 

@@ -40,6 +40,7 @@ from vllm_qfilters.stats import KVCompressionStats, RunningSequence, attach_stat
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
 
 LOG_INTERVAL_SECONDS = 10.0  # as vLLM's own statistics line
+RECORD_INTERVAL_SECONDS = 0.1  # between records of running sequences, which are one for each
 RESERVE = 0.05  # of all pages, freed beside what is wanting: cuts come in bursts, and load does not make them flap
 
 
@@ -54,6 +55,16 @@ def _reads_prompt(request: Request) -> bool:
     """Whether a request still reads its prompt. One that was preempted reads what it had generated as well: it is cut
     there where it was cut before."""
     return request.num_computed_tokens < request.num_prompt_tokens
+
+
+def _started_behind(output: SchedulerOutput) -> int:
+    """Tokens that requests which a step starts, anew or after a preemption, found in the prefix cache."""
+    cached = output.scheduled_cached_reqs
+    tokens = sum(new.num_computed_tokens for new in output.scheduled_new_reqs)
+    if not cached.resumed_req_ids:
+        return tokens
+    resumed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+    return tokens + sum(computed for req_id, computed in resumed if req_id in cached.resumed_req_ids)
 
 
 def _waits(request: Request | None) -> bool:
@@ -97,6 +108,7 @@ class QFiltersScheduler(AsyncScheduler):
             f"pages are managed by {type(manager).__name__}, not QFiltersManager"
         )
         self.block_manager = manager
+        manager.resumes = policy.resumes
         self.compression_stats = KVCompressionStats()
         if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
             # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
@@ -105,6 +117,7 @@ class QFiltersScheduler(AsyncScheduler):
         # By request: draft tokens of steps whose output is still to come.
         self.unverified_drafts: Counter[str] = Counter()
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
+        self._computed_tokens = 0  # of all requests that run
         self._sent_stats = KVCompressionStats()
         self._histories: dict[str, _History] = {}
         self._pressed: set[str] = set()  # requests cut for want of pages in the step being scheduled
@@ -112,6 +125,7 @@ class QFiltersScheduler(AsyncScheduler):
         self._looked_up: Request | None = None  # the last request that the step being scheduled tried to let in,
         self._idle_hit_pages = 0  # and those pages of its hit in the prefix cache that nobody else holds
         self._next_log_time = time.monotonic() + LOG_INTERVAL_SECONDS
+        self._next_record_time = 0.0
 
     def add_request(self, request: Request) -> None:
         limits = self._limits_of(request)
@@ -135,9 +149,11 @@ class QFiltersScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()
+        self.block_manager.start_step()
         plan = self._plan_compaction()
         self._looked_up, self._idle_hit_pages = None, 0
         output = super().schedule(throttle_prefills)
+        self._computed_tokens += output.total_num_scheduled_tokens + _started_behind(output)
         self._kept_out = self._looked_up if _waits(self._looked_up) else None
         for req_id, drafts in output.scheduled_spec_decode_tokens.items():
             self.unverified_drafts[req_id] += len(drafts)
@@ -151,9 +167,10 @@ class QFiltersScheduler(AsyncScheduler):
         self.compression_stats.compactions += len(rows)
         self.compression_stats.pressure_compactions += sum(row.req_id in self._pressed for row in rows)
         self.compression_stats.evicted_tokens += sum(row.evicted_tokens for row in rows)
-        hits = self.block_manager.take_prefix_hits()
+        hits = self.block_manager.end_step()
         self.compression_stats.prefix_hits += len(hits)
         self.compression_stats.prefix_hit_tokens += sum(hit.position for hit in hits)
+        self.compression_stats.resumed_requests += sum(hit.resumes for hit in hits)
         return QFiltersSchedulerOutput.from_output(output, CompactionPlan(rows), hits)
 
     def update_from_output(
@@ -165,19 +182,23 @@ class QFiltersScheduler(AsyncScheduler):
                 del self.unverified_drafts[req_id]
         if isinstance(model_runner_output, QFiltersModelRunnerOutput):
             self.compression_stats.compaction_seconds += model_runner_output.compaction_seconds
-        return super().update_from_output(scheduler_output, model_runner_output)
+        drafted = [self.requests.get(req_id) for req_id in scheduler_output.scheduled_spec_decode_tokens]
+        before = sum(request.num_computed_tokens for request in drafted if request is not None)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        # Rejected drafts are computed no more, nor were they for a request that ended by now.
+        self._computed_tokens += sum(request.num_computed_tokens for request in drafted if request is not None) - before
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             # Only running sequences have evicted tokens: the others gave up their pages, and the count with them.
-            evicted_tokens = sum(self.block_manager.evicted.values())
-            computed_tokens = sum([request.num_computed_tokens for request in self.running])
-            self.compression_stats.resident_tokens = computed_tokens - evicted_tokens
+            evicted_tokens = self.block_manager.all_evicted
+            self.compression_stats.resident_tokens = self._computed_tokens - evicted_tokens
             self.compression_stats.compressed_requests = len(self.block_manager.evicted)
             self.compression_stats.saved_pages = evicted_tokens // self.block_size
             if self.compression.endpoint:
-                self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
+                self._record_sequences()
             attach_stats(stats, self.compression_stats.take_news(self._sent_stats))
             self._log_stats()
         return stats
@@ -418,13 +439,25 @@ class QFiltersScheduler(AsyncScheduler):
         )
         return updated
 
+    def _free_request_blocks(self, request: Request) -> None:
+        self._computed_tokens -= request.num_computed_tokens
+        super()._free_request_blocks(request)
+
     def _free_blocks(self, request: Request) -> None:
         history = self._histories.pop(request.request_id, _History())
         peak_tokens = max(history.peak_tokens, self.block_manager.resident_tokens(request))
         if self.log_stats and peak_tokens:
             self.compression_stats.request_resident_tokens.append(peak_tokens)
+        self.block_manager.keep_end(request)
         super()._free_blocks(request)
         self.block_manager.limits.pop(request.request_id, None)
+
+    def _record_sequences(self) -> None:
+        """Records what runs if that is due; that nothing does, at once: no later step may say so."""
+        now = time.monotonic()
+        if now >= self._next_record_time or not self.running:
+            self._next_record_time = now + RECORD_INTERVAL_SECONDS
+            self.compression_stats.sequences = [self._running_sequence(request) for request in self.running]
 
     def _running_sequence(self, request: Request) -> RunningSequence:
         limits, history = self.block_manager.limits.get(request.request_id), self._histories.get(request.request_id)

@@ -19,8 +19,8 @@ router = APIRouter()
 
 @router.get("/kv_compression")
 async def running_sequences(request: Request) -> dict[str, Any]:
-    """The running sequences after the last step of each engine; a budget of null: compression is off for the
-    request.
+    """The running sequences of each engine, as of a step of the last 0.1 s; a budget of null: compression is off for
+    the request.
     """
     stat_logger: KVCompressionStatLogger = request.app.state.kv_compression
     return {

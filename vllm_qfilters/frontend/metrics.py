@@ -28,7 +28,7 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
     """``vllm:kv_compression_*`` in the front end, labelled like vLLM's own metrics. Stands before vLLM's loggers.
 
     Attributes:
-        sequences: running on each engine after its last step, where the endpoint is on.
+        sequences: running on each engine when it recorded them last, where the endpoint is on.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
@@ -74,7 +74,8 @@ class KVCompressionStatLogger(AggregateStatLoggerBase):
         for name, histogram in self._histograms[engine_idx].items():
             for observed in getattr(news, name):
                 histogram.observe(observed)
-        self.sequences[engine_idx] = [RunningSequence(*row) for row in news.sequences]
+        if news.sequences is not None:
+            self.sequences[engine_idx] = [RunningSequence(*row) for row in news.sequences]
 
     def log_engine_initialized(self) -> None:
         """The worker has logged what is active; nothing to add."""

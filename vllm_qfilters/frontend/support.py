@@ -165,6 +165,10 @@ REFUSALS = (
     ),
     Refusal(lambda start: start.parallel.use_ubatching, "microbatches; drop --enable-dbo"),
     Refusal(
+        lambda start: start.policy.resumes and not start.cache.enable_prefix_caching,
+        "prefix='resume' without vLLM's prefix caching; drop --no-enable-prefix-caching",
+    ),
+    Refusal(
         lambda start: start.policy.endpoint and start.parallel._api_process_count > 1,
         "endpoint=True with several API servers, which share the statistics between them; use --api-server-count 1",
     ),
