@@ -21,6 +21,7 @@ from vllm_qfilters.kernels.ops import Softmax, TokenStat
 from vllm_qfilters.methods.base import Model, PerSequence, RecentQueries, make
 from vllm_qfilters.methods.catalog import METHODS, QFILTERS, Entry
 from vllm_qfilters.methods.lagkv import LagKV
+from vllm_qfilters.methods.random import draw
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.worker.compactor import Compactor
 
@@ -202,6 +203,32 @@ def test_random_is_drawn_anew_at_every_cut_and_random_once_is_not():
         batch = CompactionBatch.make(later, sequences.table_rows, sequences.batch.block_table)
         after = batch.split(sequences.method.scores(batch, sequences.recent), 2, 2)[0]
         assert torch.equal(before, after) != is_new
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_sampled_tokens_stay_as_often_as_they_score(is_shared):
+    """Of many cuts: the share in which a token has the highest score is its share of the sum of the scores."""
+    expected = Scattered(ENTRIES["qfilters-expected"], EVICTIONS[2:])
+    sampled = Scattered(ENTRIES["qfilters-sampled"], EVICTIONS[2:], shared_by_heads=is_shared)
+    weights = expected.scores()[0]  # [num_layers, num_heads, num_tokens]
+    (compaction,) = sampled.compactions
+    wins = torch.zeros_like(weights)
+    noise = []
+    for position in range(400):
+        at = dataclasses.replace(compaction, position=1000 + position)
+        batch = CompactionBatch.make([at], sampled.table_rows, sampled.batch.block_table)
+        uniform = draw(sampled.method, batch, is_shared).view_as(weights)
+        noise.append(uniform)
+        highest = (weights.log() - (-uniform.log()).log()).argmax(-1, keepdim=True)
+        wins.scatter_add_(-1, highest, torch.ones_like(highest, dtype=wins.dtype))
+    drawn = torch.stack(noise)
+    assert torch.equal(drawn[:, :, 0], drawn[:, :, 1]) == is_shared
+    assert drawn[:, 0, 0].flatten().unique().numel() > 0.99 * drawn[:, 0, 0].numel(), "anew at every position"
+    found = torch.corrcoef(torch.stack(((wins / 400).flatten(), (weights / weights.sum(-1, keepdim=True)).flatten())))
+    assert found[0, 1] > 0.8
+    scores = sampled.scores()[0]
+    uniform = draw(sampled.method, sampled.batch, is_shared).view_as(weights)
+    torch.testing.assert_close(scores, weights.log() - (-uniform.log()).log(), atol=1e-4, rtol=1e-4)
 
 
 def test_lagkv_follows_its_equations():
