@@ -22,6 +22,7 @@ class Rule:
     prefill_interval: int | None
     shared_by_heads: bool
     keep_prompt: bool = False
+    prompt_share: float = 0.0
     method: str = "qfilters"
     filter: str = "static"
     rank: int = 0
@@ -76,7 +77,16 @@ def teacher_forced_logprobs(
                 surplus = resident + 1 - budget
                 evicted = max(rule.interval, -(-surplus // rule.block) * rule.block) if surplus > 0 else 0
             if evicted:
-                window = resident - evicted - sinks if rule.method == "streaming" else rule.window
+                window = rule.window
+                if rule.prompt_share and position >= len(prompt):
+                    of_prompt = int((held[0][0] < len(prompt)).sum())
+                    share = max(rule.sinks, int(rule.prompt_share * rule.budget))
+                    if of_prompt - share >= rule.block:
+                        evicted = min(evicted, (of_prompt - share) // rule.block * rule.block)
+                        window = max(window, position - len(prompt))
+                    else:
+                        sinks = max(rule.sinks, of_prompt)
+                window = resident - evicted - sinks if rule.method == "streaming" else window
                 distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
                 if rule.observed and not is_observed_after_prompt and not distinct:
                     observed, peaks = seen.attention(cache, newer=max(0, position - len(prompt)))

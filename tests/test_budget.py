@@ -222,6 +222,72 @@ def test_a_sequence_that_keeps_recent_tokens_only_protects_all_but_the_sinks(cas
     assert recent.protected_window(kept) == kept - case.limits.sinks
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One eviction of a sequence that has read its prompt, and what it holds of prompt and generated text behind it."""
+
+    generated_tokens: int
+    evicted: tuple[int, int]
+    sinks: int
+    window: int
+    held: tuple[int, int]
+
+
+def decode(limits: RequestLimits, block_size: int, prompt_tokens: int, resident: int, new_tokens: int) -> list[Cut]:
+    """Goes on behind a prompt of which ``resident`` tokens are held, following the rule by what is protected alone."""
+    of_prompt, generated, evicted, cuts = resident, 0, prompt_tokens - resident, []
+    for position in range(prompt_tokens, prompt_tokens + new_tokens):
+        due = limits.evicted_tokens(of_prompt + generated, is_prefilling=False, block_size=block_size)
+        if due:
+            due = min(due, limits.prompt_surplus(prompt_tokens, evicted, block_size) or due)
+            kept = of_prompt + generated - due
+            sinks, window = limits.protected(kept, position, prompt_tokens, evicted, block_size)
+            assert sinks + window <= kept, "there is no choice that protects both"
+            first, end = sinks, of_prompt + generated - window  # what is evicted lies between
+            in_prompt = max(0, min(of_prompt, end) - first)
+            assert first >= of_prompt or end <= of_prompt or not limits.pinned_prompt, "of both at once"
+            gone = due if first < of_prompt else 0
+            assert gone <= in_prompt or not limits.pinned_prompt
+            of_prompt, generated = of_prompt - gone, generated - (due - gone)
+            evicted += due
+            cuts.append(Cut(position - prompt_tokens, (gone, due - gone), sinks, window, (of_prompt, generated)))
+        generated += 1
+        assert of_prompt + generated <= limits.budget
+    return cuts
+
+
+@st.composite
+def pinned_cases(draw) -> tuple[RequestLimits, int, int, int]:
+    """Limits with a share for the prompt, the block size, the tokens of a prompt, and how many of them are held."""
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    interval = block_size * draw(st.integers(1, 4))
+    window, sinks = draw(st.floats(0, 0.4)), draw(st.integers(0, 150))
+    share = draw(st.floats(0.01, 0.5))
+    budget = min_budget(window, sinks, interval, share, block_size) + draw(st.integers(0, 300))
+    limits = RequestLimits(budget, math.floor(window * budget), sinks, interval, None, None)
+    limits = dataclasses.replace(limits, pinned_prompt=max(sinks, math.floor(share * budget)))
+    prompt_tokens = draw(st.integers(1, 3 * budget))
+    most_evicted = max(0, prompt_tokens - budget) // block_size  # while it was read
+    return limits, block_size, prompt_tokens, prompt_tokens - block_size * draw(st.integers(0, most_evicted))
+
+
+@settings(deadline=None)
+@given(pinned_cases(), st.booleans())
+def test_a_prompt_gives_way_down_to_its_share_and_then_never_more(case, is_recent_only):
+    limits, block_size, prompt_tokens, resident = case
+    assume(limits.pinned_prompt)
+    limits = dataclasses.replace(limits, recent_only=is_recent_only)
+    cuts = decode(limits, block_size, prompt_tokens, resident, 3 * limits.budget)
+    share = min(prompt_tokens, limits.pinned_prompt)
+    left = [cut.held[0] for cut in cuts]
+    assert left == sorted(left, reverse=True) and share <= left[-1] < share + block_size
+    assert left[-1] == prompt_tokens - limits.prompt_surplus(prompt_tokens, 0, block_size)
+    for cut in cuts:
+        assert not cut.evicted[0] or cut.held[1] == cut.generated_tokens, "generated text goes only after the prompt's"
+        assert cut.sinks >= limits.sinks and cut.window >= (0 if is_recent_only else limits.window)
+    assert sum(cut.evicted[1] for cut in cuts) > 0
+
+
 windows = st.one_of(st.integers(0, 1000), st.floats(0, 0.95), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9]))
 
 
@@ -229,6 +295,19 @@ def has_room(budget: int, window: int | float, sinks: int, interval: int) -> boo
     """After the eviction of an interval, sinks and window still fit."""
     window_tokens = math.floor(window * budget) if isinstance(window, float) else window
     return budget - interval >= window_tokens + sinks
+
+
+@settings(deadline=None)
+@given(st.floats(0, 0.5), st.floats(0.01, 0.45), st.integers(0, 200), st.integers(1, 8), st.sampled_from(BLOCK_SIZES))
+def test_the_smallest_budget_has_room_for_the_share_of_a_prompt(window, share, sinks, pages, block_size):
+    interval = pages * block_size
+    budget = min_budget(window, sinks, interval, share, block_size)
+
+    def room(budget: int) -> int:
+        pinned = max(sinks, math.floor(share * budget)) + block_size - 1  # evicted down to in whole pages
+        return budget - interval - math.floor(window * budget) - pinned
+
+    assert room(budget) >= 0 > room(budget - 1)
 
 
 @settings(deadline=None)

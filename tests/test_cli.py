@@ -182,6 +182,8 @@ def test_options_are_none_of_vllm(name, tiny_model):
         (["eval", "MODEL", "--tasks", "magic"], "invalid choice: 'magic'"),
         (["eval", "MODEL", "--fractions", "1.5"], "'1.5' is no fraction: 0 < F <= 1"),
         (["eval", "MODEL", "--depths", "half"], "'half' is no depth: 0 <= D <= 1"),
+        (["eval", "MODEL", "--ruler", "qa"], "invalid choice: 'qa'"),
+        (["eval", "MODEL", "--generation-penalty", "0"], "'0' is no repetition penalty: P > 0"),
         (["eval", "MODEL", "-o", "in.jsonl"], "in.jsonl is not JSON"),
         (["inspect", "MODEL"], "which prompt? Give one of --prompt TEXT and --prompt-file FILE"),
         (["inspect", "MODEL", "--prompt", "a", "--prompt-file", "in.jsonl"], "which prompt?"),
@@ -476,6 +478,29 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     assert len(starts) == 4
     assert commands.main([*evaluate, "--methods", "streaming", method, "--tasks", "streaming", "--tokens", "600"]) == 2
     assert "has streaming with other settings (tokens)" in capsys.readouterr().err and len(starts) == 4
+
+
+def test_eval_of_questions_and_a_judge(evaluate, model_with_tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vllm_qfilters.commands.evaluation.command.run_engine", serve)
+    evaluate += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M", "--methods", "streaming", "--no-plots"]
+    evaluate += ["--ruler", "single", "variables", "--distances", "256", "--repeats", "2"]
+    evaluate += ["--tasks", "ruler", "recall", "copy", "generation"]
+    assert commands.main([*evaluate, "--judge", str(model_with_tokenizer)]) == 0
+    printed, values = capsys.readouterr().out, json.loads((tmp_path / "quality.json").read_text())
+    cells = {}
+    for cell in values["cells"]:
+        cells.setdefault(cell["task"], []).append(cell)
+    assert all(f"{name}: mean score by budget" in printed for name in ("ruler-320", "copy-320", "recall-256"))
+    generated = cells.pop("generation")
+    assert {name: len(found) for name, found in cells.items()} == {"ruler-320": 2, "copy-320": 2, "recall-256": 2}
+    assert all(len(cell["scores"]) in (2, 4) and 0 <= cell["mean"] <= 1 for found in cells.values() for cell in found)
+    assert [cell["judge"] for cell in generated] == [str(model_with_tokenizer)] * 2
+    assert all(0 < bits < 20 for cell in generated for bits in cell["bits_per_byte"])
+    questions, recall = values["engines"]
+    assert recall["kv_compression"]["prefill_interval"] == 64 and recall["evicted_tokens"] >= 2 * (768 - 96)
+    assert questions["evicted_tokens"] > 0
+    assert commands.main([*evaluate, "--held-back"]) == 2, "other seeds, another file"
+    assert "with other settings (seed)" in capsys.readouterr().err
 
 
 def test_inspect(model_with_tokenizer, tiny_filters, tmp_path, capsys):

@@ -52,6 +52,17 @@ REFUSED = {
     "window-nan": (dict(window=float("nan")), ("window=nan:", *WINDOW_RANGE)),
     "window-true": (dict(window=True), ("window=True:", *WINDOW_RANGE)),
     "window-text": (dict(window="64"), ("window='64':", *WINDOW_RANGE)),
+    "prompt-share-whole": (dict(prompt_share=1.0), ("prompt_share=1.0:", "0 <= prompt_share < 1")),
+    "prompt-share-tokens": (dict(prompt_share=256), ("prompt_share=256:", "a fraction of the budget")),
+    "prompt-share-negative": (dict(prompt_share=-0.5), ("prompt_share=-0.5:", "a fraction of the budget")),
+    "prompt-share-and-window": (
+        dict(prompt_share=0.5, window=0.5),
+        ("prompt_share=0.5 and window=0.5", "together are less than 1"),
+    ),
+    "budget-below-prompt-share": (
+        dict(budget=200, prompt_share=0.5, window=0.25),
+        ("budget=200: at least 507", "window 0.25 + prompt_share 0.5 + sinks 4 + interval 128"),
+    ),
     "sinks-negative": (dict(sinks=-1), ("sinks=-1:", "an integer >= 0")),
     "sinks-float": (dict(sinks=4.0), ("sinks=4.0:", "an integer >= 0")),
     "sinks-true": (dict(sinks=True), ("sinks=True:", "an integer >= 0")),
@@ -402,6 +413,14 @@ def test_prompts_are_cut_every_512_tokens_or_every_chunk(chunk, interval):
     assert KVCompressionConfig.from_dict(policy.written.to_dict()) == policy.written
 
 
+@pytest.mark.parametrize(("share", "pinned"), [(None, 0), (0, 0), (0.5, 256), (0.001, 4)])
+def test_the_share_of_a_prompt_is_of_the_budget_of_the_request(share, pinned):
+    policy = policy_of(**dict(CHUNKED, window=0.25), prompt_share=share)
+    assert policy.request_limits(None, prompt_tokens=1000).pinned_prompt == pinned
+    limits = policy.request_limits({"kv_budget": 400}, prompt_tokens=100)
+    assert limits.pinned_prompt == (200 if pinned == 256 else pinned)
+
+
 def test_prefill_full_cuts_no_prompt_in_chunks():
     config = policy_of(**STATIC, prefill="full")
     assert not config.evicts_prompts_in_chunks
@@ -585,6 +604,14 @@ DOES_NOTHING = {
     "page-observed": (
         dict(granularity="page", observed=8),
         ("observed=8 does nothing with filter 'static' (the default in page granularity):",),
+    ),
+    "scope-decode-prompt-share": (
+        dict(scope="decode", prompt_share=0.5),
+        ("prompt_share=0.5 does nothing with scope 'decode'", "drop it, or choose scope 'all'"),
+    ),
+    "page-prompt-share": (
+        dict(granularity="page", prompt_share=0.5),
+        ("prompt_share=0.5 does nothing with granularity 'page'", "choose granularity 'layer' or 'head'"),
     ),
     "scope-decode-chunk": (
         dict(scope="decode", chunk=2048),

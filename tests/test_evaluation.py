@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_qfilters.commands.evaluation import needles, statistics, tasks, texts
+from vllm_qfilters.commands.evaluation import copying, generations, needles, ruler, statistics, tasks, texts
 from vllm_qfilters.commands.evaluation.engine import (
     EngineError,
     EngineFinished,
@@ -18,6 +20,7 @@ from vllm_qfilters.commands.evaluation.engine import (
 from vllm_qfilters.commands.evaluation.evaluate import engine_options, evaluate, plan
 from vllm_qfilters.commands.evaluation.methods import FULL, Method
 from vllm_qfilters.commands.evaluation.needles import PromptFrame
+from vllm_qfilters.commands.evaluation.recall import recall_task
 from vllm_qfilters.commands.evaluation.report import loss_increase, ratio_to_reference, report, table
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, LossTask, RetrievalTask
@@ -195,6 +198,128 @@ def test_needles_are_the_same_in_every_run_and_differ_by_seed():
     assert len(set(answers(0))) == 6
 
 
+TASKS_OF_QUESTIONS = [
+    lambda seed: ruler.ruler_task(CharacterTokenizer(), "Some words. " * 500, 3000, list(ruler.KINDS), 2, seed, [0.5]),
+    lambda seed: copying.copy_task(CharacterTokenizer(), 1500, list(copying.KINDS), 2, seed, [0.5]),
+    lambda seed: recall_task(CharacterTokenizer(), "Some words. " * 500, 2048, 128, 3, seed, [512]),
+]
+
+
+@pytest.mark.parametrize("make", TASKS_OF_QUESTIONS)
+def test_questions_are_the_same_in_every_run_and_differ_by_seed(make):
+    task, other = make(0), make(1)
+    assert task.questions == make(0).questions
+    assert all(one.token_ids != of_other.token_ids for one, of_other in zip(task.questions, other.questions))
+    assert len({tuple(question.token_ids) for question in task.questions}) == len(task.questions)
+    assert [len(set(question.expected)) for question in task.questions] == [len(q.expected) for q in task.questions]
+
+
+@pytest.mark.parametrize("make", TASKS_OF_QUESTIONS)
+def test_right_answers_score_one_and_wrong_ones_nothing(make):
+    task = make(0)
+
+    def measure(answer):
+        return task.measure([EvalAnswer([], answer(question), "length", []) for question in task.questions])
+
+    right = measure(lambda question: ",\n".join(line.rstrip("\n,") for line in question.expected))
+    if task.name.startswith("copy"):
+        right = measure(lambda question: "".join(question.expected) + "and more")
+    wrong = measure(lambda question: "9" + "\n9".join(question.expected))
+    assert (right["mean"], right["error"], right["trials"]) == (1, 0, len(task.questions)) and wrong["mean"] == 0
+    assert set(right["kinds"]) == set(task.settings["kinds"]) and set(right["scores"]) == {1}
+
+
+@pytest.mark.parametrize("kind", ruler.KINDS)
+@pytest.mark.parametrize("length", [2500, 9000])
+def test_ruler_prompts_hold_what_they_ask_for(kind, length):
+    task = ruler.ruler_task(CharacterTokenizer(), "Some words. " * 1000, length, [kind], 3, 0, [0.5])
+    for question in task.questions:
+        prompt, _, tail = decode(question.token_ids).rpartition("</user>")
+        assert length - 30 * 10 < len(question.token_ids) <= length and prompt.startswith("<user>") and tail
+        assert all(word in prompt for word in question.expected)
+        if kind in ("single", "multi-key", "multi-value", "multi-query"):
+            assert len(question.expected) == (1 if kind in ("single", "multi-key") else ruler.NEEDLES)
+            keys = re.findall(r"A number of the (\w+ \w+) is (\d{7})\.\n", prompt)
+            assert len(keys) == {"single": 1}.get(kind, ruler.NEEDLES)
+            asked = prompt.rpartition("\n\n")[2]
+            assert [number for key, number in keys if key in asked] == sorted(
+                question.expected, key=[number for _, number in keys].index
+            )
+        elif kind == "variables":
+            held = dict(re.findall(r"VAR ([A-Z]{5}) = (.+)\n", prompt))
+            assert list(held) == question.expected and len(held) == ruler.HOPS + 1
+            number = held[question.expected[0]]
+            assert number.isdigit() and f"hold the number {number}?" in prompt
+            assert [held[name] for name in question.expected[1:]] == [f"VAR {name}" for name in question.expected[:-1]]
+        else:
+            listed = re.findall(r"\b[a-z]+-[a-z]+\b" if kind == "common-words" else r"\b[a-z]{6}\b", prompt)
+            most = Counter(listed).most_common(len(question.expected) + 1)
+            assert {word for word, _ in most[:-1]} == set(question.expected) and most[-2][1] > most[-1][1] - (
+                kind == "frequent-words"
+            )
+
+
+def test_ruler_counts_whole_words():
+    assert tasks.found("1234567, 7654321", ["1234567", "765432"]) == 0.5
+    assert (
+        tasks.found("old-apple and red-old-apple", ["old-apple"]) == 1 and tasks.found("red-old-apple", ["apple"]) == 0
+    )
+
+
+@pytest.mark.parametrize("kind", copying.KINDS)
+def test_what_is_copied_has_one_change(kind):
+    (question,) = copying.copy_task(CharacterTokenizer(), 1500, [kind], 1, 0, [0.5]).questions
+    text = decode(question.token_ids)
+    in_prompt = [line for line in text.splitlines() if re.search(r"\d{5}", line)][:-1]
+    expected = [line.rstrip("\n") for line in question.expected]
+    changed = [(before, after) for before, after in zip(in_prompt, expected, strict=True) if before != after]
+    assert len(changed) == 1 and len(expected) > 10
+    name, number = re.search(r"the number of (\S+(?: \S+)?) is now (\d{5})\.", text).groups()
+    assert all(name in line for line in changed[0]) and number in changed[0][1]
+    assert 1500 - 50 < len(question.token_ids) <= 1500 and text.endswith(copying.KINDS[kind].head)
+
+
+def test_copied_lines_count_in_their_order():
+    expected = ["| a | 1 |\n", "| b | 2 |\n", "| c | 3 |\n"]
+    for text, score in [
+        ("| a | 1 |\n| b | 2 |\n| c | 3 |", 1),
+        ("Here:\n| a | 1 |\n| c | 3 |", 2 / 3),
+        ("| c | 3 |\n| b | 2 |\n| a | 1 |", 1 / 3),
+        ("| a | 11 |\n| b |", 0),
+        ("| a | 1 |\n" * 3, 1 / 3),
+    ]:
+        assert copying.lines_in_order(text, expected) == pytest.approx(score), text
+
+
+def test_a_fact_is_stated_far_from_the_beginning_and_the_question():
+    for question in recall_task(CharacterTokenizer(), "Some words. " * 500, 2048, 128, 3, 0, [512]).questions:
+        text = decode(question.token_ids)
+        place, asked = text.index("\nThe number of the "), text.index("\n\nWhat is the number of the ")
+        assert question.expected[0] in text[place:asked] and text.count(question.expected[0]) == 1
+        assert place - len("<user>") == pytest.approx(512, abs=12) and asked - place == pytest.approx(2090, abs=60)
+    assert recall_task(CharacterTokenizer(), "Some words. " * 500, 2048, 64, 1, 0, [512]).cuts["prefill_interval"] == 64
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: ruler.ruler_task(CharacterTokenizer(), "Few.", 500, ["single"], 1, 0, [0.5]), "give a longer one"),
+        (lambda: recall_task(CharacterTokenizer(), "Few.", 500, 128, 1, 0, [512]), "give a longer one"),
+        (lambda: copying.copy_task(CharacterTokenizer(), 100, ["table"], 1, 0, [0.5]), "give a longer length"),
+        *[
+            (
+                lambda kind=kind: ruler.ruler_task(CharacterTokenizer(), "Many. " * 99, 250, [kind], 1, 0, [0.5]),
+                "give a longer length",
+            )
+            for kind in ruler.KINDS
+        ],
+    ],
+)
+def test_questions_without_room_are_refused(make, reason):
+    with pytest.raises(ValueError, match=reason):
+        make()
+
+
 def test_statistics():
     mean, error = statistics.paired_increase([1.0, 2.0, 6.0], [1.0, 1.0, 3.0])
     assert mean == pytest.approx(4 / 3) and error == pytest.approx(math.sqrt(7 / 3 / 3))
@@ -215,6 +340,11 @@ def loss_task(name="streaming", budgets=(96, 128), num_texts=2, tokens=600, loss
 def retrieval_task(budgets=(0.5,)):
     made = [(depth, needles.Needle([1] * 400, "123")) for depth in (0.0, 1.0) for _ in range(2)]
     return RetrievalTask("passkey-400", list(budgets), made, {"depths": [0.0, 1.0]})
+
+
+def question_task():
+    asked = [tasks.Question(kind, [1] * 400, [expected], 4) for kind in "ab" for expected in ("123", "4")]
+    return tasks.QuestionTask("ruler-400", [0.5], asked, tasks.found, {"kinds": ["a", "b"], "repeats": 2})
 
 
 def losses(tokens, value):
@@ -241,7 +371,7 @@ def test_retrieval_by_depth():
 
 
 def test_generation():
-    task = tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64, 10_000])
+    task = generations.generation_task(CharacterTokenizer(), 2, 100, 7, [64, 10_000])
     assert task.budgets == [64], "the larger one evicts nothing"
     assert [request.sampling["seed"] for request in task.requests(64)] == [7, 8]
     answers = [EvalAnswer([1] * 9, "a", "stop", []), EvalAnswer(list(range(9)), "b", "length", [])]
@@ -251,12 +381,19 @@ def test_generation():
 
 
 def test_loops_are_found_in_the_last_third():
-    task = tasks.generation_task(CharacterTokenizer(), 3, 100, 7, [64])
+    task = generations.generation_task(CharacterTokenizer(), 3, 100, 7, [64])
     beginning, end = [*[1] * 20, *range(100, 110)], list(range(200, 215))
     token_ids = [beginning + end, list(range(30)) + [1, 2, 3] * 5, [1] * 5]
     measured = task.measure([EvalAnswer(generated, "", "length", []) for generated in token_ids])
     assert measured["repeated_4grams_last_third"] == [0, 0.75, 0], "12 4-grams of 15 tokens, 3 of them different"
     assert measured["loops"] == 1
+    assert measured["distinct_last_third"][1] == 0.2
+    by_third = measured["repeated_4grams_thirds"]
+    assert by_third[1] == [0, 0, 0.75] and by_third[0][0] > by_third[0][1] > by_third[0][2] == 0
+    first, _, last = generations.repeated_by_third(measured)
+    assert last.mean == 0.25 and first.mean == pytest.approx(statistics.estimate([s[0] for s in by_third]).mean)
+    full = {"repeated_4grams_last_third": [0, 0.5, 0]}
+    assert generations.more_repeats(measured, full) == (pytest.approx(0.25 / 3), pytest.approx(0.25 / 3))
     assert measured["repeated_4grams"][0] > 0.3, "that the beginning repeats counts there alone"
 
 
@@ -265,30 +402,42 @@ CONTEXTS = [Text(name, "".join(f"{name}{number:04} " for number in range(300))) 
 
 @pytest.mark.parametrize("has_template", [True, False])
 def test_generations_behind_a_context_each_have_a_text_of_their_own(has_template):
-    task = tasks.generation_task(CharacterTokenizer(has_template), 16, 100, 7, [64, 400], CONTEXTS, 50, 1.0)
+    task = generations.generation_task(CharacterTokenizer(has_template), 16, 100, 7, [64, 400], CONTEXTS, 50, 1.0)
     assert len(task.prompts) == 16 and task.budgets == [64] and task.max_length < 400
     pieces = set()
     for index, prompt in enumerate(task.prompts):
         before, _, instruction = decode(prompt).removeprefix("<user>").partition("\n\n")
         assert len(before) == 50 and before in CONTEXTS[index % 2].content
         pieces.add(before)
-        assert instruction.startswith(tasks._INSTRUCTIONS[index % 8])
+        assert instruction.startswith(generations.INSTRUCTIONS[index % 16])
         assert prompt[0] == CharacterTokenizer.BOS and prompt.count(CharacterTokenizer.BOS) == 1
     assert len(pieces) == 16
     assert {request.sampling["temperature"] for request in task.requests(64)} == {1.0}
 
 
+def test_held_back_generations_have_other_prompts_and_sampling_can_be_set():
+    usual, held_back = (
+        generations.generation_task(CharacterTokenizer(), 16, 90, 7, [64], CONTEXTS, context, is_held_back=is_held_back)
+        for context, is_held_back in [(50, False), (50, True)]
+    )
+    assert not {tuple(prompt) for prompt in usual.prompts} & {tuple(prompt) for prompt in held_back.prompts}
+    assert len(set(generations.INSTRUCTIONS + generations.HELD_BACK_INSTRUCTIONS)) == 32
+    task = generations.generation_task(CharacterTokenizer(), 1, 90, 7, [64], penalty=1.1, ignore_eos=True)
+    expected = {"temperature": 0.7, "top_p": 0.95, "seed": 7, "repetition_penalty": 1.1, "ignore_eos": True}
+    assert task.requests(64)[0].sampling == expected
+
+
 def test_without_a_context_generations_are_those_of_before():
     tokenizer = CharacterTokenizer()
-    task = tasks.generation_task(tokenizer, 8, 100, 7, [64], CONTEXTS)
+    task = generations.generation_task(tokenizer, 8, 100, 7, [64], CONTEXTS)
     assert [decode(prompt) for prompt in task.prompts] == [
-        f"<user>{instruction}</user>\n<assistant>" for instruction in tasks._INSTRUCTIONS
+        f"<user>{instruction}</user>\n<assistant>" for instruction in generations.INSTRUCTIONS[:8]
     ]
     assert task.requests(64)[0].sampling == {"temperature": 0.7, "top_p": 0.95, "seed": 7}
-    with pytest.raises(ValueError, match="there are 8 prompts to generate from, not 9"):
-        tasks.generation_task(tokenizer, 9, 100, 7, [64], CONTEXTS)
+    with pytest.raises(ValueError, match="there are 16 prompts to generate from, not 17"):
+        generations.generation_task(tokenizer, 17, 100, 7, [64], CONTEXTS)
     with pytest.raises(ValueError, match="a has 1800 tokens, 1 pieces of 2000 are to come from it"):
-        tasks.generation_task(tokenizer, 2, 100, 7, [64], CONTEXTS, 2000)
+        generations.generation_task(tokenizer, 2, 100, 7, [64], CONTEXTS, 2000)
 
 
 def test_engine_options():
@@ -420,7 +569,7 @@ def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
 )
 def test_generations_with_another_context_or_temperature_are_refused(tmp_path, changed, names):
     def task(**options):
-        return tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64], **options)
+        return generations.generation_task(CharacterTokenizer(), 2, 100, 7, [64], **options)
 
     options = {"context": 50, "temperature": 0.5, "texts": CONTEXTS}
     results = run(tmp_path / "r.json", FakeEngine(), METHODS[:1], [task(**options)])
@@ -432,17 +581,18 @@ def test_generations_with_another_context_or_temperature_are_refused(tmp_path, c
 
 def test_generations_of_before_there_was_a_context_are_continued(tmp_path):
     path = tmp_path / "r.json"
-    run(path, FakeEngine(), METHODS[:1], [tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
+    run(path, FakeEngine(), METHODS[:1], [generations.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
     values = json.loads(path.read_text())
     values["tasks"]["generation"] = {"prompts": 2, "tokens": 100, "seed": 7}
     for cell in values["cells"]:
-        del cell["loops"], cell["repeated_4grams_last_third"]
+        for new in ("loops", "repeated_4grams_last_third", "repeated_4grams_thirds", "distinct_last_third"):
+            del cell[new]
     path.write_text(json.dumps(values))
     results = Results(path, "model")
-    results.check_settings([tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
+    results.check_settings([generations.generation_task(CharacterTokenizer(), 2, 100, 7, [64])])
     assert "full cache 0.000 2/2 2 -" in report(results)
     with pytest.raises(ValueError, match=r"has generation with other settings \(context, texts\)"):
-        results.check_settings([tasks.generation_task(CharacterTokenizer(), 2, 100, 7, [64], CONTEXTS, 50)])
+        results.check_settings([generations.generation_task(CharacterTokenizer(), 2, 100, 7, [64], CONTEXTS, 50)])
 
 
 def test_report(tmp_path):
@@ -456,6 +606,13 @@ def test_report(tmp_path):
     assert "passkey-400: share found by budget (standard error); full cache 1.00 (0.00)" in printed
 
 
+def test_report_of_scores(tmp_path):
+    printed = report(run(tmp_path / "r.json", FakeEngine(), chosen=[question_task()]))
+    assert "mean score by budget, lost to the full cache (paired standard error); full cache 0.500" in printed
+    assert "qfilters   0.500 +0.000 (0.000)" in printed and "streaming  0.000 +0.500 (0.289)" in printed
+    assert "ruler-400, budget 0.5, score by kind" in printed
+
+
 def test_table_is_aligned():
     assert table("t", ["", "12"], [["long", "3"], ["a", "456"]]) == "t\n       12\nlong    3\na     456"
 
@@ -464,9 +621,9 @@ def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     from vllm_qfilters.commands.evaluation.plots import draw
 
-    chosen = [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task()]
+    chosen = [loss_task(), loss_task("prompt-256", [0.5]), retrieval_task(), question_task()]
     paths = draw(run(tmp_path / "r.json", FakeEngine(), METHODS, chosen))
-    assert [path.name for path in paths] == ["r-loss.png", "r-retrieval.png"]
+    assert [path.name for path in paths] == ["r-loss.png", "r-retrieval.png", "r-score.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 

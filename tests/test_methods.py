@@ -21,6 +21,7 @@ from vllm_qfilters.kernels.ops import Softmax, TokenStat
 from vllm_qfilters.methods.base import Model, PerSequence, RecentQueries, make
 from vllm_qfilters.methods.catalog import METHODS, QFILTERS, Entry
 from vllm_qfilters.methods.lagkv import LagKV
+from vllm_qfilters.methods.random import draw
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.worker.compactor import Compactor
 
@@ -202,6 +203,32 @@ def test_random_is_drawn_anew_at_every_cut_and_random_once_is_not():
         batch = CompactionBatch.make(later, sequences.table_rows, sequences.batch.block_table)
         after = batch.split(sequences.method.scores(batch, sequences.recent), 2, 2)[0]
         assert torch.equal(before, after) != is_new
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_sampled_tokens_stay_as_often_as_they_score(is_shared):
+    """The share of many cuts in which the highest score is one of the better half is that half's share of the sum."""
+    expected = Scattered(ENTRIES["qfilters-expected"], EVICTIONS[2:], shared_by_heads=is_shared)
+    sampled = Scattered(ENTRIES["qfilters-sampled"], EVICTIONS[2:], shared_by_heads=is_shared)
+    scores = expected.scores()[0]  # [num_layers, num_heads, num_tokens]
+    uniform = draw(sampled.method, sampled.batch, is_shared).view_as(scores)
+    torch.testing.assert_close(sampled.scores()[0], scores.log() - (-uniform.log()).log(), atol=1e-4, rtol=1e-4)
+
+    (compaction,) = sampled.compactions
+    drawn = []
+    for position in range(400):
+        at = dataclasses.replace(compaction, position=1000 + position)
+        batch = CompactionBatch.make([at], sampled.table_rows, sampled.batch.block_table)
+        drawn.append(draw(sampled.method, batch, is_shared).view_as(scores))
+    numbers = torch.stack(drawn)  # [400, num_layers, num_heads, num_tokens]
+    assert torch.equal(numbers[:, :, 0], numbers[:, :, 1]) == is_shared
+    assert numbers[:, 0, 0].unique().numel() > 0.99 * numbers[:, 0, 0].numel(), "anew at every position"
+    weights = scores.pow(4)  # of which few are far above the others
+    is_better = weights > weights.median(-1, keepdim=True).values
+    highest = (weights.log() - (-numbers.log()).log()).argmax(-1, keepdim=True)
+    found = is_better.expand_as(numbers).gather(-1, highest).float().mean()
+    share = (weights * is_better).sum(-1) / weights.sum(-1)
+    assert share.mean() > 0.6 and found == pytest.approx(float(share.mean()), abs=0.05)
 
 
 def test_lagkv_follows_its_equations():

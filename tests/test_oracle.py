@@ -70,6 +70,21 @@ CASES = {
         200,
     ),
     "streaming": (dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0), 700, 150),
+    "prompt-share": (
+        dict(budget=256, window=45, sinks=4, interval=64, chunk=256, granularity="head", prompt_share=0.4),
+        900,
+        400,
+    ),
+    "expected-prompt-share-of-a-short-prompt": (
+        dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, prompt_share=0.5),
+        100,
+        400,
+    ),
+    "streaming-prompt-share": (
+        dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0, prompt_share=0.3),
+        700,
+        350,
+    ),
     "page-chunked": (dict(budget=256, window=64, sinks=4, interval=32, chunk=256, granularity="page"), 900, 300),
     "page-cut-often": (
         dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64, granularity="page"),
@@ -121,6 +136,7 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
         prefill_interval=None if whole else options.get("prefill_interval", options["chunk"]),
         shared_by_heads=options.get("granularity", "layer") == "layer",
         keep_prompt=options.get("scope") == "decode",
+        prompt_share=options.get("prompt_share", 0.0),
         method=options.get("method", "qfilters"),
         filter=options.get("filter", "expected"),
         rank=options.get("rank", 0),

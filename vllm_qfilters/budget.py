@@ -12,15 +12,21 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def min_budget(window: int | float, sinks: int, interval: int) -> int:
-    """Fewest tokens a budget may have so that ``budget - interval`` still holds sinks and window."""
-    if isinstance(window, float):
-        budget = sinks + interval
-        while budget - interval < math.floor(window * budget) + sinks:
-            # What is missing, at least 1: a larger budget has a larger window, so this never steps over the smallest.
-            budget = interval + math.floor(window * budget) + sinks
-        return budget
-    return window + sinks + interval
+def min_budget(window: int | float, sinks: int, interval: int, prompt_share: float = 0, block_size: int = 1) -> int:
+    """Fewest tokens a budget may have so that ``budget - interval`` still holds window and sinks, or the share of the
+    prompt instead of them, rounded up so that whole pages of the prompt were evicted.
+    """
+
+    def protected(budget: int) -> int:
+        of_prompt = math.floor(prompt_share * budget)
+        window_tokens = math.floor(window * budget) if isinstance(window, float) else window
+        return window_tokens + (max(sinks, of_prompt) + block_size - 1 if prompt_share else sinks)
+
+    budget = interval + protected(0)
+    while budget - interval < protected(budget):
+        # What is missing, at least 1: a larger budget protects more, so this never steps over the smallest.
+        budget = interval + protected(budget)
+    return budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,8 @@ class RequestLimits:
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
         elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
+        pinned_prompt: tokens of the prompt that stay to the end, up to a page more so that whole pages go; 0: none, and
+            tokens of the prompt compete with generated ones.
     """
 
     budget: int
@@ -53,6 +61,7 @@ class RequestLimits:
     recent_only: bool = False
     keeps_distinct: bool = False
     elastic: bool = False
+    pinned_prompt: int = 0
 
     def max_resident_tokens(self, length: int) -> int:
         """Most tokens that a sequence of ``length`` tokens holds at any time; an elastic one can be cut to as many."""
@@ -91,6 +100,34 @@ class RequestLimits:
     def protected_window(self, kept: int) -> int:
         """Last tokens that must be among the ``kept`` ones."""
         return kept - self.sinks if self.recent_only else self.window
+
+    def prompt_surplus(self, prompt_tokens: int, evicted: int, block_size: int) -> int:
+        """Tokens that a sequence which has read its prompt still evicts from it, before any that it generated; a
+        multiple of the block size.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            evicted: tokens the sequence has evicted.
+            block_size: tokens per page.
+        """
+        if not self.pinned_prompt:
+            return 0
+        return max(0, (prompt_tokens - self.pinned_prompt) // block_size * block_size - evicted)
+
+    def protected(self, kept: int, position: int, prompt_tokens: int, evicted: int, block_size: int) -> tuple[int, int]:
+        """First and last tokens that must be among the ``kept`` ones of an eviction.
+
+        Args:
+            position: of the next token.
+            prompt_tokens, evicted, block_size: as for :meth:`prompt_surplus`; ``evicted`` before the eviction.
+        """
+        sinks, window = self.sinks, self.window
+        if self.pinned_prompt and position >= prompt_tokens:
+            if self.prompt_surplus(prompt_tokens, evicted, block_size):
+                window = max(window, position - prompt_tokens)
+            else:
+                sinks = max(sinks, prompt_tokens - self.prompt_surplus(prompt_tokens, 0, block_size))
+        return sinks, kept - sinks if self.recent_only else window
 
     def distinct_tokens(self, kept: int) -> int:
         """How many of ``kept`` tokens stay because their keys are unlike the others: all that the budget does not hold.

@@ -54,6 +54,10 @@ class KVCompressionConfig:
             begins.
         scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is
             for generated tokens alone.
+        prompt_share: the part of a budget that the prompt's tokens hold to the end, in [0, 1). Once a prompt is read,
+            sequences evict from it alone until no more of it is left than that; from then on they evict from what was
+            generated alone. A shorter prompt stays whole, and of a longer one what scores highest. None, the default,
+            becomes 0: all tokens compete.
         chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block
             size. None, the default, becomes 2048.
         prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the
@@ -62,6 +66,7 @@ class KVCompressionConfig:
             less.
         filter: how ``qfilters`` scores a key. ``expected``: the attention it is expected to get, from mean and
             covariance of the queries before RoPE, turned to the coming positions, times the norm of its value;
+            ``sampled``: as ``expected``, but tokens are drawn by lot in proportion to that score, anew at every cut;
             ``rotary``: its projection on the mean query, turned likewise; ``static``: its projection on one vector per
             KV head (the paper). None, the default, becomes ``expected``, and ``static`` in page granularity, whose
             scores are final when a page is full.
@@ -94,6 +99,7 @@ class KVCompressionConfig:
     granularity: str = "layer"
     prefill: str = "chunked"
     scope: str = "all"
+    prompt_share: float | None = None
     chunk: int | None = None
     prefill_interval: int | None = None
     filter: str | None = None
@@ -119,6 +125,8 @@ class KVCompressionConfig:
             raise ValueError(
                 f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)"
             )
+        if self.prompt_share is not None:
+            self._check_prompt_share()
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, least in _SMALLEST.items():
             value = getattr(self, name)
@@ -133,6 +141,16 @@ class KVCompressionConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: give true or false")
+
+    def _check_prompt_share(self) -> None:
+        share, window = self.prompt_share, self.window
+        if not (isinstance(share, float) and 0 <= share < 1) and share != 0:
+            raise ValueError(f"prompt_share={share!r}: give a fraction of the budget (0 <= prompt_share < 1)")
+        if isinstance(window, float) and share + window >= 1:
+            raise ValueError(
+                f"prompt_share={share!r} and window={window!r} leave nothing to evict: lower one, so that both "
+                "together are less than 1"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KVCompressionConfig":

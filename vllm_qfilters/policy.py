@@ -64,6 +64,7 @@ class Policy:
     granularity: str
     prefill: str
     scope: str
+    prompt_share: float
     chunk: int
     prefill_interval: int
     filter: str | None
@@ -148,11 +149,14 @@ class Policy:
         """Fewest tokens a budget may have: after an eviction sinks and window must still fit.
 
         Args:
-            block_size: tokens per page. Matters to page granularity: sinks and window each protect a page they end in.
+            block_size: tokens per page. Matters to page granularity: sinks and window each protect a page they end in;
+                and to ``prompt_share``, which whole pages are evicted down to.
         """
         ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
         windows = (self.window, self.min_window)
-        return max(min_budget(window=window, sinks=self.sinks + ends, interval=self.interval) for window in windows)
+        return max(
+            min_budget(window, self.sinks + ends, self.interval, self.prompt_share, block_size) for window in windows
+        )
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
@@ -239,6 +243,7 @@ class Policy:
             observed_queries=self.observed_queries,
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
+            pinned_prompt=max(sinks, math.floor(self.prompt_share * budget)) if self.prompt_share else 0,
         )
 
     def _most_budget(self, prompt_tokens: int, block_size: int) -> int | None:
@@ -266,6 +271,8 @@ class Policy:
             window = f"window {self.window}"
             if self.min_window:
                 window += f" (at least {self.min_window}, which the model's sliding windows reach back)"
+            if self.prompt_share:
+                window += f" + prompt_share {self.prompt_share}"
             raise ValueError(
                 f"{name}={budget}: at least {least} tokens are needed for {window} + sinks {self.sinks} + "
                 f"interval {self.interval}{pages}; raise {name} or lower those"
@@ -304,6 +311,7 @@ def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: i
         granularity=config.granularity,
         prefill=config.prefill,
         scope=config.scope,
+        prompt_share=config.prompt_share or 0.0,
         chunk=chunk,
         prefill_interval=prefill_interval,
         filter=filter,
@@ -383,6 +391,13 @@ def _unread_options(config: KVCompressionConfig, entry: Entry, filter: str | Non
     """Options that nothing reads, by name: what they do nothing with, and what to do if one is given."""
     unread = sorted(catalog.OPTIONS_OF_SOME - entry.options)
     reasons = {name: _unread_by_method(name, config, entry, filter) for name in unread}
+    if config.scope == "decode":
+        reasons["prompt_share"] = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
+    elif config.granularity == "page":
+        reasons["prompt_share"] = (
+            "granularity 'page', which evicts pages by score wherever they are: drop it, or choose"
+        )
+        reasons["prompt_share"] += " granularity 'layer' or 'head'"
     for name in ("chunk", "prefill_interval"):
         if config.scope == "decode":
             reasons[name] = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"

@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks.__main__ import CASES
 from scripts.pages.markdown import number, plain_table, table, without_folders
+from vllm_qfilters.commands.evaluation.generations import bits_per_byte, more_repeats, repeated_by_third
 from vllm_qfilters.commands.evaluation.methods import FULL
-from vllm_qfilters.commands.evaluation.report import kind, loss_increase, ratio_to_reference
+from vllm_qfilters.commands.evaluation.report import kind, loss_increase, ratio_to_reference, score_loss
 from vllm_qfilters.commands.evaluation.results import Results
 
 Values = dict[str, Any]
@@ -231,7 +232,7 @@ def _mappings(file: File) -> list[str]:
 
 def _quality(file: File) -> list[str]:
     results = Results(file.path, file.values["model"])
-    tables = {"loss": _loss, "retrieval": _retrieval, "generation": _generation}
+    tables = {"loss": _loss, "retrieval": _retrieval, "score": _scores, "generation": _generation}
     return [text for task in results.tasks() for text in tables[kind(results, task)](file, results, task)]
 
 
@@ -244,7 +245,7 @@ def _cells(file: File, results: Results, task: str, head: str, shown: Any) -> st
         measured = [cell for cell in cells if cell is not None]
         runs = sorted({file.values["engines"][cell["engine"]]["run"] for cell in measured})
         rows.append([method, *("" if cell is None else shown(cell) for cell in cells), _listed([str(r) for r in runs])])
-    return table([head, *(number(b) if isinstance(b, int) else f"{b:g} of it" for b in budgets), "runs"], rows)
+    return table([head, *map(_budget, budgets), "runs"], rows)
 
 
 def _loss(file: File, results: Results, task: str) -> list[str]:
@@ -279,6 +280,45 @@ def _retrieval(file: File, results: Results, task: str) -> list[str]:
     return [title, _cells(file, results, task, "found", lambda cell: f"{cell['found']} of {cell['trials']}")]
 
 
+_SCORED = {
+    "ruler": "questions about prompts of {length} tokens, of the kinds of RULER; share found of what is asked for",
+    "copy": "a table or code, with its prompt {length} tokens long, written out with one change; share of the lines "
+    "that are right",
+    "recall": "a number stated {distance} tokens before its question, in text that is cut after every {chunk}; share "
+    "found",
+}
+
+
+def _scores(file: File, results: Results, task: str) -> list[str]:
+    full, settings = results.get(task, FULL, 0), results.settings(task)
+    kinds = settings["kinds"]
+    what = _SCORED[task.partition("-")[0]].format(
+        **{key: number(value) for key, value in settings.items() if isinstance(value, int)}
+    )
+    title = f"**{task}**: {what}. {_counted(settings['repeats'], 'prompt')} of each kind, ± standard error."
+    title += "" if full is None else f" Full cache: {_mean(full)}."
+
+    def shown(cell: Values) -> str:
+        lost = "" if full is None else "; {:.3f} ± {:.3f}".format(*score_loss(cell, full))
+        return f"{cell['mean']:.3f}{lost}"
+
+    parts = [title, _cells(file, results, task, "score; lost to the full cache", shown)]
+    if len(kinds) > 1:
+        for budget in results.budgets(task):
+            cells = [(FULL, full), *((m, results.get(task, m, budget)) for m in results.methods(task))]
+            rows = [[name, *(_mean(cell["kinds"][kind]) for kind in kinds)] for name, cell in cells if cell]
+            parts.append(table([f"by kind, {_budget(budget)}", *kinds], rows))
+    return parts
+
+
+def _mean(measured: Values) -> str:
+    return f"{measured['mean']:.2f}" + ("" if measured["error"] is None else f" ± {measured['error']:.2f}")
+
+
+def _budget(budget: int | float) -> str:
+    return number(budget) if isinstance(budget, int) else f"{budget:g} of it"
+
+
 def _generation(file: File, results: Results, task: str) -> list[str]:
     full, settings = results.get(task, FULL, 0), results.settings(task)
 
@@ -291,7 +331,27 @@ def _generation(file: File, results: Results, task: str) -> list[str]:
         "the 4-grams that occurred before, texts that ended by themselves, mean length."
     )
     title += "" if full is None else f" Full cache: {shown(full)}."
-    return [title, _cells(file, results, task, "by budget", shown)]
+    parts = [title, _cells(file, results, task, "by budget", shown)]
+    cells = [(m, b, results.get(task, m, b)) for m in results.methods(task) for b in results.budgets(task)]
+    named = [("full", full), *((f"{m}, {_budget(b)}", cell) for m, b, cell in cells)]
+    rows = [
+        [
+            name,
+            *("{:.3f} ± {:.3f}".format(*third) for third in repeated_by_third(cell)),
+            "" if full is None or cell is full else "{:.3f} ± {:.3f}".format(*more_repeats(cell, full)),
+            f"{cell['loops']} of {len(cell['lengths'])}",
+            f"{statistics.fmean(cell['distinct_last_third']):.3f}",
+            "" if (bits := bits_per_byte(cell)) is None else "{:.2f} ± {:.2f}".format(*bits),
+        ]
+        for name, cell in named
+        if cell and "repeated_4grams_thirds" in cell
+    ]
+    header = ["4-grams that repeat within a third", "first", "second", "last", "last over full, paired"]
+    return (
+        [*parts, table([*header, "loops", "different tokens in the last", "bits per byte of it"], rows)]
+        if rows
+        else parts
+    )
 
 
 def _counted(count: int, noun: str) -> str:

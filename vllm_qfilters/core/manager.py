@@ -202,6 +202,15 @@ class QFiltersManager(FullAttentionManager):
         first = self._first_filled.pop(request_id, len(blocks))
         self.prefixes.give_up(blocks[first:])
 
+    def at_once(self, request: Request, evicted_tokens: int) -> int:
+        """How many of ``evicted_tokens`` a sequence evicts in one go: what is left to evict of its prompt, if anything
+        is, goes before generated tokens do."""
+        limits, evicted = self.limits[request.request_id], self.evicted.get(request.request_id, 0)
+        if request.num_computed_tokens < request.num_prompt_tokens:
+            return evicted_tokens
+        of_prompt = limits.prompt_surplus(request.num_prompt_tokens, evicted, self.block_size)
+        return min(evicted_tokens, of_prompt or evicted_tokens)
+
     def plan_eviction(self, request: Request, evicted_tokens: int) -> RequestCompaction | None:
         """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
 
@@ -219,10 +228,12 @@ class QFiltersManager(FullAttentionManager):
         blocks = self.req_to_blocks[request_id]
         resident = self.resident_tokens(request)
         kept = resident - evicted_tokens
-        window = limits.protected_window(kept)
+        sinks, window = limits.protected(
+            kept, request.num_computed_tokens, request.num_prompt_tokens, self.evicted.get(request_id, 0), bs
+        )
         first_out = (kept - window) // bs
         after_out = first_out + evicted_tokens // bs
-        written = list(range(limits.sinks // bs, first_out))
+        written = list(range(sinks // bs, first_out))
         if limits.private_window:
             written.extend(range(after_out, len(blocks)))
         elif (kept - window) % bs:
@@ -242,7 +253,7 @@ class QFiltersManager(FullAttentionManager):
         self._released.extend(blocks[i] for i in replaced)
         for i, block in zip(replaced, private, strict=True):
             blocks[i] = block
-        return self._take_out(request, range(first_out, after_out), window, copied_pages)
+        return self._take_out(request, range(first_out, after_out), sinks, window, copied_pages)
 
     @property
     def num_releasable(self) -> int:
@@ -264,14 +275,19 @@ class QFiltersManager(FullAttentionManager):
         return len(freed)
 
     def _take_out(
-        self, request: Request, indices: Sequence[int], window: int, copied_pages: tuple[tuple[int, int], ...] = ()
+        self,
+        request: Request,
+        indices: Sequence[int],
+        sinks: int,
+        window: int,
+        copied_pages: tuple[tuple[int, int], ...] = (),
     ) -> RequestCompaction:
         """Takes pages out of a sequence, which closes up; :meth:`release` returns them to the pool.
 
         Args:
             request: it is running.
             indices: where in the sequence the pages are, in order.
-            window: last tokens that stay, in order.
+            sinks, window: first and last tokens that stay, in order.
             copied_pages: see :class:`vllm_qfilters.plan.RequestCompaction`.
         """
         request_id = request.request_id
@@ -291,7 +307,7 @@ class QFiltersManager(FullAttentionManager):
             position=request.num_computed_tokens,
             resident_tokens=resident,
             evicted_tokens=evicted_tokens,
-            sinks=limits.sinks,
+            sinks=sinks,
             window=window,
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,

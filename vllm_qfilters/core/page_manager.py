@@ -67,8 +67,8 @@ class PageManager(QFiltersManager):
         blocks = self.req_to_blocks[request.request_id]
         scores = self.block_scores[[blocks[i].block_id for i in candidates]]
         lowest = np.argsort(scores, kind="stable")[: evicted_tokens // self.block_size]
-        window = self._window(request, evicted_tokens)
-        return self._take_out(request, sorted(candidates[i] for i in lowest), window)
+        sinks, window = self.limits[request.request_id].sinks, self._window(request, evicted_tokens)
+        return self._take_out(request, sorted(candidates[i] for i in lowest), sinks, window)
 
     def _candidates(self, request: Request, evicted_tokens: int) -> range:
         """Where in the sequence the pages are that lie wholly outside sinks and window; at least as many as are

@@ -293,7 +293,7 @@ class QFiltersScheduler(AsyncScheduler):
             resident = self.block_manager.resident_tokens(request)
             evicted_tokens = limits.reducible_tokens(resident, request.is_prefill_chunk, self.block_size)
             if evicted_tokens and not _awaits_last_token(request):
-                found.append((request, evicted_tokens))
+                found.append((request, self.block_manager.at_once(request, evicted_tokens)))
         return sorted(found, key=lambda reducible: -reducible[1])
 
     def _preempt_lowest_priority(self) -> Request:
@@ -321,7 +321,7 @@ class QFiltersScheduler(AsyncScheduler):
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
             return 0
-        return evicted_tokens
+        return self.block_manager.at_once(request, evicted_tokens)
 
     def _next_cut(self, request: Request) -> int:
         """The least position at which a request that need not be cut now may have to be."""

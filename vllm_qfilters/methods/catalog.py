@@ -43,17 +43,24 @@ class Entry:
 
 _QFILTERS = "what the model's queries, known from calibration, will attend to (Q-Filters, arXiv 2503.02812)"
 
+_EXPECTED = Entry(
+    _QFILTERS,
+    "qfilters.expected:ExpectedAttention",
+    options=frozenset({"filter", "filters", "rank", "observed"}),
+    stats=lambda observed: 2 if observed else 1,
+    needs_filters=True,
+    needs_query_statistics=True,
+    expects_attention=True,
+    keeps_distinct=True,
+    observed_queries=lambda observed: observed,
+)
+
 QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
-    "expected": Entry(
-        _QFILTERS,
-        "qfilters.expected:ExpectedAttention",
-        options=frozenset({"filter", "filters", "rank", "observed"}),
-        stats=lambda observed: 2 if observed else 1,
-        needs_filters=True,
-        needs_query_statistics=True,
-        expects_attention=True,
-        keeps_distinct=True,
-        observed_queries=lambda observed: observed,
+    "expected": _EXPECTED,
+    "sampled": dataclasses.replace(
+        _EXPECTED,
+        summary="tokens drawn in proportion to what `expected` scores, anew at every cut",
+        implementation="qfilters.sampled:SampledAttention",
     ),
     "rotary": Entry(
         _QFILTERS,

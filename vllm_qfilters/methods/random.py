@@ -17,14 +17,29 @@ class Random(Method):
     """
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
-        layers = slice(self.first_layer, self.first_layer + self.cache.num_layers)
-        num_layers, num_heads = self.model.cache.num_layers, self.cache.num_kv_heads
-        drawn = []
-        for compaction in batch.compactions:
-            generator = torch.Generator().manual_seed(compaction.position)
-            of_model = torch.rand(num_layers, num_heads * compaction.resident_tokens, generator=generator)
-            drawn.append(of_model[layers].flatten())
-        on_host = torch.cat(drawn)
-        if self.model.device.type == "cuda":
-            on_host = on_host.pin_memory()
-        return on_host.to(self.model.device, non_blocking=True)
+        return draw(self, batch, is_shared=False)
+
+
+def draw(method: Method, batch: CompactionBatch, is_shared: bool) -> torch.Tensor:
+    """Draws a number in [0, 1) for each layer, KV head and resident token, anew at every position.
+
+    Args:
+        method: whose layers the numbers are for.
+        batch: the sequences.
+        is_shared: the heads of a layer get the same number.
+
+    Returns:
+        float32, flat, as :meth:`.base.Method.scores` returns.
+    """
+    layers = slice(method.first_layer, method.first_layer + method.cache.num_layers)
+    num_layers, num_heads = method.model.cache.num_layers, method.cache.num_kv_heads
+    drawn = []
+    for compaction in batch.compactions:
+        generator = torch.Generator().manual_seed(compaction.position)
+        shape = (num_layers, 1 if is_shared else num_heads, compaction.resident_tokens)
+        of_model = torch.rand(shape, generator=generator)
+        drawn.append(of_model[layers].expand(-1, num_heads, -1).flatten())
+    on_host = torch.cat(drawn)
+    if method.model.device.type == "cuda":
+        on_host = on_host.pin_memory()
+    return on_host.to(method.model.device, non_blocking=True)

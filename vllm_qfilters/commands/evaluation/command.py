@@ -4,16 +4,18 @@ import argparse
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable, temperature
 from vllm_qfilters.commands.engine import read_engine_args
-from vllm_qfilters.commands.evaluation import tasks, texts
+from vllm_qfilters.commands.evaluation import copying, generations, ruler, tasks, texts
 from vllm_qfilters.commands.evaluation.engine import EngineError, run_engine
 from vllm_qfilters.commands.evaluation.environment import describe_run
 from vllm_qfilters.commands.evaluation.evaluate import evaluate, plan
+from vllm_qfilters.commands.evaluation.judge import judge, unjudged
 from vllm_qfilters.commands.evaluation.methods import Method
+from vllm_qfilters.commands.evaluation.recall import recall_task
 from vllm_qfilters.commands.evaluation.report import report
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.methods.catalog import METHODS
@@ -28,8 +30,13 @@ TASKS = {
     "passkey": "a number hidden in a text, asked for at the end of the prompt",
     "kv": "one of several numbers hidden in a text, asked for at the end of the prompt",
     "generation": "repetition and endings of long generations",
+    "ruler": "questions about long prompts, of the kinds of RULER",
+    "recall": "a fact stated while text streams, asked for --distances tokens later",
+    "copy": "a table or code of the prompt written out with one change",
 }
+DEFAULT_TASKS = ("streaming", "prompt", "passkey", "kv", "generation")
 CONTINUATION_TOKENS = 256
+HELD_BACK_SEEDS = 1 << 20  # what is added to the seed
 
 _SEVERAL: dict[str, Any] = {"nargs": "+"}
 _COUNT: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
@@ -120,10 +127,22 @@ def make_tasks(args: argparse.Namespace, model_config: Any, seed: int) -> list[t
             if name in args.tasks:
                 trials, filler = (args.depths, args.trials, seed), read[0].content
                 chosen.append(tasks.retrieval_task(name, tokenizer, filler, length, *trials, fractions))
+        if "ruler" in args.tasks:
+            kinds, filler = list(dict.fromkeys(args.ruler)), read[0].content
+            chosen.append(ruler.ruler_task(tokenizer, filler, length, kinds, args.repeats, seed, fractions))
+        if "copy" in args.tasks:
+            kinds = list(dict.fromkeys(args.copy))
+            chosen.append(copying.copy_task(tokenizer, length, kinds, args.repeats, seed, fractions))
+    if "recall" in args.tasks:
+        for distance in dict.fromkeys(args.distances):
+            streamed = (read[0].content, distance, args.chunk)
+            chosen.append(recall_task(tokenizer, *streamed, args.repeats, seed, budgets))
     if "generation" in args.tasks:
         lengths = (args.generations, args.generation_tokens)
         options = {"context": args.generation_context, "temperature": args.generation_temperature}
-        chosen.append(tasks.generation_task(tokenizer, *lengths, seed, budgets, read, **options))
+        options |= {"penalty": args.generation_penalty, "ignore_eos": args.generation_full_length}
+        options["is_held_back"] = args.held_back
+        chosen.append(generations.generation_task(tokenizer, *lengths, seed, budgets, read, **options))
     for task in chosen:
         most = model_config.max_model_len
         if task.max_length > most:
@@ -146,7 +165,8 @@ def _measure(args: argparse.Namespace, engine_args: "EngineArgs") -> Results:
         results = Results(args.output, args.model)
         assert engine_args.block_size is not None, "ENGINE_DEFAULTS has one"
         model_config = engine_args.create_model_config()
-        chosen = make_tasks(args, model_config, engine_args.seed)
+        seed = engine_args.seed + HELD_BACK_SEEDS * args.held_back
+        chosen = make_tasks(args, model_config, seed)
         results.check_settings(chosen)
         jobs = plan(methods, chosen, results, engine_args.block_size)
     except (ValueError, OSError) as error:
@@ -159,6 +179,13 @@ def _measure(args: argparse.Namespace, engine_args: "EngineArgs") -> Results:
             evaluate(jobs, results, engine_args, run_engine)
         except EngineError as error:
             raise UsageError(f"{error}; the same command continues") from error
+    if args.judge and unjudged(results, args.judge):
+        if not jobs:
+            results.start_run(describe_run())
+        try:
+            judge(results, engine_args, args.judge, run_engine)
+        except (EngineError, ValueError, OSError) as error:
+            raise UsageError(f"--judge {args.judge}: {' '.join(str(error).split())}") from error
     return results
 
 
@@ -168,10 +195,13 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add(
         "--methods", **_SEVERAL, default=DEFAULT_METHODS, metavar="METHOD", help=f"default: {' '.join(DEFAULT_METHODS)}"
     )
-    add("--tasks", **_SEVERAL, default=list(TASKS), choices=TASKS, metavar="TASK", help="default: all")
+    default_tasks = f"default: {' '.join(DEFAULT_TASKS)}"
+    add("--tasks", **_SEVERAL, default=list(DEFAULT_TASKS), choices=TASKS, metavar="TASK", help=default_tasks)
     add("-o", "--output", type=pathlib.Path, metavar="FILE", help="results; default quality-MODEL.json")
     add("--no-plots", action="store_true", help="draw none: needs no matplotlib")
-    budgets = "of streaming and generation, tokens; default 256 512 1024"
+    held_back = "other needles, facts, tables and prompts of generation, to confirm what was chosen on the usual ones"
+    add("--held-back", action="store_true", help=held_back)
+    budgets = "of streaming, recall and generation, tokens; default 256 512 1024"
     add("--budgets", **_SEVERAL, **_COUNT, default=[256, 512, 1024], help=budgets)
     fractions = "budgets of the other tasks, fractions of the prompt; default .5 .25 .125"
     add("--fractions", **_SEVERAL, type=_fraction, metavar="F", default=[0.5, 0.25, 0.125], help=fractions)
@@ -181,18 +211,20 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_loss_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the task ``streaming``."""
+    """Adds the options of the tasks ``streaming`` and ``recall``."""
     add = parser.add_argument
     add("--sequences", **_COUNT, default=5, help="of streaming, taken from the texts in turn; default %(default)s")
     add("--tokens", **_COUNT, default=4096, help="of such a sequence; default %(default)s")
     add("--loss-from", **_COUNT, default=1024, help="position in it from which loss is measured; default %(default)s")
-    add("--chunk", **_COUNT, default=128, help="tokens of it between two cuts; default %(default)s")
+    add("--chunk", **_COUNT, default=128, help="tokens between two cuts of both; default %(default)s")
+    distances = "tokens between the fact and the question of recall; default 2048"
+    add("--distances", **_SEVERAL, **_COUNT, default=[2048], help=distances)
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the tasks ``prompt``, ``passkey`` and ``kv``."""
+    """Adds the options of the tasks with questions at the end of a prompt, and of ``prompt``."""
     add = parser.add_argument
-    lengths = "tokens, of the prompts of prompt, passkey and kv; default 1024"
+    lengths = "tokens, of the prompts of prompt, passkey, kv, ruler and copy; default 1024"
     add("--lengths", **_SEVERAL, **_COUNT, default=[1024], help=lengths)
     add("--prompts", **_COUNT, default=8, help="number of prompts of prompt; default %(default)s")
     depths: dict[str, Any] = {
@@ -202,6 +234,10 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     }
     add("--depths", **_SEVERAL, type=_depth, **depths)
     add("--trials", **_COUNT, default=4, help="of passkey and kv, per depth; default %(default)s")
+    add("--ruler", **_SEVERAL, choices=ruler.KINDS, default=list(ruler.KINDS), metavar="KIND", help=_kinds(ruler.KINDS))
+    kinds_to_copy = _kinds(copying.KINDS)
+    add("--copy", **_SEVERAL, choices=copying.KINDS, default=list(copying.KINDS), metavar="KIND", help=kinds_to_copy)
+    add("--repeats", **_COUNT, default=8, help="prompts of each kind of ruler, copy and recall; default %(default)s")
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -212,10 +248,16 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     context = "tokens of the texts, taken in turn, before each prompt of generation; default %(default)s"
     add("--generation-context", type=at_least(0), metavar="N", default=0, help=context)
     sampling: dict[str, Any] = {
-        "default": tasks.GENERATION_TEMPERATURE,
+        "default": generations.TEMPERATURE,
         "help": "of sampling in generation; default %(default)s",
     }
     add("--generation-temperature", type=temperature, metavar="T", **sampling)
+    penalty = "repetition penalty of sampling in generation; default %(default)s, none"
+    add("--generation-penalty", type=_penalty, metavar="P", default=generations.PENALTY, help=penalty)
+    full_length = "generate --generation-tokens tokens, whether the model would end or not"
+    add("--generation-full-length", action="store_true", help=full_length)
+    judged_by = "a model that says how likely the last third of each generation is, in bits per byte; default none"
+    add("--judge", metavar="MODEL", help=judged_by)
 
 
 def _max_model_len(model_config: Any, chosen: Sequence[tasks.Task]) -> int:
@@ -252,6 +294,14 @@ def _loss_task(
 
 def _fraction(text: str) -> float:
     return _number(text, "fraction", lambda value: 0 < value <= 1, "0 < F <= 1")
+
+
+def _kinds(kinds: Iterable[str]) -> str:
+    return f"kinds, some of {', '.join(kinds)}; default: all"
+
+
+def _penalty(text: str) -> float:
+    return _number(text, "repetition penalty", lambda value: 0 < value < float("inf"), "P > 0")
 
 
 def _depth(text: str) -> float:

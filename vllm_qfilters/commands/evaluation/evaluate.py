@@ -157,7 +157,10 @@ def _check_budget(policy: Policy, request: EvalRequest, block_size: int) -> None
     least = policy.min_budget(block_size)
     # Where a fraction gives fewer tokens than the least budget, the engine would take the least instead of refusing.
     if isinstance(budget, float) and (tokens := math.ceil(budget * prompt_tokens)) < least:
+        window = f"window {policy.window}"
+        if policy.prompt_share:
+            window += f" + prompt_share {policy.prompt_share}"
         raise ValueError(
-            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for window "
-            f"{policy.window} + sinks {policy.sinks} + interval {policy.interval}: raise --fractions or --lengths"
+            f"{budget} of a prompt of {prompt_tokens} tokens is {tokens}, at least {least} are needed for "
+            f"{window} + sinks {policy.sinks} + interval {policy.interval}: raise --fractions or --lengths"
         )

@@ -3,150 +3,15 @@
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_qfilters.commands.evaluation.texts import leading_tokens
+from vllm_qfilters.commands.evaluation.words import ADJECTIVES, NOUNS
 
 NUM_KEYS = 8
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the user's words while the chat template is applied
 _SENTENCE_END_REACH = 40  # tokens
-_ADJECTIVES = [
-    "amber",
-    "ancient",
-    "bitter",
-    "brave",
-    "bright",
-    "broken",
-    "calm",
-    "clever",
-    "cold",
-    "crimson",
-    "dark",
-    "dusty",
-    "early",
-    "eager",
-    "faint",
-    "fancy",
-    "foreign",
-    "frozen",
-    "gentle",
-    "giant",
-    "golden",
-    "green",
-    "hidden",
-    "hollow",
-    "humble",
-    "jolly",
-    "late",
-    "little",
-    "lonely",
-    "lucky",
-    "mellow",
-    "narrow",
-    "noble",
-    "old",
-    "pale",
-    "plain",
-    "proud",
-    "quick",
-    "quiet",
-    "rapid",
-    "rough",
-    "royal",
-    "rusty",
-    "sacred",
-    "sharp",
-    "shy",
-    "silent",
-    "silver",
-    "simple",
-    "sleepy",
-    "small",
-    "smooth",
-    "soft",
-    "stern",
-    "strange",
-    "sunny",
-    "sweet",
-    "tall",
-    "tender",
-    "tiny",
-    "warm",
-    "wild",
-    "wise",
-]
-_NOUNS = [
-    "anchor",
-    "apple",
-    "arrow",
-    "badge",
-    "barrel",
-    "basket",
-    "beacon",
-    "bell",
-    "boat",
-    "book",
-    "bottle",
-    "bridge",
-    "bucket",
-    "button",
-    "candle",
-    "castle",
-    "chair",
-    "clock",
-    "cloud",
-    "coin",
-    "comet",
-    "crown",
-    "desk",
-    "drum",
-    "eagle",
-    "falcon",
-    "feather",
-    "fiddle",
-    "forest",
-    "garden",
-    "harbor",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "lamp",
-    "lantern",
-    "lion",
-    "marble",
-    "meadow",
-    "mirror",
-    "needle",
-    "orchard",
-    "otter",
-    "paddle",
-    "parrot",
-    "pebble",
-    "pencil",
-    "piano",
-    "pillow",
-    "planet",
-    "pocket",
-    "rabbit",
-    "ribbon",
-    "river",
-    "saddle",
-    "shovel",
-    "spoon",
-    "table",
-    "temple",
-    "tiger",
-    "tower",
-    "tunnel",
-    "valley",
-    "violin",
-    "wagon",
-    "whistle",
-    "window",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +73,7 @@ def passkey(frame: PromptFrame, filler: Sequence[int], length: int, depth: float
     head = "There is a pass key hidden in the text below. Find and remember it.\n\n"
     facts = [(depth, f"\nThe pass key is the number {key}. Remember it. {key} is the pass key.\n")]
     tail = frame.tail("\n\nWhat is the pass key mentioned in the text above?", "The pass key is the number")
-    return Needle(_hide(frame, filler, length, head, facts, tail, rng), key)
+    return Needle(hide(frame, filler, length, head, facts, tail, rng), key)
 
 
 def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: float, rng: random.Random) -> Needle:
@@ -216,7 +81,7 @@ def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: flo
 
     Arguments and errors are those of :func:`passkey`, but ``depth`` is the place among the numbers.
     """
-    names = rng.sample([f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS], NUM_KEYS)
+    names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], NUM_KEYS)
     numbers = [str(number) for number in rng.sample(range(10_000, 100_000), NUM_KEYS)]
     head = "There are numbers of things hidden in the text below. Find and remember them.\n\n"
     facts = [
@@ -225,7 +90,7 @@ def key_value(frame: PromptFrame, filler: Sequence[int], length: int, depth: flo
     ]
     asked = round(depth * (NUM_KEYS - 1))
     tail = frame.tail(f"\n\nWhat is the number of the {names[asked]}?", f"The number of the {names[asked]} is")
-    return Needle(_hide(frame, filler, length, head, facts, tail, rng), numbers[asked])
+    return Needle(hide(frame, filler, length, head, facts, tail, rng), numbers[asked])
 
 
 def is_answered(text: str, answer: str) -> bool:
@@ -234,7 +99,20 @@ def is_answered(text: str, answer: str) -> bool:
     return number is not None and number.group() == answer
 
 
-def _hide(
+def most_that_fit(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """Returns the greatest count that fits, of those from ``least`` to ``most``; None if the least does not."""
+    if not fits(least):
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        if fits(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def hide(
     frame: PromptFrame,
     filler: Sequence[int],
     length: int,

@@ -1,7 +1,7 @@
 """Draws plots of results as PNG files beside the file of results. Needs matplotlib."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib
@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.report import kind, loss_increase
 from vllm_qfilters.commands.evaluation.results import Results
+from vllm_qfilters.commands.evaluation.statistics import Estimate
 
 
 def draw(results: Results) -> list[pathlib.Path]:
     """Draws a plot of each kind that there are measurements for, and returns the files."""
-    tasks = {name: [task for task in results.tasks() if kind(results, task) == name] for name in ("loss", "retrieval")}
+    plots = {"loss": _draw_loss, "retrieval": _draw_retrieval, "score": _draw_scores}
+    tasks = {name: [task for task in results.tasks() if kind(results, task) == name] for name in plots}
     tasks["loss"] = [task for task in tasks["loss"] if results.get(task, FULL, 0) is not None]
     paths = []
-    for name, plot in (("loss", _draw_loss), ("retrieval", _draw_retrieval)):
+    for name, plot in plots.items():
         if any(results.methods(task) for task in tasks[name]):
             figure = plot(results, [task for task in tasks[name] if results.methods(task)])
             paths.append(results.path.with_name(f"{results.path.stem}-{name}.png"))
@@ -31,32 +33,65 @@ def draw(results: Results) -> list[pathlib.Path]:
 
 def _draw_loss(results: Results, tasks: list[str]) -> Figure:
     """Draws the loss increase against the budget, with a panel per task and a line per method."""
+
+    def increase(cell: dict[str, Any], full: dict[str, Any] | None) -> Estimate:
+        assert full is not None, "draw() chooses tasks whose full cache is measured"
+        return loss_increase(cell, full)
+
+    figure, panels = _draw_lines(results, tasks, increase, "loss increase over the full cache (nats per token)")
+    for panel in panels:
+        panel.axhline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def _draw_scores(results: Results, tasks: list[str]) -> Figure:
+    """Draws the mean score against the budget, likewise; a black line is the full cache."""
+
+    def score(cell: dict[str, Any], full: dict[str, Any] | None) -> Estimate:
+        return Estimate(cell["mean"], cell["error"] or 0.0)
+
+    figure, panels = _draw_lines(results, tasks, score, "mean score")
+    for panel, task in zip(panels, tasks, strict=True):
+        full = results.get(task, FULL, 0)
+        if full is not None:
+            panel.axhline(full["mean"], color="black", linewidth=0.8)
+        panel.set_ylim(-0.02, 1.02)
+    return figure
+
+
+def _draw_lines(
+    results: Results,
+    tasks: list[str],
+    measured: Callable[[dict[str, Any], dict[str, Any] | None], Estimate],
+    label: str,
+) -> tuple[Figure, Any]:
+    """Draws what is measured of a cell, given that of the full cache, against the budget: a panel per task and a line
+    per method. Returns the panels too.
+    """
     figure, panels = pyplot.subplots(
         1, len(tasks), figsize=(6.5 * len(tasks) + 3.5, 5), squeeze=False, layout="constrained"
     )
     colors, lines = _colors(results, tasks), {}
     for panel, task in zip(panels[0], tasks, strict=True):
         full = results.get(task, FULL, 0)
-        assert full is not None, "draw() chooses tasks whose full cache is measured"
         for method in results.methods(task):
             cells = [
                 cell for budget in results.budgets(task) if (cell := results.get(task, method, budget)) is not None
             ]
-            means, errors = zip(*(loss_increase(cell, full) for cell in cells), strict=True)
+            means, errors = zip(*(measured(cell, full) for cell in cells), strict=True)
             x = [cell["budget"] for cell in cells]
             lines[method] = panel.errorbar(x, means, yerr=errors, color=colors[method], marker="o", capsize=3)
         budgets = results.budgets(task)
         panel.set_xscale("log", base=2)
         panel.set_xticks(budgets, [str(budget) for budget in budgets])
         panel.minorticks_off()
-        panel.axhline(0, color="black", linewidth=0.8)
         panel.set_title(task)
         panel.set_xlabel("budget (fraction of the prompt)" if isinstance(budgets[0], float) else "budget (tokens)")
-        panel.set_ylabel("loss increase over the full cache (nats per token)")
+        panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     figure.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize="small")
     figure.suptitle(_model_name(results))
-    return figure
+    return figure, panels[0]
 
 
 def _draw_retrieval(results: Results, tasks: list[str]) -> Figure:

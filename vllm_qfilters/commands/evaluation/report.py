@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vllm_qfilters.commands.evaluation.generations import bits_per_byte, more_repeats, repeated_by_third
 from vllm_qfilters.commands.evaluation.methods import FULL
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.commands.evaluation.statistics import Estimate, paired_increase, share
@@ -23,9 +24,10 @@ def report(results: Results) -> str:
 
 
 def kind(results: Results, task: str) -> str:
-    """Returns what a task measures: loss, retrieval or generation."""
+    """Returns what a task measures: loss, retrieval, score or generation."""
     settings = results.settings(task)
-    return "loss" if "loss_from" in settings else "retrieval" if "depths" in settings else "generation"
+    by_setting = {"loss_from": "loss", "depths": "retrieval", "kinds": "score"}
+    return next((kind for setting, kind in by_setting.items() if setting in settings), "generation")
 
 
 def loss_increase(cell: Cell, over: Cell, text: str | None = None) -> Estimate:
@@ -49,6 +51,11 @@ def ratio_to_reference(results: Results, task: str, cell: Cell) -> float | None:
         return None
     increase = loss_increase(reference, full).mean
     return loss_increase(cell, full).mean / increase if increase > 0 else None
+
+
+def score_loss(cell: Cell, full: Cell) -> Estimate:
+    """Returns how much lower answers score than with the full cache; pairs are answers to the same question."""
+    return paired_increase(full["scores"], cell["scores"])
 
 
 def found(cell: Cell) -> Estimate:
@@ -122,6 +129,28 @@ def _retrieval_tables(results: Results, task: str) -> Iterable[str]:
     return [table(title, ["", *map(str, budgets)], rows)]
 
 
+def _score_tables(results: Results, task: str) -> Iterable[str]:
+    budgets, methods, full = results.budgets(task), results.methods(task), results.get(task, FULL, 0)
+
+    def score(cell: Cell | None) -> str:
+        if cell is None:
+            return "-"
+        lost = "" if full is None else " {:+.3f} ({:.3f})".format(*(score_loss(cell, full)))
+        return f"{cell['mean']:.3f}{lost}"
+
+    rows = [[method, *(score(results.get(task, method, budget)) for budget in budgets)] for method in methods]
+    mean = "not measured" if full is None else f"{full['mean']:.3f}"
+    title = f"{task}: mean score by budget, lost to the full cache (paired standard error); full cache {mean}"
+    tables = [table(title, ["", *map(str, budgets)], rows)]
+    kinds = results.settings(task)["kinds"]
+    if len(kinds) > 1:
+        for budget in budgets:
+            named = [(FULL, full), *((method, results.get(task, method, budget)) for method in methods)]
+            rows = [[name, *(f"{cell['kinds'][kind]['mean']:.3f}" for kind in kinds)] for name, cell in named if cell]
+            tables.append(table(f"{task}, budget {budget}, score by kind", ["", *kinds], rows))
+    return tables
+
+
 def _generation_tables(results: Results, task: str) -> Iterable[str]:
     def numbers(cell: Cell | None) -> str:
         if cell is None:
@@ -131,14 +160,44 @@ def _generation_tables(results: Results, task: str) -> Iterable[str]:
         loops = f"{cell['loops']}/{count}" if "loops" in cell else "-"  # earlier cells lack it
         return f"{repeated:.3f} {cell['finished']}/{count} {length:.0f} {loops}"
 
-    budgets = results.budgets(task)
-    rows = [[m, *(numbers(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
-    full = numbers(results.get(task, FULL, 0))
-    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length, loops; full cache {full}"
-    return [table(title, ["", *map(str, budgets)], rows)]
+    budgets, methods, full = results.budgets(task), results.methods(task), results.get(task, FULL, 0)
+    rows = [[m, *(numbers(results.get(task, m, b)) for b in budgets)] for m in methods]
+    title = f"{task}: share of repeated 4-grams, ended by themselves, mean length, loops; full cache {numbers(full)}"
+    tables = [table(title, ["", *map(str, budgets)], rows)]
+    cells = [(m, b, results.get(task, m, b)) for m in methods for b in budgets]
+    named = [(FULL, full), *((f"{m} {b}", cell) for m, b, cell in cells)]
+    by_third = [
+        [
+            name,
+            *("{:.3f} ({:.3f})".format(*third) for third in repeated_by_third(cell)),
+            "-" if full is None else "{:+.3f} ({:.3f})".format(*more_repeats(cell, full)),
+            f"{statistics.fmean(cell['distinct_last_third']):.3f}",
+            "-" if (bits := bits_per_byte(cell)) is None else "{:.2f} ({:.2f})".format(*bits),
+        ]
+        for name, cell in named
+        if cell and "repeated_4grams_thirds" in cell  # earlier cells lack it
+    ]
+    if by_third:
+        title = f"{task}: share of 4-grams that repeat within each third (standard error)"
+        header = [
+            "",
+            "first",
+            "second",
+            "last",
+            "last over full (paired)",
+            "different tokens in the last",
+            "bits per byte of it",
+        ]
+        tables.append(table(title, header, by_third))
+    return tables
 
 
-_TABLES = {"loss": _loss_tables, "retrieval": _retrieval_tables, "generation": _generation_tables}
+_TABLES = {
+    "loss": _loss_tables,
+    "retrieval": _retrieval_tables,
+    "score": _score_tables,
+    "generation": _generation_tables,
+}
 
 
 def _blocks(cell: Cell, text: str | None) -> list[float]:

@@ -11,7 +11,8 @@ from vllm_qfilters.commands.evaluation.tasks import Task
 
 _VERSION = 1
 # What files that were written before a task had these settings were measured with.
-_EARLIER_SETTINGS = {"generation": {"context": 0, "temperature": 0.7}}
+_EARLIER_SETTINGS = {"generation": {"context": 0, "temperature": 0.7, "penalty": 1.0, "ignore_eos": False}}
+_EARLIER_INSTRUCTIONS = 8
 
 
 class Results:
@@ -63,7 +64,7 @@ class Results:
 
     def get(self, task: str, method: str, budget: int | float) -> dict[str, Any] | None:
         """Returns a cell, or None if it is not measured yet; the full cache is ``FULL`` with a budget of 0."""
-        return next((cell for cell in self._cells(task) if (cell["method"], cell["budget"]) == (method, budget)), None)
+        return next((cell for cell in self.cells(task) if (cell["method"], cell["budget"]) == (method, budget)), None)
 
     def add(self, task: Task, method: str, budget: int | float, measured: Mapping[str, Any]) -> None:
         """Adds a cell, and writes the file.
@@ -79,6 +80,15 @@ class Results:
         )
         self._write()
 
+    def amend(self, cell: dict[str, Any], measured: Mapping[str, Any]) -> None:
+        """Adds what was measured later to a cell of :meth:`cells`, and writes the file."""
+        cell.update(measured)
+        self._write()
+
+    def cells(self, task: str) -> list[dict[str, Any]]:
+        """Returns all cells of a task, that of the full cache among them."""
+        return [cell for cell in self._values["cells"] if cell["task"] == task]
+
     def tasks(self) -> list[str]:
         return list(self._values["tasks"])
 
@@ -87,14 +97,11 @@ class Results:
 
     def methods(self, task: str) -> list[str]:
         """Returns the methods measured on ``task`` in the order they were measured, without the full cache."""
-        return list(dict.fromkeys(cell["method"] for cell in self._cells(task) if cell["method"] != FULL))
+        return list(dict.fromkeys(cell["method"] for cell in self.cells(task) if cell["method"] != FULL))
 
     def budgets(self, task: str) -> list[int | float]:
         """Returns the budgets measured on ``task``, the smallest first, without that of the full cache."""
-        return sorted({cell["budget"] for cell in self._cells(task)} - {0})
-
-    def _cells(self, task: str) -> Iterable[dict[str, Any]]:
-        return (cell for cell in self._values["cells"] if cell["task"] == task)
+        return sorted({cell["budget"] for cell in self.cells(task)} - {0})
 
     def _write(self) -> None:
         written = self.path.with_name(self.path.name + ".part")
@@ -130,4 +137,6 @@ def _read(path: pathlib.Path, model: str) -> dict[str, Any]:
     for task, settings in _EARLIER_SETTINGS.items():
         if task in values["tasks"]:
             values["tasks"][task] = {**settings, **values["tasks"][task]}
+    if generation := values["tasks"].get("generation"):
+        generation.setdefault("instructions", min(generation["prompts"], _EARLIER_INSTRUCTIONS))
     return values

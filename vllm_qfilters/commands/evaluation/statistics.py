@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Estimate(NamedTuple):
@@ -37,6 +37,16 @@ def share(successes: int, trials: int) -> Estimate:
     """Returns the share of successes among ``trials``, with the binomial standard error."""
     mean = successes / trials
     return Estimate(mean, math.sqrt(mean * (1 - mean) / trials))
+
+
+def rounded(values: Sequence[float]) -> dict[str, Any]:
+    """Returns mean, standard error and number of independent ``values``, as JSON; the error of a single one is None."""
+    mean, error = estimate(values)
+    return {
+        "mean": round(mean, 5),
+        "error": None if math.isnan(error) else round(error, 5),
+        "trials": len(values),
+    }
 
 
 def repeated_ngrams(token_ids: Sequence[int], size: int = 4) -> float:

@@ -4,32 +4,20 @@ A cell is one task, method and budget. Tasks know token ids and answers, not eng
 """
 
 import dataclasses
-import itertools
 import random
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from vllm_qfilters.commands.evaluation import needles
 from vllm_qfilters.commands.evaluation.needles import Needle, PromptFrame
-from vllm_qfilters.commands.evaluation.statistics import block_means, repeated_ngrams
-from vllm_qfilters.commands.evaluation.texts import Text, TextSequence, digest, pieces
+from vllm_qfilters.commands.evaluation.statistics import block_means, rounded
+from vllm_qfilters.commands.evaluation.texts import TextSequence, digest
 
 BLOCK_TOKENS = 128  # consecutive positions whose mean loss counts as one observation
-GENERATION_TEMPERATURE = 0.7
-LOOP_SHARE = 0.3  # a text goes round in circles if more 4-grams of its last third than this occurred there before
 _ANSWER_TOKENS = 12
 _NEEDLES = {"passkey": needles.passkey, "kv": needles.key_value}
-_INSTRUCTIONS = (
-    "Write a long story about a lighthouse keeper who finds a letter in a bottle.",
-    "Explain in detail how a refrigerator works, from the compressor to the thermostat.",
-    "Write a travel diary of two weeks in a country of your choice, day by day.",
-    "Describe the history of writing, from clay tablets to computers.",
-    "Give a step by step guide to planting and keeping a vegetable garden for a whole year.",
-    "Write a dialogue between a teacher and a curious student about why the sky is blue.",
-    "Compare living in a city with living in the countryside, with many examples.",
-    "Write an essay about how trains changed the world.",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,46 +165,62 @@ class RetrievalTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationTask:
-    """Measures whether long generations go round in circles, and whether they end.
+class Question:
+    """A prompt, and what its answer is scored by.
 
     Attributes:
-        prompts: token ids of each.
-        max_tokens: how many tokens are generated at most.
-        temperature: the temperature of sampling.
-        seed: the seed of the first prompt's sampling; the others follow.
+        kind: what is asked, among the kinds of its task.
+        token_ids: the prompt.
+        expected: what the answer is compared with.
+        max_tokens: how many tokens the answer has at most.
     """
 
-    budgets: Sequence[int | float]
-    prompts: Sequence[list[int]]
+    kind: str
+    token_ids: list[int]
+    expected: Sequence[str]
     max_tokens: int
-    temperature: float
-    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionTask:
+    """Scores answers to questions of several kinds, each from 0 to 1.
+
+    Attributes:
+        questions: the prompts.
+        score: of an answer, from its text and what is expected.
+    """
+
+    name: str
+    budgets: Sequence[int | float]
+    questions: Sequence[Question]
+    score: Callable[[str, Sequence[str]], float]
     settings: Mapping[str, Any]
-    name: str = "generation"
     cuts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def max_length(self) -> int:
-        return max(map(len, self.prompts)) + self.max_tokens
+        return max(len(question.token_ids) + question.max_tokens for question in self.questions)
 
     def requests(self, budget: int | float) -> list[EvalRequest]:
-        sampling = {"temperature": self.temperature, "top_p": 0.95}
-        return [
-            EvalRequest(prompt, budget, self.max_tokens, sampling={**sampling, "seed": self.seed + index})
-            for index, prompt in enumerate(self.prompts)
-        ]
+        return [EvalRequest(question.token_ids, budget, question.max_tokens) for question in self.questions]
 
     def measure(self, answers: Sequence[EvalAnswer]) -> dict[str, Any]:
-        last_thirds = [repeated_ngrams(_last_third(answer.token_ids)) for answer in answers]
+        asked = list(zip(self.questions, answers, strict=True))
+        scores = [round(self.score(answer.text, question.expected), 5) for question, answer in asked]
+        by_kind: dict[str, list[float]] = {}
+        for (question, _), score in zip(asked, scores, strict=True):
+            by_kind.setdefault(question.kind, []).append(score)
         return {
-            "repeated_4grams": [round(repeated_ngrams(answer.token_ids), 5) for answer in answers],
-            "repeated_4grams_last_third": [round(share, 5) for share in last_thirds],
-            "loops": sum(share > LOOP_SHARE for share in last_thirds),
-            "lengths": [len(answer.token_ids) for answer in answers],
-            "finished": sum(answer.finish_reason == "stop" for answer in answers),
-            "texts": [answer.text for answer in answers],
+            **rounded(scores),
+            "kinds": {kind: rounded(of_kind) for kind, of_kind in by_kind.items()},
+            "scores": scores,
+            "answers": [[*question.expected, answer.text] for question, answer in asked],
         }
+
+
+def found(text: str, expected: Sequence[str]) -> float:
+    """Returns the share of ``expected`` that stands in ``text``, as whole words."""
+    return statistics.fmean(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) is not None for word in expected)
 
 
 def retrieval_task(
@@ -266,55 +270,3 @@ def retrieval_task(
         "filler": digest(filler),
     }
     return RetrievalTask(f"{name}-{length}", budgets, made, settings)
-
-
-def generation_task(
-    tokenizer: Any,
-    num_prompts: int,
-    max_tokens: int,
-    seed: int,
-    budgets: Sequence[int],
-    texts: Sequence[Text] = (),
-    context: int = 0,
-    temperature: float = GENERATION_TEMPERATURE,
-) -> GenerationTask:
-    """Makes the task ``generation``.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        num_prompts: how many generations there are; without a context no more than there are instructions.
-        max_tokens: how many tokens are generated at most.
-        seed: the seed of the first generation; the others follow.
-        budgets: tokens; those that no generation can outgrow are left out.
-        texts: the texts to take contexts from, in turn.
-        context: tokens of text that stand before each instruction, another piece before each; 0 for none.
-        temperature: the temperature of sampling.
-
-    Raises:
-        ValueError: there are too few instructions without a context, or the texts are too short.
-    """
-    if num_prompts > len(_INSTRUCTIONS) and not context:
-        raise ValueError(
-            f"there are {len(_INSTRUCTIONS)} prompts to generate from, not {num_prompts}: ask for fewer, or give "
-            "--generation-context"
-        )
-    frame = PromptFrame(tokenizer)
-    instructions = itertools.islice(itertools.cycle(_INSTRUCTIONS), num_prompts)
-    settings: dict[str, Any] = {"prompts": num_prompts, "tokens": max_tokens, "seed": seed}
-    settings |= {"context": context, "temperature": temperature}
-    if context:
-        settings["texts"] = {text.name: digest(text.content) for text in texts[:num_prompts]}
-        before = [piece.token_ids for piece in pieces(texts, tokenizer, num_prompts, context)]
-        prompts = [
-            [*frame.head, *token_ids, *frame.tail(f"\n\n{instruction}", "")]
-            for token_ids, instruction in zip(before, instructions, strict=True)
-        ]
-    else:
-        prompts = [frame.head + frame.tail(instruction, "") for instruction in instructions]
-    longest = max(map(len, prompts)) + max_tokens
-    outgrown = [budget for budget in budgets if budget < longest]
-    return GenerationTask(outgrown, prompts, max_tokens, temperature, seed, settings)
-
-
-def _last_third(token_ids: Sequence[int]) -> Sequence[int]:
-    return token_ids[len(token_ids) - len(token_ids) // 3 :]

@@ -142,7 +142,9 @@ def cut(texts: Sequence[Text], tokenizer: Any, num_sequences: int, num_tokens: i
     return [by_place[place] for place in range(num_sequences)]
 
 
-def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: int) -> list[TextSequence]:
+def pieces(
+    texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: int, begin: float = 0.5
+) -> list[TextSequence]:
     """Cuts pieces for the middle of prompts, taking from each text in turn, and from a text at even distances. The
     pieces of a short text overlap, but no two are the same.
 
@@ -151,6 +153,7 @@ def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: i
         tokenizer: the model's tokenizer; the tokens it puts before a text are in no piece.
         num_pieces: pieces in all.
         num_tokens: tokens per piece.
+        begin: where the first piece of a text begins, from 0 at its beginning to 1 where the second one of 0 does.
 
     Raises:
         ValueError: a text is too short for its share.
@@ -164,7 +167,7 @@ def pieces(texts: Sequence[Text], tokenizer: Any, num_pieces: int, num_tokens: i
                 "give longer or more texts, or ask for fewer or shorter pieces"
             )
         for number, place in enumerate(places):
-            first = (2 * number + 1) * spare // (2 * len(places))
+            first = int((number + begin) * spare / len(places))
             by_place[place] = TextSequence(text.name, token_ids[first : first + num_tokens])
     return [by_place[place] for place in range(num_pieces)]
 
