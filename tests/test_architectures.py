@@ -13,6 +13,7 @@ from vllm.model_executor.layers import rotary_embedding
 
 from tests import models
 from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
+from tests.marks import needs_avx512
 from tests.models import HEAD_SIZE, SLIDING_WINDOW, random_prompt
 from tests.oracle import teacher_forced_logprobs
 from tests.run_engine import run_engine
@@ -190,7 +191,7 @@ def test_attention_sinks(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", sorted(models.QUANTIZATION))
+@pytest.mark.parametrize("method", [pytest.param("awq", marks=needs_avx512), "compressed-tensors"])
 def test_quantized_weights(method, tmp_path, monkeypatch):
     """Filters are calibrated of queries, whatever made them: bit-identical to plain vLLM where nothing is evicted."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
