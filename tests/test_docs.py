@@ -185,7 +185,7 @@ def test_every_section_of_the_lab_notebook_says_where_its_numbers_come_from():
 
 def test_the_glossary_explains_each_word_once():
     words = [row[0] for row in table("glossary.md")]
-    assert len(words) == len(set(words)) == 16
+    assert len(words) == len(set(words)) == 17
 
 
 def test_the_citation_is_of_this_version():

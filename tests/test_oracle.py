@@ -76,9 +76,9 @@ CASES = {
         400,
     ),
     "expected-prompt-share-of-a-short-prompt": (
-        dict(budget=256, window=0.25, sinks=4, interval=64, chunk=256, prompt_share=0.5),
+        dict(budget=256, window=0.25, sinks=4, interval=32, chunk=256, prompt_share=0.5),
         100,
-        400,
+        300,
     ),
     "streaming-prompt-share": (
         dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0, prompt_share=0.3),

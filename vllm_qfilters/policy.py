@@ -154,9 +154,8 @@ class Policy:
         """
         ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
         windows = (self.window, self.min_window)
-        return max(
-            min_budget(window, self.sinks + ends, self.interval, self.prompt_share, block_size) for window in windows
-        )
+        sinks = self.sinks + ends
+        return max(min_budget(window, sinks, self.interval, self.prompt_share, block_size) for window in windows)
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
