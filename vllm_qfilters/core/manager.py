@@ -4,12 +4,17 @@ Runs in the engine process and owns ``evicted`` there. The worker side keeps its
 """
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 from vllm_qfilters.budget import RequestLimits, cdiv
@@ -51,6 +56,23 @@ class QFiltersManager(FullAttentionManager):
         self._planned: set[str] = set()  # requests whose prefixes the step being scheduled makes
         self._found: tuple[str, CompressedPrefix] | None = None  # by the request looked at last, which has no pages yet
         self._prefix_hits: list[PrefixHit] = []  # of the step being scheduled
+        self.beside: tuple[SingleTypeKVCacheManager, ...] = ()  # those of other groups
+
+    def share_pool_with(self, others: Sequence[SingleTypeKVCacheManager]) -> None:
+        """Makes the managers of other groups known. Of requests that evicted any token they keep nothing in the prefix
+        cache: new keys have seen a compressed context in their layers too."""
+        self.beside = tuple(others)
+        for manager in others:
+            manager.cache_blocks = functools.partial(self._cache_beside, manager.cache_blocks)  # type: ignore[method-assign]
+            assert isinstance(manager, SlidingWindowManager)
+            self.prefixes.windows[manager.kv_cache_group_id] = manager.sliding_window
+
+    def _cache_beside(self, cache_blocks: Callable[..., None], request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.request_id not in self.evicted:
+            cache_blocks(request, *args, **kwargs)
+
+    def _blocks_by_group(self, request_id: str) -> dict[int, list[KVCacheBlock]]:
+        return {manager.kv_cache_group_id: manager.req_to_blocks[request_id] for manager in (self, *self.beside)}
 
     def resident_tokens(self, request: Request) -> int:
         return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
@@ -129,10 +151,11 @@ class QFiltersManager(FullAttentionManager):
         if request_id not in self.evicted:
             super().cache_blocks(request, num_tokens, *args, **kwargs)
         elif (standing := self._standings.get(request_id)) is not None:
-            limits, blocks = self.limits[request_id], self.req_to_blocks[request_id]
+            limits, evicted = self.limits[request_id], self.evicted[request_id]
             end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
-            for index in range(standing.num_cached, (end - self.evicted[request_id]) // self.block_size):
-                self.prefixes.add_page(request, limits, standing.cut, index, blocks[index])
+            for index in range(standing.num_cached, (end - evicted) // self.block_size):
+                blocks = self._blocks_by_group(request_id)
+                self.prefixes.add_page(request, limits, standing.cut, index, blocks, evicted)
                 standing.num_cached = index + 1
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -251,7 +274,7 @@ class QFiltersManager(FullAttentionManager):
         follows_from_tokens = standing is not None or request_id not in self.evicted
         is_of_prompt = limits.shares_prefixes and cut < request.num_prompt_tokens
         if self.enable_caching and is_of_prompt and follows_from_tokens:
-            is_own = self.prefixes.add(request, limits, cut, self.req_to_blocks[request_id])
+            is_own = self.prefixes.add(request, limits, cut, self._blocks_by_group(request_id))
             num_pages = limits.prefix_tokens(self.block_size) // self.block_size
             self._standings[request_id] = _Standing(cut, num_pages, is_own)
             self._planned.add(request_id)
