@@ -32,8 +32,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentio
 from scripts.check_vllm import Sources
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.support import MODEL_REFUSALS, Start, refuse
+from vllm_qfilters.groups import NO_GROUPS, GroupsBeside
 from vllm_qfilters.policy import resolve
-from vllm_qfilters.worker.specs import check_specs
+from vllm_qfilters.worker.specs import check_layers, check_specs
 
 # What a recipe's traits mean, and the test that models of this kind pass; None: there is none.
 TRAITS = {
@@ -49,7 +50,11 @@ TRAITS = {
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
     ),
     "mrope": ("M-RoPE", "tests/test_mrope.py::test_engine_matches_hugging_face_with_the_same_rule"),
-    "kv_shapes": ("KV heads that differ", None),
+    "kv_shapes": (
+        "KV heads that differ",
+        "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
+    ),
+    "own_attention": ("attention layers of its own", None),
     "narrow_values": ("values narrower than keys", None),
     "shared_cache": ("layers that share a cache", None),
     "chunked": ("chunked local attention", None),
@@ -146,7 +151,8 @@ def verdict(recipe: Recipe) -> Verdict:
 
 def check(traits: set[str]) -> None:
     """Raises ValueError where a model with these traits would be refused."""
-    policy = dataclasses.replace(resolve(KVCompressionConfig()), sliding_window=WINDOW)
+    beside = GroupsBeside(WINDOW, 1) if "window" in traits else NO_GROUPS
+    policy = dataclasses.replace(resolve(KVCompressionConfig()), beside=beside)
     model = SimpleNamespace(
         runner_type="generate",
         is_encoder_decoder=False,
@@ -160,8 +166,8 @@ def check(traits: set[str]) -> None:
     specs = {"first": FullAttentionSpec(**usual)}
     if "window" in traits:
         specs["window"] = SlidingWindowSpec(**usual, sliding_window=WINDOW)
-    if "kv_shapes" in traits:
-        specs["other shape"] = FullAttentionSpec(**{**usual, "head_size": 128})
+    if "kv_shapes" in traits:  # of layers of either kind
+        specs["window"] = SlidingWindowSpec(**{**usual, "head_size": 128}, sliding_window=WINDOW)
     if "narrow_values" in traits:
         specs["narrow values"] = FullAttentionSpec(**usual, head_size_v=32)
     if "chunked" in traits:
@@ -171,6 +177,8 @@ def check(traits: set[str]) -> None:
     if "hybrid" in traits:
         specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,))
     check_specs(policy, specs, max_model_len=1 << 20)
+    if "own_attention" in traits:
+        check_layers({"first": object()})
 
 
 def lines(recipes: Iterable[Recipe], each: bool) -> list[str]:

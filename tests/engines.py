@@ -182,7 +182,7 @@ class Engine:
     @contextlib.contextmanager
     def attended_lengths(self) -> Iterator[list[int]]:
         """Yields a list that holds what attention last saw as the lengths of the step's sequences."""
-        builder, seen = self.runner.attn_groups[0][0].metadata_builders[0], []
+        builder, seen = self.runner.attn_groups[self.runner.group][0].metadata_builders[0], []
 
         def build(*args, **kwargs):
             metadata = type(builder).build(builder, *args, **kwargs)

@@ -107,13 +107,14 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
     The batch of vLLM's runner keeps counting positions.
     """
     prepare_attn, block_size = runner.prepare_attn, runner.cache_config.block_size
-    ((group,),) = runner.attn_groups
+    index = runner.group
+    (group,) = runner.attn_groups[index]
     (builder,) = group.metadata_builders
     build, expected_lengths = builder.build, []
-    resident_lengths = runner.lengths._lengths[0]
+    resident_lengths = runner.lengths._lengths[index]
 
     def checked_build(common_prefix_len, common_attn_metadata, *args, **kwargs):
-        resident = runner.lengths.resident(common_attn_metadata, 0)
+        resident = runner.lengths.resident(common_attn_metadata, index)
         metadata = build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         if expected_lengths:
             lengths = expected_lengths.pop()
@@ -126,12 +127,13 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
 
     def checked(input_batch):
         with ForbiddenReads():
-            (block_table,), slot_mappings = prepare_attn(input_batch)
+            block_tables, slot_mappings = prepare_attn(input_batch)
+        block_table = block_tables[index]
         buffers, tables = runner.input_buffers, runner.block_tables
         for found, persistent in (
             (input_batch.seq_lens, buffers.seq_lens),
             (input_batch.positions, buffers.positions),
-            (block_table, tables.input_block_tables[0]),
+            (block_table, tables.input_block_tables[index]),
             (slot_mappings, tables.slot_mappings),
         ):
             assert found.data_ptr() == persistent.data_ptr()
@@ -140,7 +142,7 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
             zip(input_batch.req_ids, input_batch.num_scheduled_tokens, strict=True)
         ):
             if req_id not in scheduler.requests:  # calibration
-                return (block_table,), slot_mappings
+                return block_tables, slot_mappings
             pages = [block.block_id for block in scheduler.block_manager.req_to_blocks[req_id]]
             assert block_table[row, : len(pages)].tolist() == pages
             evicted, end = (
@@ -153,13 +155,13 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
             lengths.append(end - evicted)
             ends.append(end)
         assert input_batch.positions[: len(positions)].tolist() == positions
-        assert slot_mappings[0, : len(slots)].tolist() == slots
-        assert bool((slot_mappings[0, len(slots) :] == -1).all())
+        assert slot_mappings[index, : len(slots)].tolist() == slots
+        assert bool((slot_mappings[index, len(slots) :] == -1).all())
         assert input_batch.seq_lens[: len(ends)].tolist() == ends
         assert input_batch.seq_lens_cpu_upper_bound[: len(ends)].tolist() == ends
         assert resident_lengths[: len(lengths)].tolist() == lengths and not resident_lengths[len(lengths) :].any()
         expected_lengths[:] = [lengths]
-        return (block_table,), slot_mappings
+        return block_tables, slot_mappings
 
     runner.prepare_attn = checked
 

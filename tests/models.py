@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LagunaConfig,
@@ -143,6 +145,29 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     shape = {**_shape(), "rope_parameters": GEMMA_ROPE, "pad_token_id": 0, "tie_word_embeddings": True}
     config = Gemma3TextConfig(**shape, sliding_window=SLIDING_WINDOW, layer_types=layer_types, query_pre_attn_scalar=12)
     Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_gemma4(folder: pathlib.Path) -> pathlib.Path:
+    """The last layer attends to everything, with one KV head twice as large as the two of the others, which have a
+    sliding window; values are keys before their norm."""
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
+    config = Gemma4TextConfig(
+        **{**_shape(), "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}, "tie_word_embeddings": True},
+        pad_token_id=0,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=layer_types,
+        global_head_dim=2 * HEAD_SIZE,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+    )
+    model = Gemma4ForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:  # logits are not scaled
+        layer.self_attn.q_norm.weight.data *= 0.2
+    model.save_pretrained(folder)
     return folder
 
 
@@ -317,18 +342,25 @@ def save_version_2(path: pathlib.Path, model: ModelIdentity, filters: torch.Tens
 
 
 def make_tiny_filters(
-    path: pathlib.Path, seed: int = 0, model: pathlib.Path | None = None, num_heads: int = NUM_HEADS
+    path: pathlib.Path,
+    seed: int = 0,
+    model: pathlib.Path | None = None,
+    num_heads: int = NUM_HEADS,
+    layers: list[int] | None = None,
+    kv_shape: tuple[int, int] = (NUM_KV_HEADS, HEAD_SIZE),
 ) -> Filters:
     """Random filters with statistics of random queries, saved at ``path`` in version 2, whose moments are exact; higher
-    projection = keep. model: a Llama if None.
+    projection = keep. model: a Llama if None. layers: that are compressed and saved, where others have other
+    heads; all if None. kv_shape: number and size of KV heads.
     """
+    num_kv_heads, head_size = kv_shape
     generator = torch.Generator().manual_seed(seed)
-    filters = torch.randn(NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE, generator=generator)
-    mean = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, generator=generator)
-    spread = torch.randn(NUM_LAYERS, num_heads, HEAD_SIZE, HEAD_SIZE, generator=generator) * 0.3
+    filters = torch.randn(NUM_LAYERS, num_kv_heads, head_size, generator=generator)
+    mean = torch.randn(NUM_LAYERS, num_heads, head_size, generator=generator)
+    spread = torch.randn(NUM_LAYERS, num_heads, head_size, head_size, generator=generator) * 0.3
     second = spread @ spread.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
     # Made up as well, so that a page's score depends on them.
-    shape = (NUM_LAYERS, NUM_KV_HEADS)
+    shape = (NUM_LAYERS, num_kv_heads)
     score_mean, score_std = (
         5 * torch.randn(shape, generator=generator),
         0.3 + 3 * torch.rand(shape, generator=generator),
@@ -341,7 +373,11 @@ def make_tiny_filters(
         config = AutoConfig.from_pretrained(model)
         rope = config.get_text_config().rope_parameters
         identity = tiny_identity(architecture=config.architectures[0], rope=rope, num_heads=num_heads)
-    save_version_2(path, identity, filters, **statistics)
+    rows = slice(None) if layers is None else layers
+    identity = dataclasses.replace(
+        identity, num_layers=len(filters[rows]), num_kv_heads=num_kv_heads, head_size=head_size
+    )
+    save_version_2(path, identity, filters[rows], **{name: tensor[rows] for name, tensor in statistics.items()})
     return Filters(filters, **statistics)
 
 

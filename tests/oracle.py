@@ -29,6 +29,11 @@ class Rule:
     observed: int = 0
     whole_pages: bool = False
     has_fp8_cache: bool = False
+    spares_windows: bool = True  # layers with a sliding window evict nothing, if others have none
+
+    def evicts_from(self, model, layer: int) -> bool:
+        has_other_layers = not all(_slides(model, i) for i in range(len(model.model.layers)))
+        return not (self.spares_windows and has_other_layers and _slides(model, layer))
 
 
 class TextModel:
@@ -62,11 +67,12 @@ def teacher_forced_logprobs(
     logprobs, residents = [], []
     position = 0
     seen = _Queries(model, rule.observed)
-    held = [torch.zeros(model.config.num_key_value_heads, 0, dtype=torch.int64) for _ in model.model.layers]
+    held = [torch.zeros(_kv_heads(model, i), 0, dtype=torch.int64) for i in range(len(model.model.layers))]
+    first = next(i for i in range(len(held)) if rule.evicts_from(model, i))
     observed, is_observed_after_prompt = None, False
     with torch.no_grad(), seen:
         while position < len(tokens) - 1:
-            resident = cache.get_seq_length()
+            resident = held[first].shape[1]
             if position < len(prompt):
                 every = rule.prefill_interval
                 end = len(prompt) if rule.chunk is None else min(len(prompt), (position // every + 1) * every)
@@ -89,29 +95,34 @@ def teacher_forced_logprobs(
                 window = resident - evicted - sinks if rule.method == "streaming" else window
                 distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
                 if rule.observed and not is_observed_after_prompt and not distinct:
-                    observed, peaks = seen.attention(cache, newer=max(0, position - len(prompt)))
+                    observed, peaks = seen.attention(cache, rule, newer=max(0, position - len(prompt)))
                     is_observed_after_prompt = position >= len(prompt)
                     if rule.shared_by_heads:
-                        peaks = [peak.max(0).values for peak in peaks]
+                        peaks = [peak if peak is None else peak.max(0).values for peak in peaks]
                     looked_at = peaks if is_observed_after_prompt else observed
                 else:
                     looked_at = observed
                 scores = score(model, cache, filters, rule, position, looked_at)
                 if rule.whole_pages:
-                    judges = [i for i in range(len(held)) if not _slides(model, i)]
-                    kept = evict_pages(cache, scores, filters, evicted // rule.block, sinks, rule, judges)
+                    kept = evict_pages(model, cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
                     kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed, distinct)
-                held = [rows.gather(1, kept_rows) for rows, kept_rows in zip(held, kept, strict=True)]
+                held = [
+                    rows if kept_rows is None else rows.gather(1, kept_rows)
+                    for rows, kept_rows in zip(held, kept, strict=True)
+                ]
                 resident -= evicted
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
             mask[..., resident:] = torch.triu(torch.full((n, n), float("-inf")), 1)
             masks = mask
-            if _slides(model, 0):  # what lies behind a window lies there for every head
-                resident_positions = torch.cat((held[0][0], torch.arange(position, end)))
-                behind = torch.arange(position, end)[:, None] - resident_positions >= model.config.sliding_window
-                masks = {"full_attention": mask, "sliding_attention": mask.masked_fill(behind, float("-inf"))}
+            sliding = next((i for i in range(len(held)) if _slides(model, i)), None)
+            if sliding is not None:  # what lies behind a window lies there for every head
+                positions_held = torch.cat((held[sliding][0], torch.arange(position, end)))
+                distance = torch.arange(position, end)[:, None] - positions_held
+                is_outside = (distance < 0) | (distance >= model.config.sliding_window)
+                within = torch.zeros(1, 1, *distance.shape).masked_fill(is_outside, float("-inf"))
+                masks = {"full_attention": mask, "sliding_attention": within}
             seen.is_prompt = position < len(prompt)
             out = model(
                 input_ids=torch.tensor([tokens[position:end]]),
@@ -124,7 +135,9 @@ def teacher_forced_logprobs(
             if position < len(prompt):
                 seen.end = end
             if observed is not None:
-                observed = [torch.nn.functional.pad(rows, (0, n), value=-1) for rows in observed]
+                observed = [
+                    rows if rows is None else torch.nn.functional.pad(rows, (0, n), value=-1) for rows in observed
+                ]
             if end >= len(prompt):
                 logprobs.append(float(out.logits[0, -1].float().log_softmax(-1)[tokens[end]]))
                 residents.append(resident + n)
@@ -149,6 +162,11 @@ def _store_in_fp8(cache) -> None:
     cache.update = update_in_fp8
 
 
+def _kv_heads(model, layer: int) -> int:
+    differ = getattr(model.config, "is_heterogeneous", False)
+    return (model.config.per_layer_config[layer] if differ else model.config).num_key_value_heads
+
+
 def _slides(model, layer: int) -> bool:
     return (
         getattr(model.config, "layer_types", None) is not None
@@ -167,7 +185,7 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         family == "smollm3" and not model.config.no_rope_layers[layer]
     ):
         return vectors
-    if family in ("gemma3_text", "laguna"):
+    if family in ("gemma3_text", "gemma4_text", "laguna"):
         of_layer = (model.config.layer_types[layer],)
     if "vl" in family:  # three components, of text the same; Qwen2.5-VL gives cosines and sines for each of them
         cos, sin = (
@@ -210,7 +228,7 @@ def hook_queries(layer, see):
     attention = layer.self_attn
     if hasattr(attention, "q_norm"):
         # Some models normalise [1, heads, n, head_size], others [1, n, heads, head_size].
-        is_by_token = type(attention).__name__ in ("LagunaAttention", "Qwen3VLTextAttention")
+        is_by_token = type(attention).__name__ in ("LagunaAttention", "Gemma4TextAttention", "Qwen3VLTextAttention")
         return attention.q_norm.register_forward_hook(
             lambda _, __, out: see(out[0].transpose(0, 1) if is_by_token else out[0])
         )
@@ -224,8 +242,8 @@ class _Queries:
 
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
-        size = model.model.layers[0].self_attn.head_dim
-        self.rows = [torch.zeros(heads_of(model, i), 0, size) for i in range(len(model.model.layers))]
+        sizes = [layer.self_attn.head_dim for layer in model.model.layers]
+        self.rows = [torch.zeros(heads_of(model, i), 0, size) for i, size in enumerate(sizes)]
 
     def __enter__(self):
         self.hooks = [
@@ -242,11 +260,15 @@ class _Queries:
         if self.is_prompt and self.count:
             self.rows[layer] = torch.cat((self.rows[layer], queries), 1)[:, -self.count :]
 
-    def attention(self, cache, newer: int) -> list[torch.Tensor]:
+    def attention(self, cache, rule: Rule, newer: int) -> list[torch.Tensor]:
         """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7
-        neighbours; the most that one of them pays to one of 13 neighbours."""
+        neighbours; the most that one of them pays to one of 13 neighbours. None for layers that evict nothing."""
         means, peaks = [], []
         for index, (layer, rows) in enumerate(zip(cache.layers, self.rows, strict=True)):
+            if not rule.evicts_from(self.model, index):
+                means.append(None)
+                peaks.append(None)
+                continue
             keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
             num_kv_heads, seen, _ = keys.shape
             n = rows.shape[1]
@@ -268,9 +290,12 @@ class _Queries:
 
 
 def score(model, cache, filters, rule: Rule, position: int, observed) -> list[torch.Tensor]:
-    """Per layer ``[kv_heads, resident]``."""
+    """Per layer ``[kv_heads, resident]``; None for layers that evict nothing."""
     scores = []
     for index, layer in enumerate(cache.layers):
+        if not rule.evicts_from(model, index):
+            scores.append(None)
+            continue
         keys, values = layer.keys[0].float(), layer.values[0].float()  # [kv_heads, resident, head_size]
         if rule.filter == "static":
             scores.append(torch.einsum("hrd,hd->hr", keys, filters.filters[index]))
@@ -332,6 +357,10 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
     unlike the others; returns these, and ``observed`` of those kept."""
     kept_of_layers, kept_observed = [], []
     for index, layer in enumerate(cache.layers):
+        if scores[index] is None:
+            kept_of_layers.append(None)
+            kept_observed.append(None)
+            continue
         keys = layer.keys[0]
         resident = keys.shape[1]
         rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys.float())))
@@ -366,19 +395,18 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
         kept_of_layers.append(kept_rows)
         if observed is not None:
             kept_observed.append(observed[index].gather(1, kept_rows))
-    return kept_of_layers, kept_observed or None
+    return kept_of_layers, None if observed is None else kept_observed
 
 
-def evict_pages(
-    cache, scores, filters, num_pages: int, sinks: int, rule: Rule, judges: list[int]
-) -> list[torch.Tensor]:
-    """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first.
+def evict_pages(model, cache, scores, filters, num_pages: int, sinks: int, rule: Rule) -> list[torch.Tensor]:
+    """The pages that score lowest on the mean over layers, heads and tokens go; StreamingLLM's go oldest first. Layers
+    with a sliding window are not asked.
 
-    judges: the layers that are asked.
-
-    Returns the tokens kept, per layer ``[kv_heads, kept]``.
+    Returns the tokens kept, per layer ``[kv_heads, kept]``, None for layers that evict nothing.
     """
-    resident = cache.get_seq_length()
+    evicting = [i for i in range(len(cache.layers)) if rule.evicts_from(model, i)]
+    judges = [i for i in evicting if not _slides(model, i)]
+    resident = cache.layers[evicting[0]].keys.shape[2]
     pages = [range(start, start + rule.block) for start in range(0, resident, rule.block)]
     if rule.method == "streaming":
         out = [page for page in pages if page[0] >= sinks][:num_pages]
@@ -392,6 +420,6 @@ def evict_pages(
         out = sorted(evictable, key=lambda page: float(token_scores[list(page)].mean()))[:num_pages]
     gone = {token for page in out for token in page}
     kept = torch.tensor([token for token in range(resident) if token not in gone])
-    for layer in cache.layers:
+    for layer in (cache.layers[i] for i in evicting):
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
-    return [kept.expand(layer.keys.shape[1], -1) for layer in cache.layers]
+    return [kept.expand(layer.keys.shape[1], -1) if i in evicting else None for i, layer in enumerate(cache.layers)]

@@ -237,7 +237,18 @@ CALLED = {
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": "self",
     "vllm.v1.core.block_pool:BlockPool.is_block_writable": "self block",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled": "self request",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks": "self blocks num_computed_tokens",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.create_kv_cache_blocks": "self blocks",
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit": (
+        "self block_hashes max_cache_hit_length"
+    ),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate": (
+        "self request_id num_tokens new_computed_blocks num_encoder_tokens total_computed_tokens "
+        "num_local_computed_tokens num_tokens_main_model apply_admission_cap prefill_end"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks": (
+        "self request num_tokens retention_interval replay_boundaries"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free": "self request_id",
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self request timestamp drop_stale_output",
     "vllm.v1.core.kv_cache_utils:make_block_hash_with_group_id": "block_hash group_id",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry._ensure_registered": "cls vllm_config",
@@ -245,13 +256,14 @@ CALLED = {
         "cls kvcache_spec_cls manager_class uniform_type_base_spec"
     ),
     "vllm.v1.metrics.buckets:histogram_buckets": "family max_model_len overrides",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row": "self block_ids row_idx",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable.clear_row": "self row_idx",
+    "vllm.v1.worker.block_table:BlockTable.add_row": "self block_ids row_idx",
+    "vllm.v1.worker.block_table:BlockTable.clear_row": "self row_idx",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__": "self idx",
     "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping": "self num_reqs query_start_loc positions",
     "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": (
         "self idx_mapping query_start_loc positions num_tokens_padded out"
     ),
-    "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids": "self req_index new_block_ids overwrite",
+    "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write": "self index start x",
     "vllm.v1.worker.utils:select_common_block_size": "kv_manager_block_size backends kv_cache_specs",
 }
 
@@ -288,6 +300,7 @@ ATTRIBUTES = [
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.empty_kv_cache_blocks",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash_num_tokens",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",
@@ -304,6 +317,7 @@ ATTRIBUTES = [
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.block_size",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.num_cached_block",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.req_to_blocks",
+    "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.sliding_window",
     "vllm.v1.engine.async_llm:AsyncLLM.logger_manager",
     "vllm.v1.engine:EngineCoreRequest.mm_features",
     "vllm.v1.kv_cache_interface:FullAttentionSpec.page_size_padded",
@@ -321,6 +335,7 @@ ATTRIBUTES = [
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.positions",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.requests",
     "vllm.v1.worker.gpu.block_table:BlockTables.block_tables",
+    "vllm.v1.worker.gpu.block_table:BlockTables.num_blocks",
     "vllm.v1.worker.gpu.input_batch:InputBatch.idx_mapping_np",
     "vllm.v1.worker.gpu.input_batch:InputBatch.num_computed_tokens_np",
     "vllm.v1.worker.gpu.input_batch:InputBatch.num_scheduled_tokens",

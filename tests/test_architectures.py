@@ -1,6 +1,7 @@
-"""Models whose layers differ: what sliding windows attend to is never evicted, layers without one are compressed as
+"""Models whose layers differ: from those with a sliding window nothing is evicted, those without one are compressed as
 everywhere, and filters turn as the queries of each layer do."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -37,7 +38,10 @@ FAMILIES = {
     "smollm3": models.make_tiny_smollm3,
     "gemma2": models.make_tiny_gemma2,
     "gpt_oss": models.make_tiny_gpt_oss,
+    "gemma4": models.make_tiny_gemma4,
 }
+# Of models whose other layers have other heads.
+COMPRESSED = {"gemma4": dict(layers=[2], kv_shape=(1, 2 * HEAD_SIZE))}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,8 @@ def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines, tiny_l
                 FAMILIES[name](tmp_path_factory.mktemp(name)),
                 tmp_path_factory.mktemp("filters") / f"{name}.safetensors",
             )
-            filters, engines = models.make_tiny_filters(path, model=folder), Engines(folder, path)
+            filters = models.make_tiny_filters(path, model=folder, **COMPRESSED.get(name, {}))
+            engines = Engines(folder, path)
             if name == "gpt_oss" and parallel_state._EP is None:
                 # vLLM makes the group that experts are spread over with the first engine of a process, where that has
                 # any. Of one rank it is that of its tensor parallelism.
@@ -85,11 +90,13 @@ def options_of(case: str) -> dict:
         ("gemma2", "expected-head-covariance"),
         ("gemma2", "expected-layer"),
         ("gpt_oss", "expected-layer"),
+        ("gemma4", "expected-layer"),
+        ("gemma4", "static-layer"),
     ],
 )
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
     engines, filters, hf_model = family(name)
-    rule = make_rule(options_of(case), min_window=0 if name == "smollm3" else SLIDING_WINDOW - 1)
+    rule = make_rule(options_of(case))
     assert_like_hugging_face(
         engines.get(**options_of(case)), hf_model, filters, rule, prompt_tokens=900, new_tokens=200
     )
@@ -120,7 +127,7 @@ def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
     with pytest.raises(
         ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"
     ):
-        rotations_in_use(runner, runner.layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
+        rotations_in_use(runner, runner.calibrated_layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
 
 
 @pytest.mark.parametrize("max_model_len, is_long", [(1024, False), (2048, True)])
@@ -185,7 +192,7 @@ def test_attention_sinks(tmp_path, monkeypatch):
     prompts = [random_prompt(length, seed=length) for length in (700, 550, 300, 40)]
     requests = [dict(prompt=prompt, max_tokens=120) for prompt in prompts]
     hf_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    rule = make_rule(options, min_window=SLIDING_WINDOW - 1)
+    rule = make_rule(options)
     for prompt, answer in zip(prompts, run_engine(model, requests, options, **LLM, dtype="float32"), strict=True):
         expected, _ = teacher_forced_logprobs(hf_model, prompt, answer["token_ids"], made, rule)
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
@@ -206,8 +213,16 @@ def test_quantized_weights(method, tmp_path, monkeypatch):
     ]
 
 
-def test_a_budget_per_request_must_hold_the_sliding_window(exaone_engines):
-    engine = exaone_engines.get(**options_of("static-layer"))
+def test_windows_in_one_group_with_the_others_are_compressed_with_them(tiny_exaone, exaone_filters, family):
+    """As vLLM has it with a flag, and with pipelines; a budget must then hold the sliding window."""
+    engine = Engines(tiny_exaone, exaone_filters[0], disable_hybrid_kv_cache_manager=True).get(
+        **options_of("expected-layer")
+    )
+    _, filters, hf_model = family("exaone")
+    rule = dataclasses.replace(
+        make_rule(options_of("expected-layer"), min_window=SLIDING_WINDOW - 1), spares_windows=False
+    )
+    assert_like_hugging_face(engine, hf_model, filters, rule, prompt_tokens=900, new_tokens=100)
     with pytest.raises(VLLMValidationError, match="kv_budget=82: at least 83 tokens are needed"):
         engine.add(random_prompt(10, seed=0), kv_budget=82)
     engine.generate([random_prompt(300, seed=1)], max_tokens=50, kv_budget=83)

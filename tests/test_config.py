@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_qfilters.budget import RequestLimits
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, GRANULARITIES, PREFILLS, SCOPES, KVCompressionConfig
+from vllm_qfilters.groups import GroupsBeside
 from vllm_qfilters.methods.catalog import METHODS, OPTIONS_OF_SOME, QFILTERS
 from vllm_qfilters.policy import Policy, resolve
 
@@ -166,18 +167,34 @@ def test_what_was_written_and_what_was_resolved_cannot_be_changed():
 
 
 def of_model(
-    sliding_window: int | None, layer_types: list[str] | None = None, block_size: int = 16, **options
+    sliding_window: int | None,
+    layer_types: list[str] | None = None,
+    block_size: int = 16,
+    is_one_group: bool = False,
+    num_stages: int = 1,
+    **options,
 ) -> Policy:
     """The policy of an engine that serves a model with such a window."""
     additional = {ADDITIONAL_CONFIG_KEY: KVCompressionConfig(**options).to_dict(), "other": 1}
     hf_text_config = SimpleNamespace() if layer_types is None else SimpleNamespace(layer_types=layer_types)
     model_config = SimpleNamespace(
-        get_sliding_window=lambda: sliding_window, max_model_len=4096, hf_text_config=hf_text_config
+        get_sliding_window=lambda: sliding_window,
+        max_model_len=4096,
+        hf_text_config=hf_text_config,
+        get_total_num_hidden_layers=lambda: 2,
     )
-    cache_config = SimpleNamespace(block_size=block_size)
     return Policy.from_vllm_config(
-        SimpleNamespace(additional_config=additional, model_config=model_config, cache_config=cache_config)
+        SimpleNamespace(
+            additional_config=additional,
+            model_config=model_config,
+            cache_config=SimpleNamespace(block_size=block_size),
+            scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=is_one_group),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=num_stages),
+        )
     )
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @pytest.mark.parametrize(
@@ -185,14 +202,31 @@ def of_model(
     [
         (None, None, 0),
         (64, None, 64),
-        (64, ["sliding_attention", "full_attention"], 64),
-        (64, ["full_attention"] * 2, 0),
+        (64, [FULL] * 2, 0),
+        (64, [SLIDING] * 2, 64),
         (4095, None, 4095),
         (4096, None, 0),  # reaches over the longest context
+        (4096, [SLIDING, FULL], 0),
+        (64, [SLIDING] + [FULL] * 2, 64),  # vLLM would make two groups of the full ones
     ],
 )
-def test_which_sliding_windows_count(window, layer_types, expected):
-    assert of_model(window, layer_types).sliding_window == expected
+def test_which_sliding_windows_a_budget_must_hold(window, layer_types, expected):
+    policy = of_model(window, layer_types)
+    assert policy.sliding_window == expected and policy.beside == GroupsBeside()
+
+
+@pytest.mark.parametrize(
+    "num_sliding, num_full, number", [(1, 1, 1), (2, 1, 2), (52, 10, 6), (12, 12, 1), (13, 12, 1), (12, 13, 1)]
+)
+def test_sliding_windows_beside_full_attention_have_groups_of_their_own(num_sliding, num_full, number):
+    layer_types = [SLIDING] * num_sliding + [FULL] * num_full
+    policy = of_model(64, layer_types)
+    assert policy.sliding_window == 0 and policy.beside == GroupsBeside(64, number)
+    assert policy.beside.pages(1000, step_tokens=100, block_size=16) == number * 12  # of 163 tokens, and one begun
+    assert policy.beside.pages(33, step_tokens=100, block_size=16) == number * 3
+    for in_one in (dict(is_one_group=True), dict(num_stages=2)):
+        policy = of_model(64, layer_types, **in_one)
+        assert policy.sliding_window == 64 and policy.beside == GroupsBeside()
 
 
 def test_the_engine_configuration_carries_it():

@@ -417,10 +417,10 @@ def test_a_missing_file_is_an_os_error(path):
 STAGE = layer_names()[1:]
 PARTS = {
     "whole": Part(),
-    "stage": Part(STAGE, first_layer=1),
-    "heads": Part(layer_names(), heads=slice(2, 4), kv_heads=slice(1, 2), rank=5),
-    "shared-kv-head": Part(layer_names()[:2], heads=slice(3, 4), kv_heads=slice(1, 2), rank=1),
-    "without-factors": Part(STAGE, first_layer=1, heads=slice(0, 2), kv_heads=slice(0, 1), rank=0),
+    "stage": Part(STAGE, (1, 2)),
+    "heads": Part(layer_names(), (0, 1, 2), heads=slice(2, 4), kv_heads=slice(1, 2), rank=5),
+    "shared-kv-head": Part(layer_names()[::2], (0, 2), heads=slice(3, 4), kv_heads=slice(1, 2), rank=1),
+    "without-factors": Part(STAGE, (1, 2), heads=slice(0, 2), kv_heads=slice(0, 1), rank=0),
     "full-rank": Part(rank=RANK),
 }
 
@@ -431,12 +431,12 @@ def test_a_rank_reads_its_layers_and_heads(path, part):
     format.save(path, filters, tiny_identity())
     found = reader.load(path, tiny_identity(), part)
     assert_same(found, filters.of(part))
-    layers = slice(part.first_layer, part.first_layer + len(found.layers))
-    assert torch.equal(found.filters, filters.filters[layers, part.kv_heads])
-    assert torch.equal(found.query_mean_before_rope, filters.query_mean_before_rope[layers, part.heads])
+    layers = slice(None) if part.layers is None else list(part.indices)
+    assert torch.equal(found.filters, filters.filters[layers][:, part.kv_heads])
+    assert torch.equal(found.query_mean_before_rope, filters.query_mean_before_rope[layers][:, part.heads])
     rank = RANK if part.rank is None else part.rank
-    assert torch.equal(found.query_factors, filters.query_factors[layers, part.heads, RANK - rank :])
-    assert torch.equal(found.score_std, filters.score_std[layers, part.kv_heads])
+    assert torch.equal(found.query_factors, filters.query_factors[layers][:, part.heads, RANK - rank :])
+    assert torch.equal(found.score_std, filters.score_std[layers][:, part.kv_heads])
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
@@ -446,15 +446,17 @@ def test_a_rank_reads_its_part_of_a_file_of_version_2(path, part):
     statistics["query_mean_after_rope"].fill_(torch.nan)
     save_version_2(path, tiny_identity(), random_filters().filters, **statistics)
     found = reader.load(path, tiny_identity(), part)
-    layers = slice(None) if part.layers is None else slice(part.first_layer, part.first_layer + len(part.layers))
+    layers = slice(None) if part.layers is None else list(part.indices)
     assert torch.equal(found.filters, random_filters().filters[layers, part.kv_heads])
-    assert torch.equal(found.query_mean_before_rope, statistics["query_mean_before_rope"][layers, part.heads])
-    assert torch.equal(found.score_mean, statistics["score_mean"][layers, part.kv_heads])
+    assert torch.equal(found.query_mean_before_rope, statistics["query_mean_before_rope"][layers][:, part.heads])
+    assert torch.equal(found.score_mean, statistics["score_mean"][layers][:, part.kv_heads])
     assert found.query_factors is None and found.calibration == "long ago"
     if part.rank == 0:
         assert found.query_second_before_rope is None
     else:
-        assert torch.equal(found.query_second_before_rope, statistics["query_second_before_rope"][layers, part.heads])
+        assert torch.equal(
+            found.query_second_before_rope, statistics["query_second_before_rope"][layers][:, part.heads]
+        )
 
 
 def test_nothing_is_read_of_other_layers_and_heads(path):

@@ -328,7 +328,7 @@ def test_media_are_refused_where_positions_or_attention_are_not_those_of_text(
             "values of another size than keys .*: those of second have 32 and 64",
         ),
         (FullAttentionSpec, dict(page_size_padded=1 << 20), "the cache layout of second"),
-        (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first layer 2 x 64"),
+        (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first one 2 x 64"),
         (
             FullAttentionSpec,
             dict(dtype=torch.uint8),

@@ -42,7 +42,8 @@ class KVCompressionConfig:
             left for a running or waiting request, those furthest beyond their budget first. Until then answers are
             plain vLLM's; what is evicted depends on load. A request may set ``kv_evict`` to ``always``.
         window: the last tokens of a sequence, never evicted. An ``int`` counts tokens, a ``float`` in [0, 1) is a
-            fraction of the sequence's budget. Never fewer than layers with a sliding window attend to.
+            fraction of the sequence's budget. Never fewer than layers with a sliding window attend to, where these are
+            compressed too.
         sinks: the first tokens of a sequence, never evicted.
         interval: tokens evicted in one go by a sequence that reached its budget; a multiple of the block size. None,
             the default, becomes 128, or as many tokens as fill a page where that is more.

@@ -23,6 +23,7 @@ from vllm_qfilters.config import (
     check_choice,
     is_int,
 )
+from vllm_qfilters.groups import NO_GROUPS, GroupsBeside, LayerKinds
 from vllm_qfilters.methods import catalog
 from vllm_qfilters.methods.catalog import Entry
 
@@ -47,8 +48,10 @@ class Policy:
         rank: 0 for methods that have none.
         observed: 0 for methods that do not let the user choose.
         filters: None for methods without filters.
-        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them; 0 if
-            it has none, or none shorter than its longest context.
+        sliding_window: tokens that the model's layers with a sliding window attend to, the query's own among them,
+            where these layers are compressed with the others; 0 if they are not, or there are none, or none shorter
+            than the model's longest context.
+        beside: the KV cache groups of layers that are not compressed.
     """
 
     written: KVCompressionConfig
@@ -74,6 +77,7 @@ class Policy:
     prefix: str
     endpoint: bool
     sliding_window: int = 0
+    beside: GroupsBeside = NO_GROUPS
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Policy | None":
@@ -82,7 +86,11 @@ class Policy:
         config = KVCompressionConfig.from_vllm_config(vllm_config)
         if config is None:
             return None
-        return resolve(config, vllm_config.model_config, vllm_config.cache_config.block_size)
+        is_one_group = (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+            or vllm_config.parallel_config.pipeline_parallel_size > 1  # whose stages have different layers
+        )
+        return resolve(config, vllm_config.model_config, vllm_config.cache_config.block_size, is_one_group)
 
     def for_block_size(self, block_size: int) -> Self:
         """This policy on pages of ``block_size`` tokens, to which it rounds what the user did not give. Whether the
@@ -278,13 +286,16 @@ class Policy:
             )
 
 
-def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: int = 1) -> Policy:
+def resolve(
+    config: KVCompressionConfig, model_config: Any = None, block_size: int = 1, is_one_group: bool = False
+) -> Policy:
     """Decides what the user left open, and refuses what does not fit together or would do nothing.
 
     Args:
         config: what the user wrote.
         model_config: vLLM's; None: a model without sliding windows.
         block_size: tokens per page; 1 as long as nobody knows, see :meth:`Policy.for_block_size`.
+        is_one_group: layers with a sliding window are in one KV cache group with the others, and compressed like them.
 
     Raises:
         ValueError: names the option, and what to do.
@@ -326,7 +337,9 @@ def resolve(config: KVCompressionConfig, model_config: Any = None, block_size: i
     if model_config is None:
         return policy
     # Whether the budget holds the sliding windows is asked later: first come models that are not supported at all.
-    return dataclasses.replace(policy, sliding_window=_sliding_window(model_config))
+    kinds = LayerKinds.of(model_config)
+    beside = NO_GROUPS if is_one_group else GroupsBeside.of(kinds)
+    return dataclasses.replace(policy, sliding_window=0 if beside.window else kinds.window, beside=beside)
 
 
 def _check_max_budget(policy: Policy) -> None:
@@ -435,15 +448,3 @@ def _check_page_scores(config: KVCompressionConfig, entry: Entry) -> None:
 
 def _any_of(names: Iterable[str]) -> str:
     return " or ".join(repr(name) for name in names)
-
-
-def _sliding_window(model_config: Any) -> int:
-    """That of a model of which some layers have one, and a shorter one than its longest context; else 0."""
-    window, layer_types = model_config.get_sliding_window(), getattr(model_config.hf_text_config, "layer_types", None)
-    if (
-        window is None
-        or window >= model_config.max_model_len
-        or (layer_types and "sliding_attention" not in layer_types)
-    ):
-        return 0
-    return int(window)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
 from vllm_qfilters.commands.engine import one_line, read_engine_args, start_engine
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
+from vllm_qfilters.policy import Policy
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -124,7 +125,10 @@ def _calibration_sequences(
 
     cache = llm.llm_engine.vllm_config.cache_config
     assert cache.num_gpu_blocks is not None, "a running engine knows the size of its cache"
-    cache_tokens = (cache.num_gpu_blocks - 1) * cache.block_size  # one page is vLLM's null block
+    policy = Policy.from_vllm_config(llm.llm_engine.vllm_config)
+    assert policy is not None, "the command switches KV compression on"
+    num_pages = (cache.num_gpu_blocks - 1) // (1 + policy.beside.number)  # of each group; one is vLLM's null block
+    cache_tokens = num_pages * cache.block_size
     num_tokens = min(args.tokens, llm.model_config.max_model_len - 1, cache_tokens)
     if num_tokens < args.tokens:
         print(

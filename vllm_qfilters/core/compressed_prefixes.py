@@ -12,11 +12,14 @@ other tokens were computed beside its own. Therefore the pages of one sequence a
 What a request holds at its end is no such function: its answer was generated under the decoding budget, and other
 requests that end with the same tokens may hold others of them. It is kept where the user wants follow-up prompts to go
 on from there, by the hash of all its tokens, the limits, and the place of the page, counted from the last one.
+
+Layers with a sliding window have pages of their own, of which nothing is evicted. Those that hold the window before a
+cut are kept with it: what they hold was computed beside a compressed context, too.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -38,12 +41,28 @@ class CompressedPrefix(NamedTuple):
         blocks: the pages a sequence holds there, and those that were filled since.
         position: of the next token, a multiple of the block size.
         evicted: tokens that are not held.
+        beside: by KV cache group the pages of layers with a sliding window, null ones in place of those it has left.
     """
 
     cut: int | None
     blocks: list[KVCacheBlock]
     position: int
     evicted: int
+    beside: dict[int, list[KVCacheBlock]]
+
+
+class _Place(NamedTuple):
+    """A page of a prompt that was cut.
+
+    Attributes:
+        group_id: its KV cache group.
+        at: where it is among the pages of the sequence.
+        end: how many tokens it is a function of.
+    """
+
+    group_id: int
+    at: int
+    end: int
 
 
 class CompressedPrefixes:
@@ -52,13 +71,17 @@ class CompressedPrefixes:
     Args:
         block_pool: whose pages they are.
         block_size: tokens per page.
-        group_id: of the KV cache group.
+        group_id: of the KV cache group that is compressed.
+
+    Attributes:
+        windows: tokens that the layers of other groups attend to, the query's own among them, by group.
     """
 
     def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
         self._pool = block_pool
         self._block_size = block_size
         self._group_id = group_id
+        self.windows: dict[int, int] = {}
 
     def find(self, request: Request, limits: RequestLimits, longest: int) -> CompressedPrefix | None:
         """The longest compressed prefix of a request that is there whole.
@@ -76,34 +99,67 @@ class CompressedPrefixes:
                 continue
             position = cut
             while position + self._block_size <= min(longest, limits.end_of_prefix(cut, self._block_size)):
-                block = self._page(request, limits, cut, len(blocks))
+                block = self._page(
+                    request, limits, cut, _Place(self._group_id, len(blocks), position + self._block_size)
+                )
                 if block is None:
                     break
                 blocks.append(block)
                 position += self._block_size
-            return CompressedPrefix(cut, blocks, position, position - len(blocks) * self._block_size)
+            for end in range(position, cut - 1, -self._block_size):
+                beside = self._beside(request, limits, cut, end)
+                if beside is not None:
+                    del blocks[len(blocks) - (position - end) // self._block_size :]
+                    return CompressedPrefix(cut, blocks, end, end - len(blocks) * self._block_size, beside)
         return None
 
-    def add(self, request: Request, limits: RequestLimits, cut: int, blocks: Sequence[KVCacheBlock]) -> bool:
+    def add(
+        self, request: Request, limits: RequestLimits, cut: int, blocks: Mapping[int, Sequence[KVCacheBlock]]
+    ) -> bool:
         """Keeps what a prompt holds behind a cut; False: that of another sequence is there.
 
         Args:
-            blocks: all its pages, of which none is written any more while it is in the cache.
+            blocks: all its pages by group, of which none is written any more while it is in the cache.
         """
-        places = range(limits.prefix_tokens(self._block_size) // self._block_size)
-        cached = [self._page(request, limits, cut, index) for index in places]
+        count = limits.prefix_tokens(self._block_size) // self._block_size
+        places = [_Place(self._group_id, index, cut) for index in range(count)]
+        places += [place for group_id in self.windows for place in self._places_of_window(group_id, cut, cut)]
+        cached = [self._page(request, limits, cut, place) for place in places]
         if all(block is not None for block in cached):
             return False
-        others = [block for block, own in zip(cached, blocks, strict=False) if block is not None and block is not own]
-        self.forget_cut(others, limits, cut)
-        for index in places:
-            self.add_page(request, limits, cut, index, blocks[index])
+        own = [blocks[place.group_id][place.at] for place in places]
+        pairs = zip(cached, own, strict=True)
+        self.forget_cut([block for block, mine in pairs if block is not None and block is not mine], limits, cut)
+        for place, block in zip(places, own, strict=True):
+            self._add(request, limits, cut, place, block)
         return True
 
-    def add_page(self, request: Request, limits: RequestLimits, cut: int, index: int, block: KVCacheBlock) -> None:
-        """Keeps a full page of a sequence that was cut last at ``cut``; index: its place in the sequence."""
-        key = make_block_hash_with_group_id(self._hash(request, limits, cut, index), self._group_id)
-        self._pool._insert_block_hash(key, block, num_tokens=self._end(limits, cut, index))
+    def add_page(
+        self,
+        request: Request,
+        limits: RequestLimits,
+        cut: int,
+        index: int,
+        blocks: Mapping[int, Sequence[KVCacheBlock]],
+        evicted: int,
+    ) -> None:
+        """Keeps a page that a sequence filled since its last cut, and those of other groups that hold the same tokens.
+
+        Args:
+            index: where it is in the sequence.
+            blocks: all pages of the sequence by group.
+            evicted: tokens of the sequence.
+        """
+        at = index + evicted // self._block_size
+        end = (at + 1) * self._block_size
+        for group_id in (self._group_id, *self.windows):
+            place = _Place(group_id, index if group_id == self._group_id else at, end)
+            self._add(request, limits, cut, place, blocks[group_id][place.at])
+
+    def _add(self, request: Request, limits: RequestLimits, cut: int, place: _Place, block: KVCacheBlock) -> None:
+        if not block.is_null:  # as none is that a window still reaches
+            key = make_block_hash_with_group_id(self._hash(request, limits, cut, place), place.group_id)
+            self._pool._insert_block_hash(key, block, num_tokens=place.end)
 
     def find_end(self, request: Request, limits: RequestLimits, shortest: int, longest: int) -> CompressedPrefix | None:
         """What an earlier request held at its end, of those that this one begins with the longest that is there whole.
@@ -117,7 +173,7 @@ class CompressedPrefixes:
         for position in range(longest // size * size, cdiv(shortest, size) * size - 1, -size):
             blocks = self._pages_at_end(request, limits, position)
             if blocks is not None:
-                return CompressedPrefix(None, blocks, position, position - len(blocks) * size)
+                return CompressedPrefix(None, blocks, position, position - len(blocks) * size, {})
         return None
 
     def add_end(self, request: Request, limits: RequestLimits, position: int, blocks: Sequence[KVCacheBlock]) -> None:
@@ -142,7 +198,7 @@ class CompressedPrefixes:
 
     def give_up(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Takes pages out of the prefix cache, to be written."""
-        self._pool.evict_blocks({block.block_id for block in blocks})
+        self._pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
 
     def forget_cut(self, blocks: Sequence[KVCacheBlock], limits: RequestLimits, cut: int) -> None:
         """Takes pages out of what prompts held behind a cut. For other cuts, and as pages from before any, they stay in
@@ -161,7 +217,8 @@ class CompressedPrefixes:
         """All that a prompt holds behind a cut; None: some of it is gone."""
         blocks = []
         for index in reversed(range(limits.prefix_tokens(self._block_size) // self._block_size)):
-            block = self._page(request, limits, cut, index)  # pages behind leave the cache first
+            # Pages behind leave the cache first.
+            block = self._page(request, limits, cut, _Place(self._group_id, index, cut))
             if block is None:
                 return None
             blocks.append(block)
@@ -186,17 +243,33 @@ class CompressedPrefixes:
         tokens = request.block_hashes[position // self._block_size - 1]
         return BlockHash(tokens + _digest(limits) + name + index.to_bytes(_INDEX_BYTES, "big"))
 
-    def _page(self, request: Request, limits: RequestLimits, cut: int, index: int) -> KVCacheBlock | None:
-        found = self._pool.get_cached_block(self._hash(request, limits, cut, index), [self._group_id])
+    def _beside(
+        self, request: Request, limits: RequestLimits, cut: int, position: int
+    ) -> dict[int, list[KVCacheBlock]] | None:
+        """What the layers of other groups attend to from ``position`` on; None: some of it is gone."""
+        found: dict[int, list[KVCacheBlock]] = {}
+        for group_id in self.windows:
+            found[group_id] = [self._pool.null_block] * (position // self._block_size)
+            for place in self._places_of_window(group_id, cut, position):
+                block = self._page(request, limits, cut, place)
+                if block is None:
+                    return None
+                found[group_id][place.at] = block
+        return found
+
+    def _places_of_window(self, group_id: int, cut: int, position: int) -> Iterator[_Place]:
+        """Yields the places of the pages that a window reaches from ``position`` on, the last one first."""
+        first = max(0, position - self.windows[group_id] + 1) // self._block_size
+        for index in reversed(range(first, position // self._block_size)):
+            yield _Place(group_id, index, max(cut, (index + 1) * self._block_size))
+
+    def _page(self, request: Request, limits: RequestLimits, cut: int, place: _Place) -> KVCacheBlock | None:
+        found = self._pool.get_cached_block(self._hash(request, limits, cut, place), [place.group_id])
         return found[0] if found else None
 
-    def _hash(self, request: Request, limits: RequestLimits, cut: int, index: int) -> BlockHash:
-        tokens = request.block_hashes[self._end(limits, cut, index) // self._block_size - 1]
-        return BlockHash(tokens + _of_cut(limits, cut) + index.to_bytes(_INDEX_BYTES, "big"))
-
-    def _end(self, limits: RequestLimits, cut: int, index: int) -> int:
-        """How many tokens a page is a function of: all up to the cut, or up to its own last one."""
-        return cut + max(0, (index + 1) * self._block_size - limits.prefix_tokens(self._block_size))
+    def _hash(self, request: Request, limits: RequestLimits, cut: int, place: _Place) -> BlockHash:
+        tokens = request.block_hashes[place.end // self._block_size - 1]
+        return BlockHash(tokens + _of_cut(limits, cut) + place.at.to_bytes(_INDEX_BYTES, "big"))
 
 
 def _of_cut(limits: RequestLimits, cut: int) -> bytes:

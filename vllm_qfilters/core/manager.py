@@ -4,13 +4,18 @@ Runs in the engine process and owns ``evicted`` there. The worker side keeps its
 """
 
 import dataclasses
+import functools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 from vllm_qfilters.budget import RequestLimits, cdiv
@@ -59,6 +64,28 @@ class QFiltersManager(FullAttentionManager):
         self._first_filled: dict[str, int] = {}
         self._found: tuple[str, CompressedPrefix] | None = None  # by the request looked at last, which has no pages yet
         self._prefix_hits: list[PrefixHit] = []  # of the step being scheduled
+        self.beside: tuple[SingleTypeKVCacheManager, ...] = ()  # those of other groups
+
+    def share_pool_with(self, others: Sequence[SingleTypeKVCacheManager]) -> None:
+        """Makes the managers of other groups known. Of requests that evicted any token they keep nothing in the prefix
+        cache: new keys have seen a compressed context in their layers too."""
+        self.beside = tuple(others)
+        for manager in others:
+            manager.cache_blocks = functools.partial(self._cache_beside, manager.cache_blocks)  # type: ignore[method-assign]
+            manager.pop_blocks_for_free = functools.partial(self._pop_beside, manager.pop_blocks_for_free)  # type: ignore[method-assign]
+            assert isinstance(manager, SlidingWindowManager)
+            self.prefixes.windows[manager.kv_cache_group_id] = manager.sliding_window
+
+    def _cache_beside(self, cache_blocks: Callable[..., None], request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.request_id not in self.evicted:
+            cache_blocks(request, *args, **kwargs)
+
+    def _pop_beside(self, pop_blocks: Callable[[str], list[KVCacheBlock]], request_id: str) -> list[KVCacheBlock]:
+        self._forget_uncomputed(request_id)  # while the pages of all groups are there
+        return pop_blocks(request_id)
+
+    def _blocks_by_group(self, request_id: str) -> dict[int, list[KVCacheBlock]]:
+        return {manager.kv_cache_group_id: manager.req_to_blocks[request_id] for manager in (self, *self.beside)}
 
     def resident_tokens(self, request: Request) -> int:
         return request.num_computed_tokens - self.evicted.get(request.request_id, 0)
@@ -168,10 +195,11 @@ class QFiltersManager(FullAttentionManager):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
             self._has_filled(request_id, first, self.num_cached_block.get(request_id, 0))
         elif (standing := self._standings.get(request_id)) is not None:
-            limits, blocks, first = self.limits[request_id], self.req_to_blocks[request_id], standing.num_cached
+            limits, evicted, first = self.limits[request_id], self.evicted[request_id], standing.num_cached
             end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
-            for index in range(first, (end - self.evicted[request_id]) // self.block_size):
-                self.prefixes.add_page(request, limits, standing.cut, index, blocks[index])
+            for index in range(first, (end - evicted) // self.block_size):
+                blocks = self._blocks_by_group(request_id)
+                self.prefixes.add_page(request, limits, standing.cut, index, blocks, evicted)
                 standing.num_cached = index + 1
             self._has_filled(request_id, first, standing.num_cached)
 
@@ -193,14 +221,19 @@ class QFiltersManager(FullAttentionManager):
     def _forget_uncomputed(self, request_id: str) -> None:
         """Takes out of the prefix cache what the step being scheduled was to compute for a request that is preempted
         now. Under priority scheduling vLLM preempts requests that it has scheduled in the same step."""
-        blocks = self.req_to_blocks.get(request_id, [])
         if request_id in self._planned:
             self._planned.discard(request_id)
             standing = self._standings[request_id]
             if standing.is_own:
-                self.prefixes.forget_cut(blocks, self.limits[request_id], standing.cut)
-        first = self._first_filled.pop(request_id, len(blocks))
-        self.prefixes.give_up(blocks[first:])
+                for blocks in self._blocks_by_group(request_id).values():
+                    self.prefixes.forget_cut(blocks, self.limits[request_id], standing.cut)
+        first = self._first_filled.pop(request_id, None)
+        if first is not None:
+            by_group = self._blocks_by_group(request_id)
+            filled = by_group.pop(self.kv_cache_group_id)[first:]
+            # Of what other groups hold nothing is evicted: their pages are where their tokens are.
+            first += self.evicted.get(request_id, 0) // self.block_size
+            self.prefixes.give_up([*filled, *(block for blocks in by_group.values() for block in blocks[first:])])
 
     def at_once(self, request: Request, evicted_tokens: int) -> int:
         """How many of ``evicted_tokens`` a sequence evicts in one go: what is left to evict of its prompt, if anything
@@ -322,7 +355,7 @@ class QFiltersManager(FullAttentionManager):
         follows_from_tokens = standing is not None or request_id not in self.evicted
         is_of_prompt = limits.shares_prefixes and cut < request.num_prompt_tokens
         if self.enable_caching and is_of_prompt and follows_from_tokens:
-            is_own = self.prefixes.add(request, limits, cut, self.req_to_blocks[request_id])
+            is_own = self.prefixes.add(request, limits, cut, self._blocks_by_group(request_id))
             # Pages behind those of another sequence are not for its own cut's.
             num_pages = limits.prefix_tokens(self.block_size) // self.block_size if is_own else sys.maxsize
             self._standings[request_id] = _Standing(cut, num_pages, is_own)

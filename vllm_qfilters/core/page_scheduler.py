@@ -29,7 +29,7 @@ class QFiltersPageScheduler(QFiltersScheduler):
             for req_id, num_tokens in output.num_scheduled_tokens.items():
                 request, num_unverified = self.requests[req_id], self.unverified_drafts.get(req_id, 0)
                 # Whole pages are evicted: positions end with them.
-                if request.num_computed_tokens % self.block_size < num_tokens + num_unverified:
+                if request.num_computed_tokens % self.block_manager.block_size < num_tokens + num_unverified:
                     filled += self.block_manager.expect_scores(request, num_tokens, num_unverified)
             output.pages_to_score = tuple(filled)
         return output

@@ -4,7 +4,9 @@ Runs in the engine process. Freed pages are back in the pool before vLLM's own s
 requests in the same step; which tokens go is the workers' business (worker/compactor.py).
 """
 
+import bisect
 import dataclasses
+import functools
 import sys
 import time
 from collections import Counter
@@ -74,7 +76,7 @@ def _waits(request: Request | None) -> bool:
 
 def _idle(blocks: Sequence[KVCacheBlock]) -> int:
     """How many pages nobody holds: they are in the prefix cache, and free."""
-    return sum(block.ref_cnt == 0 for block in blocks)
+    return sum(block.ref_cnt == 0 and not block.is_null for block in blocks)
 
 
 @dataclasses.dataclass
@@ -103,12 +105,10 @@ class QFiltersScheduler(AsyncScheduler):
         policy = Policy.from_vllm_config(self.vllm_config)
         assert policy is not None, "vLLM finds this scheduler by a configuration that has KV compression"
         self.compression = policy
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, QFiltersManager), (
-            f"pages are managed by {type(manager).__name__}, not QFiltersManager"
-        )
-        self.block_manager = manager
-        manager.resumes = policy.resumes
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        (self.block_manager,) = [manager for manager in managers if isinstance(manager, QFiltersManager)]
+        self.block_manager.share_pool_with([manager for manager in managers if manager is not self.block_manager])
+        self.block_manager.resumes = policy.resumes
         self.compression_stats = KVCompressionStats()
         if self.vllm_config.speculative_config is not None and self.dynamic_sd_lookup is None:
             # The same number of drafts for every batch size: vLLM then does not pad the last token of a prompt with
@@ -137,7 +137,7 @@ class QFiltersScheduler(AsyncScheduler):
         params, tokens = request.sampling_params, request.num_prompt_tokens
         given = (params.extra_args if params else None) or {}
         try:
-            return self.compression.request_limits(given, tokens, self.block_size)
+            return self.compression.request_limits(given, tokens, self.block_manager.block_size)
         except ValueError as error:
             # Front ends in Python refuse it at the door; an exception here would end the engine for all. The workers
             # read the same arguments.
@@ -145,7 +145,7 @@ class QFiltersScheduler(AsyncScheduler):
             kept = {key: value for key, value in given.items() if key not in (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY)}
             if params:
                 params.extra_args = kept
-            return self.compression.request_limits(kept, tokens, self.block_size)
+            return self.compression.request_limits(kept, tokens, self.block_manager.block_size)
 
     def schedule(self, throttle_prefills: bool = False) -> QFiltersSchedulerOutput:
         self._sitting_out.clear()
@@ -196,7 +196,7 @@ class QFiltersScheduler(AsyncScheduler):
             evicted_tokens = self.block_manager.all_evicted
             self.compression_stats.resident_tokens = self._computed_tokens - evicted_tokens
             self.compression_stats.compressed_requests = len(self.block_manager.evicted)
-            self.compression_stats.saved_pages = evicted_tokens // self.block_size
+            self.compression_stats.saved_pages = evicted_tokens // self.block_manager.block_size
             if self.compression.endpoint:
                 self._record_sequences()
             attach_stats(stats, self.compression_stats.take_news(self._sent_stats))
@@ -256,7 +256,7 @@ class QFiltersScheduler(AsyncScheduler):
         """No less than running requests need for the step, whatever they hold."""
         num_running = len(self.running)
         tokens = self.max_num_scheduled_tokens + num_running * self.num_lookahead_tokens
-        return num_running + cdiv(tokens, self.block_size)
+        return self._num_groups * (num_running + cdiv(tokens, self.block_manager.block_size))
 
     def _pages_wanted(self) -> int:
         """Pages that the running requests need for the step, and the waiting one that the last step kept out."""
@@ -274,14 +274,35 @@ class QFiltersScheduler(AsyncScheduler):
             if request.request_id in self._sitting_out:
                 continue
             tokens_left -= num_tokens
-            held = len(self.block_manager.req_to_blocks[request.request_id])
-            resident = self.block_manager.resident_tokens(request) + num_tokens + self.num_lookahead_tokens
-            pages += max(0, cdiv(resident, self.block_size) - held)
+            pages += self._new_pages(request, num_tokens)
         if self._kept_out is not None and _waits(self._kept_out):
-            limits, tokens = self.block_manager.limits.get(self._kept_out.request_id), self._kept_out.num_tokens
-            pages += cdiv(tokens if limits is None else limits.max_resident_tokens(tokens), self.block_size)
-            pages += self.kv_cache_manager.watermark_blocks
+            request, tokens = self._kept_out, self._kept_out.num_tokens
+            limits = self.block_manager.limits.get(request.request_id)
+            resident = tokens if limits is None else limits.max_resident_tokens(tokens)
+            pages += cdiv(resident, self.block_manager.block_size) + self.kv_cache_manager.watermark_blocks
+            for manager in self.block_manager.beside:
+                pages += manager.get_num_blocks_to_allocate(
+                    request.request_id, tokens, (), 0, 0, tokens, apply_admission_cap=True
+                )
         return pages
+
+    def _new_pages(self, request: Request, num_tokens: int) -> int:
+        """Pages that a running request needs for ``num_tokens`` more."""
+        computed = request.num_computed_tokens
+        end = computed + num_tokens
+        return self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=end + self.num_lookahead_tokens,
+            new_computed_blocks=self.kv_cache_manager.empty_kv_cache_blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=computed,
+            num_local_computed_tokens=computed,
+            num_tokens_main_model=end,
+        )
+
+    @property
+    def _num_groups(self) -> int:
+        return 1 + len(self.block_manager.beside)
 
     def _reducible(self) -> list[tuple[Request, int]]:
         """Running elastic sequences that hold more than their budget, and the tokens beyond it; most tokens first."""
@@ -291,7 +312,7 @@ class QFiltersScheduler(AsyncScheduler):
             if limits is None or not limits.elastic or request.status != RequestStatus.RUNNING:
                 continue
             resident = self.block_manager.resident_tokens(request)
-            evicted_tokens = limits.reducible_tokens(resident, request.is_prefill_chunk, self.block_size)
+            evicted_tokens = limits.reducible_tokens(resident, request.is_prefill_chunk, self.block_manager.block_size)
             if evicted_tokens and not _awaits_last_token(request):
                 found.append((request, self.block_manager.at_once(request, evicted_tokens)))
         return sorted(found, key=lambda reducible: -reducible[1])
@@ -316,7 +337,7 @@ class QFiltersScheduler(AsyncScheduler):
         if _reads_prompt(request) and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
         evicted_tokens = limits.evicted_tokens(
-            self.block_manager.resident_tokens(request), _reads_prompt(request), self.block_size
+            self.block_manager.resident_tokens(request), _reads_prompt(request), self.block_manager.block_size
         )
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
@@ -346,21 +367,27 @@ class QFiltersScheduler(AsyncScheduler):
         # limit: one of vLLM's own, from 0.33 on.
         prefix = self._compressed_prefix(request, *limit)
         if prefix is not None:
-            self._looked_up, self._idle_hit_pages = request, _idle(prefix.blocks)
-            return KVCacheBlocks((prefix.blocks,)), prefix.position, 0, False
+            by_group = {**prefix.beside, self.block_manager.kv_cache_group_id: prefix.blocks}
+            hit = KVCacheBlocks(tuple(by_group[group_id] for group_id in sorted(by_group)))
+            self._looked_up, self._idle_hit_pages = request, sum(map(_idle, hit.blocks))
+            return hit, prefix.position, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         longest = self._longest_prefix_cache_hit(request)
+        if longest is not None and num_tokens > longest:
+            blocks, num_tokens = self._hit_of_at_most(request, longest)
         limits = self.block_manager.limits.get(request.request_id)
         if limits is not None and limits.elastic:
-            most = self._hit_with_room(blocks, num_tokens // self.block_size) * self.block_size
-            longest = most if longest is None else min(longest, most)
-        if longest is not None and num_tokens > longest:
-            num_tokens = longest
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+            blocks, num_tokens = self._hit_with_room(request, blocks, num_tokens)
         # vLLM asks here last of all before it looks for pages.
         self._looked_up = request
-        self._idle_hit_pages = _idle(blocks.blocks[0])
+        self._idle_hit_pages = sum(map(_idle, blocks.blocks))
         return blocks, num_tokens, boundary, diverged
+
+    def _hit_of_at_most(self, request: Request, longest: int) -> tuple[KVCacheBlocks, int]:
+        """The longest hit of no more than ``longest`` tokens, in whole pages that all groups have."""
+        coordinator = self.kv_cache_manager.coordinator
+        blocks, num_tokens, _ = coordinator.find_longest_cache_hit(request.block_hashes, longest)
+        return self.kv_cache_manager.create_kv_cache_blocks(blocks), num_tokens
 
     def _compressed_prefix(self, request: Request, max_length: int | None = None) -> CompressedPrefix | None:
         """Behind which a request starts; max_length: most tokens that vLLM lets it find, None: no limit."""
@@ -369,15 +396,14 @@ class QFiltersScheduler(AsyncScheduler):
         longest = request.num_prompt_tokens - max(1, self.compression.observed_queries)
         return self.block_manager.find_prefix(request, longest if max_length is None else min(longest, max_length))
 
-    def _hit_with_room(self, blocks: KVCacheBlocks, num_pages: int) -> int:
-        """Pages of a hit, ``num_pages`` at most, that leave one more for the first new tokens: pages that nobody holds
-        are among the free ones until they are hit."""
-        pages, needed = blocks.blocks[0], cdiv(1 + self.num_lookahead_tokens, self.block_size)
-        idle = _idle(pages[:num_pages])
-        while num_pages and self._free_pages(idle) < needed:
-            num_pages -= 1
-            idle -= pages[num_pages].ref_cnt == 0
-        return num_pages
+    def _hit_with_room(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
+        """As much of a hit as leaves a page of each group for the first new tokens: pages that nobody holds are among
+        the free ones until they are hit."""
+        bs, num_groups = self.block_manager.block_size, self._num_groups
+        needed = num_groups * cdiv(1 + self.num_lookahead_tokens, bs)
+        while num_tokens and (missing := needed - self._free_pages(sum(map(_idle, blocks.blocks)))) > 0:
+            blocks, num_tokens = self._hit_of_at_most(request, max(0, num_tokens - cdiv(missing, num_groups) * bs))
+        return blocks, num_tokens
 
     def _free_pages(self, idle_hit_pages: int) -> int:
         """Pages that a waiting request can be given beside those of its hit."""
@@ -395,7 +421,8 @@ class QFiltersScheduler(AsyncScheduler):
         ends = [request.num_prompt_tokens]
         if limits.first_prefill_cut is not None and not limits.elastic:
             ends.append(limits.first_prefill_cut)
-        return max(0, min(ends) - max(1, self.compression.observed_queries)) // self.block_size * self.block_size
+        bs = self.block_manager.block_size
+        return max(0, min(ends) - max(1, self.compression.observed_queries)) // bs * bs
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # vLLM asks here, for running and waiting requests alike, how many tokens a step may compute. It skips a running
@@ -421,12 +448,12 @@ class QFiltersScheduler(AsyncScheduler):
     def _room(self, request: Request) -> int:
         """Tokens that a prompt may go on by: those that fit into free pages and what is left of its own."""
         if request.status != RequestStatus.RUNNING:
-            return self._free_pages(self._idle_hit_pages) * self.block_size - self.num_lookahead_tokens
-        # Others need a page at most, if they are decoding.
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks() - (len(self.running) - 1)
-        held = len(self.block_manager.req_to_blocks[request.request_id])
-        tokens = (held + max(0, free)) * self.block_size
-        return tokens - self.block_manager.resident_tokens(request) - self.num_lookahead_tokens
+            pages = self._free_pages(self._idle_hit_pages) // self._num_groups
+            return pages * self.block_manager.block_size - self.num_lookahead_tokens
+        # Others need a page of each group at most, if they are decoding.
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() - self._num_groups * (len(self.running) - 1)
+        counts = range(1, self.max_num_scheduled_tokens + 1)
+        return bisect.bisect_right(counts, max(0, free), key=functools.partial(self._new_pages, request))
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         self._vllm_scheduler._update_after_schedule(self, scheduler_output)

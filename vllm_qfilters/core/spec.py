@@ -5,17 +5,15 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 PLANE_BYTES = 4  # one float32 per token and KV head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFiltersSpec(FullAttentionSpec):
-    """Attention whose sequences hold a bounded number of tokens, full or with a sliding window among the last of them.
-
-    Layers of both kinds hold the same number of tokens and share block tables, as with
-    ``--disable-hybrid-kv-cache-manager``.
+    """Attention whose sequences hold a bounded number of tokens: full attention, or, where layers of both kinds are in
+    one group as with ``--disable-hybrid-kv-cache-manager``, with a sliding window among the last of them.
 
     Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is
     counted in the size of the cache, and allocated, shared and freed with the page.
@@ -51,6 +49,18 @@ class QFiltersSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         tokens = min(vllm_config.model_config.max_model_len, self.max_resident_tokens)
         return cdiv(tokens, self.block_size) * self.page_size_bytes
+
+
+def in_equal_pages(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The specifications with pages of as many bytes: those of all groups come from one pool. Else vLLM would make them
+    equal, in ways that pages with token stats cannot follow."""
+    page_bytes = max(spec.page_size_bytes for spec in specs.values())
+    found = dict(specs)
+    for name, spec in specs.items():
+        if spec.page_size_bytes < page_bytes:
+            assert isinstance(spec, AttentionSpec)
+            found[name] = dataclasses.replace(spec, page_size_padded=page_bytes)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

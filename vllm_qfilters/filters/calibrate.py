@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_qfilters.filters.bank import query_factors
-from vllm_qfilters.filters.format import STORED_RANK, Filters
+from vllm_qfilters.filters.format import STORED_RANK, Filters, ModelIdentity
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 from vllm_qfilters.kernels.ops import in_groups_of
@@ -48,8 +48,10 @@ def describe(sequences: Sequence[Sequence[int]]) -> str:
 
 def fitting(runner: GPUModelRunner, num_tokens: int) -> int:
     """At most ``num_tokens``: as many as a sequence may have, and its cache holds."""
-    room = (runner.kv_cache_config.num_blocks - 1) * runner.cache_config.block_size
-    return min(num_tokens, runner.model_config.max_model_len - 1, room)
+    num_tokens = min(num_tokens, runner.model_config.max_model_len - 1)
+    while num_tokens and 1 + max(map(max, _block_ids(runner, num_tokens))) > runner.kv_cache_config.num_blocks:
+        num_tokens = (num_tokens - 1) // runner.cache_config.block_size * runner.cache_config.block_size
+    return num_tokens
 
 
 def calibrate(
@@ -87,7 +89,8 @@ def calibrate(
             for num_tokens in _run(runner, list(sequence)):
                 progress.update(num_tokens)
     names = [layer.layer_name for layer in layers]
-    return make_filters(names, statistics, runner.model_config.get_total_num_kv_heads(), description, rank)
+    num_kv_heads = ModelIdentity.from_model_config(runner.model_config).num_kv_heads
+    return make_filters(names, statistics, num_kv_heads, description, rank)
 
 
 def rotations_in_use(
@@ -223,8 +226,7 @@ def _watched_by(
 
 def _run(runner: GPUModelRunner, token_ids: list[int]) -> Iterator[int]:
     """Prefills one sequence chunk by chunk through the runner, in pages from 1 on; yields the tokens of each chunk."""
-    num_blocks = cdiv(len(token_ids), runner.cache_config.block_size)
-    block_ids = list(range(1, num_blocks + 1))
+    block_ids = _block_ids(runner, len(token_ids))
     max_chunk = runner.scheduler_config.max_num_batched_tokens
     try:
         for start in range(0, len(token_ids), max_chunk):
@@ -260,7 +262,24 @@ def _with_zeros_behind(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([in_groups_of(most, layer, num_kv_heads=1) for layer in layers])
 
 
-def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: int) -> SchedulerOutput:
+def _block_ids(runner: GPUModelRunner, num_tokens: int) -> tuple[list[int], ...]:
+    """Pages for a lone sequence, by KV cache group: from 1 on in the group that is compressed, behind them in others.
+    Those that a sliding window has left are written again."""
+    num_blocks = cdiv(num_tokens, runner.cache_config.block_size)
+    block_ids: list[list[int]] = [list(range(1, num_blocks + 1))] * len(runner.kv_cache_config.kv_cache_groups)
+    next_id = num_blocks + 1
+    for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        if index == runner.group:
+            continue
+        spec = group.kv_cache_spec
+        reach = spec.sliding_window + runner.scheduler_config.max_num_batched_tokens
+        count = min(num_blocks, cdiv(reach, spec.block_size) + 1)
+        block_ids[index] = [next_id + block % count for block in range(num_blocks)]
+        next_id += count
+    return tuple(block_ids)
+
+
+def _step(token_ids: list[int], block_ids: tuple[list[int], ...], start: int, num_tokens: int) -> SchedulerOutput:
     """The scheduler output that prefills ``num_tokens`` of a lone request from position ``start`` on."""
     step = SchedulerOutput.make_empty()
     step.num_scheduled_tokens = {_REQUEST_ID: num_tokens}
@@ -273,7 +292,7 @@ def _step(token_ids: list[int], block_ids: list[int], start: int, num_tokens: in
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0, max_tokens=1),
             pooling_params=None,
-            block_ids=(block_ids,),
+            block_ids=block_ids,
             num_computed_tokens=0,
             lora_request=None,
         )

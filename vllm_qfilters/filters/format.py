@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from vllm_qfilters.groups import LayerKinds
+
 FORMAT = "vllm-qfilters"
 VERSION = 3
 HORIZON = 128  # coming positions that statistics are averaged over; 128 and 512 lose the same (measured)
@@ -38,7 +40,8 @@ class ModelIdentity:
     Attributes:
         name: as the user gave it: a repository or a folder. Informative; a moved model keeps its filters.
         architecture: of the model, e.g. LlamaForCausalLM.
-        num_layers, num_kv_heads, head_size: of the whole model, not of one rank.
+        num_layers, num_kv_heads, head_size: of the attention layers of the whole model, not of one rank; where those
+            with a sliding window have other KV heads than those of full attention (Gemma 4), of the latter.
         num_heads: likewise; of the layer that has the most.
         rope: the rotary parameters of its configuration.
         revision: the commit of its repository; empty for a folder. Informative, like the name.
@@ -59,19 +62,42 @@ class ModelIdentity:
     @classmethod
     def from_model_config(cls, model_config: Any) -> "ModelIdentity":
         """From vLLM's ModelConfig."""
-        rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+        config = model_config.hf_text_config
+        num_layers, num_kv_heads = model_config.get_total_num_hidden_layers(), model_config.get_total_num_kv_heads()
+        head_size = model_config.get_head_size()
+        if len(kv_shapes(config)) > 1:
+            num_layers = LayerKinds.of(model_config).num_full
+            ((num_kv_heads, head_size),) = kv_shapes(config, with_windows=False)
+        rope = getattr(config, "rope_parameters", None) or {}
         first_trained_on = rope.get("original_max_position_embeddings")
         return cls(
             name=str(model_config.model),
             architecture=model_config.architecture,
-            num_layers=model_config.get_total_num_hidden_layers(),
-            num_heads=most_query_heads(model_config.hf_text_config),
-            num_kv_heads=model_config.get_total_num_kv_heads(),
-            head_size=model_config.get_head_size(),
+            num_layers=num_layers,
+            num_heads=most_query_heads(config),
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
             rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
             revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
             has_long_rope=rope.get("rope_type") == "longrope" and model_config.max_model_len > first_trained_on,
         )
+
+
+def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, int]]:
+    """Numbers and sizes of KV heads that layers have, of a configuration of Transformers that keeps what differs
+    between layers in one of each (Gemma 4); empty: they do not differ.
+
+    Args:
+        with_windows: of layers with a sliding window too.
+    """
+    config = hf_text_config
+    if not getattr(config, "is_heterogeneous", False):
+        return set()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [
+        config.per_layer_config[index] for index, kind in enumerate(types) if with_windows or kind == "full_attention"
+    ]
+    return {(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}
 
 
 def most_query_heads(hf_text_config: Any) -> int:
@@ -87,13 +113,13 @@ class Part:
 
     Attributes:
         layers: names of attention layers, as vLLM has them; None: all of the file.
-        first_layer: which of the model's the first one is, for files that do not name their layers.
+        indices: which of the model's they are, for files that do not name their layers.
         heads, kv_heads: of each layer.
         rank: factors per query head, ``head_size`` at most; None: all of the file.
     """
 
     layers: tuple[str, ...] | None = None
-    first_layer: int = 0
+    indices: tuple[int, ...] = ()
     heads: slice = dataclasses.field(default_factory=lambda: slice(None))
     kv_heads: slice = dataclasses.field(default_factory=lambda: slice(None))
     rank: int | None = None

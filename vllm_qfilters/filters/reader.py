@@ -99,9 +99,7 @@ class _Reader:
     def stacked(self) -> dict[str, torch.Tensor]:
         """Of published files, and of ours before version 3. Without factors, second moments are not read either."""
         part, shapes, names = self.part, shapes_before_version_3(self.model), self.names
-        rows = slice(None)
-        if part.layers is not None:
-            rows = slice(part.first_layer, part.first_layer + len(part.layers))
+        rows = None if part.layers is None else list(part.indices)
         wanted = ["query_mean_before_rope", "query_second_before_rope", "score_mean", "score_std"]
         if part.rank == 0:
             wanted.remove("query_second_before_rope")
@@ -109,8 +107,14 @@ class _Reader:
         for name in (PUBLISHED_NAME, *wanted):
             if name in names:
                 heads = part.heads if name.startswith("query") else part.kv_heads
-                tensors[name] = self._read(name, shapes[name], (rows, heads))
+                tensors[name] = self._layers(name, shapes[name], rows, heads)
         return tensors
+
+    def _layers(self, name: str, shape: tuple[int, ...], rows: Sequence[int] | None, heads: slice) -> torch.Tensor:
+        """Of some layers, None: of all."""
+        if rows is None:
+            return self._read(name, shape, (slice(None), heads))
+        return torch.cat([self._read(name, shape, (slice(row, row + 1), heads)) for row in rows])
 
     def by_layer(self, layers: Sequence[str]) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
         """Of version 3: the names of what was read, and the tensors of all together.

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
-from vllm_qfilters.filters.format import ModelIdentity
+from vllm_qfilters.filters.format import ModelIdentity, kv_shapes
 from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.versions import base_model_gets_last_adapter
@@ -84,12 +84,9 @@ class Refusal(NamedTuple):
     message: str
 
 
-def _has_other_kv_heads_in_some_layers(config: Any) -> bool:
-    """config: of Transformers, which keeps what differs between layers in a configuration of each."""
-    if not getattr(config, "is_heterogeneous", False):
-        return False
-    layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
-    return len({(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}) > 1
+def _has_other_kv_heads_in_some_layers(start: Start) -> bool:
+    """Of those that are compressed."""
+    return len(kv_shapes(start.model.hf_text_config, with_windows=not start.policy.beside.window)) > 1
 
 
 # Of models by their configuration alone.
@@ -104,8 +101,10 @@ MODEL_REFUSALS = (
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
     ),
     Refusal(
-        lambda start: _has_other_kv_heads_in_some_layers(start.model.hf_text_config),
-        "models whose layers differ in the number or the size of their KV heads (Gemma 4)",
+        _has_other_kv_heads_in_some_layers,
+        "models whose layers differ in the number or the size of their KV heads, unless those of full attention agree "
+        "and are in a KV cache group of their own; drop --disable-hybrid-kv-cache-manager and use "
+        "--pipeline-parallel-size 1",
     ),
     Refusal(
         lambda start: getattr(start.model.hf_text_config, "num_kv_shared_layers", 0) > 0,
@@ -167,6 +166,11 @@ REFUSALS = (
     Refusal(
         lambda start: start.policy.resumes and not start.cache.enable_prefix_caching,
         "prefix='resume' without vLLM's prefix caching; drop --no-enable-prefix-caching",
+    ),
+    Refusal(
+        lambda start: start.policy.resumes and start.policy.beside.number > 0,
+        "prefix='resume' of models with sliding windows in KV cache groups of their own, of which it keeps nothing; "
+        "use prefix='exact'",
     ),
     Refusal(
         lambda start: start.policy.endpoint and start.parallel._api_process_count > 1,
@@ -281,6 +285,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
     length = min(prompt_tokens + params.max_tokens, vllm_config.model_config.max_model_len)
     resident = length if limits is None else limits.max_resident_tokens(length)
     needed, usable = cdiv(resident, block_size), num_blocks - 1  # one is vLLM's null block
+    if policy.beside.number:
+        needed += policy.beside.pages(length, vllm_config.max_in_flight_tokens, block_size)
     if needed > usable:
         raise VLLMValidationError(
             f"this request can come to hold {resident} tokens ({needed} pages), the whole KV cache has {usable} pages: "

@@ -4,6 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 is the business of ``runner_v1.py`` and ``runner_v2.py``.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -25,12 +26,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec, in_equal_pages
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.calibrate import (
     NUM_SEQUENCES,
@@ -57,7 +58,7 @@ from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.page_scorer import PageScorer
 from vllm_qfilters.worker.softmax import softmax_of
-from vllm_qfilters.worker.specs import check_specs
+from vllm_qfilters.worker.specs import check_layers, check_specs, compressed_group, is_compressed
 from vllm_qfilters.worker.timer import CompactionTimer
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -67,7 +68,10 @@ class CompressedModelRunner:
     """Goes before a model runner of vLLM. Subclasses say where the cache and the tables of pages are.
 
     Attributes:
-        layers: attention layers in order, once the cache exists.
+        layers: attention layers that are compressed, in order, once the cache exists.
+        calibrated_layers: attention layers whose keys have the shape of theirs, in order; those with a sliding window
+            are among them also where they are not compressed, so that filters serve either way.
+        group: KV cache group of ``layers``.
         ops: operators on the cache, once it exists.
         cache: keys, values and token stats of ``layers``, once they exist.
         lengths: what sequences hold in the cache.
@@ -86,6 +90,8 @@ class CompressedModelRunner:
         self.lengths = ResidentLengths()
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []
+        self.calibrated_layers: list[torch.nn.Module] = []
+        self.group = 0
         self.recorder: QueryRecorder | None = None
         self.page_scorer: PageScorer | None = None
         self.kept_tokens: KeptTokens | None = None
@@ -107,6 +113,11 @@ class CompressedModelRunner:
     def replace_pages(self, compaction: RequestCompaction) -> None:
         """Lets vLLM's runner know the pages of a sequence after its compaction."""
         raise NotImplementedError
+
+    @property
+    def compressed_groups(self) -> list[bool]:
+        """Of each KV cache group, whether it is compressed."""
+        return [index == self.group for index in range(len(self.kv_cache_config.kv_cache_groups))]
 
     def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
         """The caches of ``layers``, fp8 ones as fp8 instead of bytes."""
@@ -233,9 +244,12 @@ class CompressedModelRunner:
         block_size = self.cache_config.block_size
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
-        has_one_window = len({layers[name].sliding_window for name in specs}) == 1
-        compressed = {}
+        has_one_window = len({layers[name].sliding_window for name in specs if self._is_compressed(specs[name])}) == 1
+        made: dict[str, KVCacheSpec] = {}
         for name, spec in specs.items():
+            if not self._is_compressed(spec):
+                made[name] = dataclasses.replace(spec, block_size=block_size)
+                continue
             backend = layers[name].get_attn_backend()
             if backend.get_name() == "FLASHINFER" and not has_one_window:
                 raise ValueError(
@@ -243,31 +257,38 @@ class CompressedModelRunner:
                     "backend "
                     "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
                 )
-            compressed[name] = spec_cls.from_attention(
-                spec, block_size, max_resident_tokens, self.compression.num_planes
-            )
-            kernel_block_size = select_common_block_size(block_size, [backend], [compressed[name]])
+            made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self.compression.num_planes)
+            kernel_block_size = select_common_block_size(block_size, [backend], [made[name]])
             if kernel_block_size != block_size:
                 raise ValueError(
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
                 )
         self.compression.check_block_size(block_size)
-        return compressed
+        return in_equal_pages(made)
+
+    def _is_compressed(self, spec: KVCacheSpec) -> bool:
+        return is_compressed(self.compression, spec)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if is_profiling:
             return
-        (tensor,) = kv_cache_config.kv_cache_tensors
-        self.layers = [self.compilation_config.static_forward_context[name] for name in tensor.layers]
+        groups = kv_cache_config.kv_cache_groups
+        self.group = compressed_group(self.compression, groups)
+        by_name = self.compilation_config.static_forward_context
+        self.layers = [by_name[name] for name in groups[self.group].layer_names]
+        check_layers(dict(zip(groups[self.group].layer_names, self.layers, strict=True)))
+        of_one_shape = [group for group in groups if _kv_shape(group) == _kv_shape(groups[self.group])]
+        names = sorted((name for group in of_one_shape for name in group.layer_names), key=extract_layer_index)
+        self.calibrated_layers = [by_name[name] for name in names]
         if self.layers[0].impl.alibi_slopes is not None:
             raise ValueError(
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
             )
         self.bind_cache()
-        for index, groups in enumerate(self.attn_groups):
-            for builder in (builder for group in groups for builder in group.metadata_builders):
+        for index, attn_groups in enumerate(self.attn_groups):
+            for builder in (builder for group in attn_groups for builder in group.metadata_builders):
                 builder.lengths, builder.group = self.lengths, index
 
     def start_compression(self) -> None:
@@ -323,23 +344,23 @@ class CompressedModelRunner:
 
     def calibrate_filters(self, sequences: list[list[int]], description: str, rank: int = STORED_RANK) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
-        return calibrate(self, self.layers, self.rotations(), sequences, description, rank)
+        return calibrate(self, self.calibrated_layers, self.rotations(), sequences, description, rank)
 
     def rotations(self) -> list[Rotation]:
-        """Of each layer; layers that share a rotary embedding share its rotation. The cache must not be in use at the
-        first call.
+        """Of each calibrated layer; layers that share a rotary embedding share its rotation. The cache must not be in
+        use at the first call.
         """
         if self._rotations is None:
             modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
             head_size, num_positions = self.layers[0].head_size, self.model_config.max_model_len + HORIZON
             none, possible, of_layers = Rotation(None, head_size), {}, []
-            for layer in self.layers:
+            for layer in self.calibrated_layers:
                 rotary_emb = _rotary_emb(modules, layer.layer_name)
                 if rotary_emb not in possible:
                     tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
                     possible[rotary_emb] = [*(Rotation(table, head_size) for table in tables), none]
                 of_layers.append(possible[rotary_emb])
-            self._rotations = rotations_in_use(self, self.layers, of_layers)
+            self._rotations = rotations_in_use(self, self.calibrated_layers, of_layers)
         return self._rotations
 
     def filter_bank(self, filters: Filters) -> FilterBank:
@@ -350,7 +371,8 @@ class CompressedModelRunner:
         else:  # others were not read
             heads = [slice(0, first.num_heads)] * len(self.layers)
         rank, scale = self.compression.rank, first.impl.scale
-        return FilterBank(filters, self.rotations(), heads, first.num_kv_heads, rank, scale)
+        rotations = [self.rotations()[self.calibrated_layers.index(layer)] for layer in self.layers]
+        return FilterBank(filters, rotations, heads, first.num_kv_heads, rank, scale)
 
     def record_kept_tokens(self) -> None:
         """From now on; forgets what was recorded before."""
@@ -435,23 +457,30 @@ class CompressedModelRunner:
 
     def _kv_heads(self) -> tuple[int, int]:
         """The first KV head of the model that this rank holds, and how many it holds."""
-        total = self.model_config.get_total_num_kv_heads()
+        total = ModelIdentity.from_model_config(self.model_config).num_kv_heads
         first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
         return first, self.layers[0].num_kv_heads
 
     def _part(self) -> Part:
         """What of the model's filters this rank needs."""
-        first_layer, _ = self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config)
         num_heads, tp_rank = self.most_query_heads, get_tensor_model_parallel_rank()
         has_as_many = all(layer.num_heads == num_heads for layer in self.layers)
         first_kv_head, num_kv_heads = self._kv_heads()
         return Part(
             tuple(layer.layer_name for layer in self.layers),
-            first_layer,
+            self._indices_of_layers(),
             heads=slice(tp_rank * num_heads, (tp_rank + 1) * num_heads) if has_as_many else slice(None),
             kv_heads=slice(first_kv_head, first_kv_head + num_kv_heads),
             rank=self.compression.rank,
         )
+
+    def _indices_of_layers(self) -> tuple[int, ...]:
+        """Where ``layers`` stand in files that do not name theirs: among all of the model, or of those that are
+        calibrated where others are different."""
+        model = ModelIdentity.from_model_config(self.model_config)
+        if model.num_layers == self.model_config.get_total_num_hidden_layers():
+            return tuple(extract_layer_index(layer.layer_name) for layer in self.layers)
+        return tuple(map(self.calibrated_layers.index, self.layers))
 
     def _page_scorer(self, filters: Filters | None) -> PageScorer:
         scores = self.cache.scores
@@ -477,12 +506,20 @@ class CompressedModelRunner:
         return get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
 
 
+def _kv_shape(group: KVCacheGroupSpec) -> tuple[int, int] | None:
+    """Number and size of the KV heads of its layers; None where they have none."""
+    spec = group.kv_cache_spec
+    return (spec.num_kv_heads, spec.head_size) if isinstance(spec, AttentionSpec) else None
+
+
 def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
     """What is active, in one line."""
     budget = f"{config.budget} tokens" if isinstance(config.budget, int) else f"{config.budget:.0%} of the prompt"
     window = f"{config.window} tokens" if isinstance(config.window, int) else f"{config.window:.0%} of the budget"
     if config.min_window:
         window += f" (at least {config.min_window} tokens, for layers with a sliding window of {config.sliding_window})"
+    if config.beside.window:
+        window += f" (sliding windows of {config.beside.window} tokens hold no more and are not compressed)"
     prefill = config.prefill
     if config.evicts_prompts_in_chunks:
         prefill += f" (cut every {config.prefill_interval} tokens, at most {config.chunk} beside the budget)"

@@ -15,6 +15,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_qfilters.kernels import CPU_OPS, PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import WriteCache
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.runner import CompressedModelRunner
 
 
@@ -49,19 +50,21 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
         write_cache = cache_writer(first, self.dtype)
         layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, kv_caches[0].dtype)
         self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales())
+        self.lengths = ResidentLengths(self.compressed_groups)
         self._shift_slots()
 
     def tables_of(self, compactions):
-        tables = [torch.tensor(self.requests[c.req_id].block_ids[0], dtype=torch.int32) for c in compactions]
+        tables = [torch.tensor(self.requests[c.req_id].block_ids[self.group], dtype=torch.int32) for c in compactions]
         return list(range(len(tables))), torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
 
     def replace_pages(self, compaction: RequestCompaction) -> None:
-        (block_ids,) = self.requests[compaction.req_id].block_ids
+        block_ids = self.requests[compaction.req_id].block_ids[self.group]
         block_ids[:] = compaction.block_ids
         row = self.input_batch.req_id_to_index.get(compaction.req_id)
         if row is not None:
-            self.input_batch.block_table.clear_row(row)
-            self.input_batch.block_table.add_row((block_ids,), row)
+            table = self.input_batch.block_table[self.group]
+            table.clear_row(row)
+            table.add_row(block_ids, row)
 
     def sample_tokens(self, grammar_output: Any):
         # A prompt's chunks before its last are sampled and discarded, and vLLM (0.32, 0.33) then rewinds the generator

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
 from vllm_qfilters.attention.queries import query_bytes
 from vllm_qfilters.attention.scoring import BACKENDS, ScoringAttention
+from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.plan import RequestCompaction
@@ -39,7 +40,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         """Most memory that compaction takes beside a cache of ``cache_bytes``. Before the cache exists."""
         if self.compression.evicts_whole_pages:
             return 0
-        specs = self.get_kv_cache_spec()
+        specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, QFiltersSpec)}
         layers = [self.compilation_config.static_forward_context[name] for name in specs]
         layer, spec = layers[0], next(iter(specs.values()))
         num_heads = max(layer.num_heads for layer in layers)
@@ -67,8 +68,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
                 )
         check_cuda_graphs(self.compression, self.cudagraph_manager.cudagraph_mode)
         self.cache = StridedCache(self.kv_caches_in_their_dtype(), self.compression.num_planes, self.key_scales())
-        compressed = [True] * len(self.kv_cache_config.kv_cache_groups)
-        self.lengths = DeviceResidentLengths(compressed, self.max_num_reqs, self.device)
+        self.lengths = DeviceResidentLengths(self.compressed_groups, self.max_num_reqs, self.device)
         self.block_tables.compute_slot_mappings = functools.partial(
             self.lengths.compute_slot_mappings, self.block_tables
         )
@@ -80,11 +80,12 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
 
     def tables_of(self, compactions):
         table_rows = [self.req_states.req_id_to_index[compaction.req_id] for compaction in compactions]
-        return table_rows, self.block_tables.block_tables[0].gpu
+        return table_rows, self.block_tables.block_tables[self.group].gpu
 
     def replace_pages(self, compaction: RequestCompaction) -> None:
         index = self.req_states.req_id_to_index[compaction.req_id]
-        self.block_tables.append_block_ids(index, (list(compaction.block_ids),), overwrite=True)
+        self.block_tables.block_tables[self.group].stage_write(index, 0, list(compaction.block_ids))
+        self.block_tables.num_blocks.np[self.group, index] = len(compaction.block_ids)
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         self.forget(scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())

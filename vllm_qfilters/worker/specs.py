@@ -1,36 +1,41 @@
 """What a worker refuses of a model's layers and of CUDA graphs: known once the model is loaded, and no earlier."""
 
-from vllm.config import CUDAGraphMode
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from collections.abc import Mapping, Sequence
 
+from vllm.config import CUDAGraphMode
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+
+from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.policy import Policy
 
 
+def is_compressed(config: Policy, spec: KVCacheSpec) -> bool:
+    """Whether a layer of this specification is compressed. Others are in KV cache groups of their own."""
+    return not (config.beside.number and type(spec) is SlidingWindowSpec)
+
+
 def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
-    """Refuses models whose layers do not all hold keys and values of the same shape, or attend to them in other ways
-    than causally, to all or to a sliding window.
+    """Refuses models whose compressed layers do not all hold keys and values of the same shape, or that have layers
+    which attend in other ways than causally, to all or to a sliding window.
 
     Raises:
-        ValueError: names the first layer that does not.
+        ValueError: names the first layer that does not fit.
     """
-    first = next(iter(specs.values()), None)
+    first = next((spec for spec in specs.values() if is_compressed(config, spec)), None)
     for name, spec in specs.items():
-        if type(spec) is SlidingWindowSpec:
-            if config.sliding_window < spec.sliding_window < max_model_len:
-                raise ValueError(
-                    f"KV compression keeps the {config.sliding_window} tokens that the model's configuration "
-                    f"gives as its sliding window, but {name} has one of {spec.sliding_window}"
-                )
-        elif type(spec) is not FullAttentionSpec:
+        _check_attention(config, name, spec, max_model_len)
+        assert isinstance(spec, AttentionSpec)
+        if first is None:
             raise ValueError(
-                f"KV compression supports full attention and sliding windows, but {name} has a {type(spec).__name__}"
-            )
-        elif spec.attention_chunk_size is not None or spec.non_causal:
-            raise ValueError(f"KV compression does not support chunked or non-causal attention, which {name} has")
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                "KV compression does not support values of another size than keys (MiMo-V2): those of "
-                f"{name} have {spec.head_size_v} and {spec.head_size} elements"
+                f"KV compression expected layers of full attention beside those with a sliding window, as the model's "
+                f"configuration has them, but found none such as {name}: add --disable-hybrid-kv-cache-manager"
             )
         if spec.num_head_slots is not None or spec.page_size_padded is not None:
             raise ValueError(f"KV compression does not support the cache layout of {name}: {spec}")
@@ -40,12 +45,65 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
                 f"{first.dtype}; drop "
                 "--kv-cache-dtype-skip-layers"
             )
+        if not is_compressed(config, spec):
+            continue
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                "KV compression does not support values of another size than keys (MiMo-V2): those of "
+                f"{name} have {spec.head_size_v} and {spec.head_size} elements"
+            )
         if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):
             raise ValueError(
-                f"KV compression needs the same KV heads in every layer: {name} has {spec.num_kv_heads} x "
-                f"{spec.head_size}, "
-                f"the first layer {first.num_kv_heads} x {first.head_size}"
+                f"KV compression needs the same KV heads in every layer that it evicts from: {name} has "
+                f"{spec.num_kv_heads} x {spec.head_size}, the first one {first.num_kv_heads} x {first.head_size}"
             )
+
+
+def check_layers(layers: Mapping[str, object]) -> None:
+    """Refuses models whose compressed layers do not go through vLLM's attention backends.
+
+    Args:
+        layers: those that are compressed, by name.
+
+    Raises:
+        ValueError: names the first layer that does not.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, Attention):
+            raise ValueError(
+                f"KV compression does not support models with attention layers of their own (Inkling), as {name} is one"
+            )
+
+
+def _check_attention(config: Policy, name: str, spec: KVCacheSpec, max_model_len: int) -> None:
+    if type(spec) is SlidingWindowSpec:
+        window = config.beside.window or config.sliding_window
+        if window < spec.sliding_window < max_model_len:
+            raise ValueError(
+                f"KV compression keeps the {window} tokens that the model's configuration "
+                f"gives as its sliding window, but {name} has one of {spec.sliding_window}"
+            )
+    elif type(spec) is not FullAttentionSpec:
+        raise ValueError(
+            f"KV compression supports full attention and sliding windows, but {name} has a {type(spec).__name__}"
+        )
+    elif spec.attention_chunk_size is not None or spec.non_causal:
+        raise ValueError(f"KV compression does not support chunked or non-causal attention, which {name} has")
+
+
+def compressed_group(config: Policy, groups: Sequence[KVCacheGroupSpec]) -> int:
+    """Which of vLLM's KV cache groups is compressed.
+
+    Raises:
+        ValueError: they are not those that the model's configuration lets one expect.
+    """
+    compressed = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, QFiltersSpec)]
+    if len(compressed) != 1 or len(groups) != 1 + config.beside.number:
+        raise ValueError(
+            f"KV compression supports one KV cache group of full attention and expected {config.beside.number} others, "
+            f"vLLM made {len(compressed)} and {len(groups) - len(compressed)}: add --disable-hybrid-kv-cache-manager"
+        )
+    return compressed[0]
 
 
 def check_cuda_graphs(config: Policy, mode: CUDAGraphMode) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 from vllm_qfilters.budget import RequestLimits, cdiv
+from vllm_qfilters.groups import NO_GROUPS, GroupsBeside, layers_per_group
 
 
 class Held(NamedTuple):
@@ -57,9 +58,7 @@ class PlainPool:
 
     def __init__(self, layers: Layers, block_size: int, step_tokens: int) -> None:
         self._layers, self._block_size, self._step_tokens = layers, block_size, step_tokens
-        counts = [count for count in (layers.num_full, layers.num_sliding) if count]
-        # Groups have as many layers as the smaller kind, or the larger if it is not half as large again.
-        self._group_layers = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+        self._group_layers = layers_per_group((layers.num_full, layers.num_sliding))
         self.page_bytes = self._group_layers * block_size * layers.token_bytes()  # of all layers of a group
 
     def held(self, length: int) -> Held:
@@ -72,22 +71,35 @@ class PlainPool:
 
 
 class CompressedPool:
-    """The cache with compression: all layers hold the same number of tokens.
+    """The cache with compression: all layers that are compressed hold the same number of tokens.
 
     Args:
         layers: of the device.
         block_size: tokens per page.
-        num_planes: token stats per token and KV head.
+        num_planes: token stats per token and KV head. In pages of layers that are not compressed their room is left
+            empty.
+        beside: groups of layers that are not compressed.
+        step_tokens: ``max_num_batched_tokens``.
     """
 
-    def __init__(self, layers: Layers, block_size: int, num_planes: int) -> None:
-        self._block_size = block_size
-        self.page_bytes = layers.number * block_size * layers.token_bytes(num_planes)
+    def __init__(
+        self,
+        layers: Layers,
+        block_size: int,
+        num_planes: int,
+        beside: GroupsBeside = NO_GROUPS,
+        step_tokens: int = 0,
+    ) -> None:
+        self._block_size, self._beside, self._step_tokens = block_size, beside, step_tokens
+        in_page = layers_per_group((layers.num_full, layers.num_sliding)) if beside.window else layers.number
+        self.page_bytes = in_page * block_size * layers.token_bytes(num_planes)
 
     def held(self, length: int, limits: RequestLimits) -> Held:
         """What a sequence of ``length`` tokens holds under ``limits``."""
-        reading = limits.max_resident_tokens(length)
-        return Held(cdiv(min(length, limits.budget), self._block_size), cdiv(reading, self._block_size))
+        decoding = cdiv(min(length, limits.budget), self._block_size)
+        reading = cdiv(limits.max_resident_tokens(length), self._block_size)
+        decoding += self._beside.pages(length, 0, self._block_size)
+        return Held(decoding, reading + self._beside.pages(length, self._step_tokens, self._block_size))
 
 
 def fitting(held: Held, num_pages: int) -> int:

@@ -13,7 +13,8 @@ from vllm_qfilters.commands.arguments import UsageError, at_least, check_writabl
 from vllm_qfilters.commands.engine import one_line, read_engine_args
 from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
-from vllm_qfilters.filters.format import most_query_heads
+from vllm_qfilters.filters.format import kv_shapes, most_query_heads
+from vllm_qfilters.groups import LayerKinds
 from vllm_qfilters.policy import Policy, resolve
 
 if TYPE_CHECKING:
@@ -148,17 +149,16 @@ class _Sizes:
         self._block_size = engine_args.block_size or BLOCK_SIZE
         try:
             self.model_config = _model_config(engine_args)
-            self._policy = resolve(self._options, self.model_config, self._block_size)
+            self._policy = self._resolve(self._options)
             self._policy.check_block_size(self._block_size)
         except (ValueError, OSError) as error:
             raise UsageError(one_line(error)) from error
         self._layers = _layers(self.model_config, engine_args)
-        self._plain = PlainPool(
-            self._layers,
-            self._block_size,
-            engine_args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self._is_large],
+        step_tokens = engine_args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self._is_large]
+        self._plain = PlainPool(self._layers, self._block_size, step_tokens)
+        self._compressed = CompressedPool(
+            self._layers, self._block_size, self._policy.num_planes, self._policy.beside, step_tokens
         )
-        self._compressed = CompressedPool(self._layers, self._block_size, self._policy.num_planes)
         self._beside = None if args.memory is None else self._reckon_beside(args.weights)
 
     def rows(self, lengths: list[int], budgets: list[int | float]) -> list[Row]:
@@ -200,7 +200,12 @@ class _Sizes:
             full, sliding = (count * layers.token_bytes() for count in (layers.num_full, layers.num_sliding))
             lines.append(
                 f"Of plain vLLM's bytes {show(full)} are in layers of full attention, {show(sliding)} in those with a "
-                "window, which give them up again. With compression all layers hold the same tokens"
+                "window, which give them up again. "
+                + (
+                    "With compression all layers hold the same tokens"
+                    if not self._policy.beside.window
+                    else "Tokens are evicted from the former, the latter hold what they hold with plain vLLM"
+                )
             )
         return "\n".join(lines)
 
@@ -228,9 +233,14 @@ class _Sizes:
 
     def _with_budget(self, budget: int | float) -> Policy:
         config = dataclasses.replace(self._options, budget=budget, max_budget=None)
-        policy = resolve(config, self.model_config, self._block_size)
+        policy = self._resolve(config)
         policy.check_block_size(self._block_size)
         return policy
+
+    def _resolve(self, config: KVCompressionConfig) -> Policy:
+        args = self._engine_args
+        is_one_group = bool(args.disable_hybrid_kv_cache_manager) or args.pipeline_parallel_size > 1
+        return resolve(config, self.model_config, self._block_size, is_one_group)
 
     @property
     def _max_num_seqs(self) -> int:
@@ -258,10 +268,11 @@ class _Sizes:
         left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices)
         cached_tokens = left // self._compressed.page_bytes * self._block_size
         longest = policy.max_compacted_tokens(self.model_config.max_model_len, self._block_size)
+        num_layers = layers.num_full if policy.beside.window else layers.number
         compaction = 0
         if not policy.evicts_whole_pages:
             compaction = workspace_bytes(
-                num_layers=layers.number,
+                num_layers=num_layers,
                 num_heads=num_heads if policy.expects_attention else layers.num_kv_heads,
                 num_kv_heads=layers.num_kv_heads,
                 head_size=layers.head_size,
@@ -270,7 +281,7 @@ class _Sizes:
                 cached_tokens=cached_tokens,
                 query_bytes=in_layer,
             )
-        return Beside(whole // devices, compaction, layers.number * in_layer)
+        return Beside(whole // devices, compaction, num_layers * in_layer)
 
 
 def weight_bytes(model_config: "ModelConfig") -> int:
@@ -352,28 +363,24 @@ def _model_config(engine_args: "EngineArgs") -> "ModelConfig":
 
     engine_args.skip_tokenizer_init = True
     model_config = engine_args.create_model_config()
-    refuse(Start(resolve(KVCompressionConfig()), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS)
+    refuse(
+        Start(resolve(KVCompressionConfig(), model_config), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS
+    )
     return model_config
 
 
 def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
     """The layers of a device; of the first stage, which has most of them, where there is a pipeline."""
     parallel = engine_args.tensor_parallel_size
-    total = model_config.get_total_num_hidden_layers()
-    window = model_config.get_sliding_window() or 0
-    types = getattr(model_config.hf_text_config, "layer_types", None) or []
-    if not 0 < window < model_config.max_model_len:
-        num_sliding = 0
-    elif types:
-        num_sliding = types.count("sliding_attention")
-    else:
-        num_sliding = total
+    num_full, num_sliding, window = LayerKinds.of(model_config)
+    if kv_shapes(model_config.hf_text_config):
+        raise UsageError("layers whose KV heads differ are not reckoned")
     stages = engine_args.pipeline_parallel_size
     cache_dtype = engine_args.kv_cache_dtype
     return Layers(
-        num_full=cdiv(total - num_sliding, stages),
+        num_full=cdiv(num_full, stages),
         num_sliding=cdiv(num_sliding, stages),
-        window=window if num_sliding else 0,
+        window=window,
         num_kv_heads=max(1, model_config.get_total_num_kv_heads() // parallel),
         head_size=model_config.get_head_size(),
         element_bytes=1 if cache_dtype.startswith("fp8") else _bytes(model_config.dtype),
