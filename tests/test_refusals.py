@@ -163,7 +163,7 @@ def supported_config() -> SimpleNamespace:
         (
             "model_config.hf_text_config",
             Gemma4TextConfig(num_hidden_layers=6),
-            r"models whose layers differ in the number or the size of their KV heads \(Gemma 4\)",
+            r"models whose layers differ in the number or the size of their KV heads, unless those",
         ),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
