@@ -9,7 +9,7 @@ CASES = {
     "elastic": "`evict: pressure` beside plain vLLM and `evict: always`, with room for the whole load and with less",
     "agents": "prompts that share long prefixes, turn after turn, with and without the prefix cache",
     "follow_up": "the next turn of a long conversation: seconds to its first token, tokens of the history read again",
-    "recall": "facts that the first messages of a conversation told, asked for at its end: `prefix` exact and resume",
+    "conversations": "facts of its first messages, asked for at its end: plain vLLM, `prefix` exact and resume",
     "scheduler": "ms per step of the scheduler alone at 1,024 running requests: plain vLLM and ours",
     "start": "seconds from the command to the first answer, cold and warm: plain vLLM and ours",
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",
@@ -27,7 +27,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in CASES:
         print("usage: python -m benchmarks CASE [--help]\n")
         for name, summary in CASES.items():
-            print(f"  {name:<14}{summary}")
+            print(f"  {name:<15}{summary}")
         return 2
     name = sys.argv.pop(1)
     sys.argv[0] = f"python -m benchmarks {name}"

@@ -1,7 +1,7 @@
 """Measures what a conversation still knows of its earlier turns: facts that its first messages tell, asked for at its
 end.
 
-    python -m benchmarks recall models/SmolLM2-135M-Instruct [--conversations 4] [--turns 4] [--message 1000]
+    python -m benchmarks conversations models/SmolLM2-135M-Instruct [--conversations 4] [--turns 4] [--message 1000]
 
 Every message is a text with a numbered thing in it, and the model answers with a few words. Then each of the things is
 asked for, behind the same history. With ``prefix: exact`` the history is what a cold reading holds of it; with
@@ -112,7 +112,7 @@ def draw(figure: Any, numbers: Mapping[str, Sequence[Numbers]]) -> None:
 
 
 CASE = Case(
-    name="recall",
+    name="conversations",
     description=__doc__,
     add_options=add_options,
     variants=variants,
