@@ -241,12 +241,12 @@ CALLED = {
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit": (
         "self block_hashes max_cache_hit_length"
     ),
-    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate": (
-        "self request_id num_tokens new_computed_blocks num_encoder_tokens total_computed_tokens "
-        "num_local_computed_tokens num_tokens_main_model apply_admission_cap prefill_end"
-    ),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks": (
         "self request num_tokens retention_interval replay_boundaries"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.get_num_blocks_to_allocate": (
+        "self request_id num_tokens new_computed_blocks total_computed_tokens num_local_computed_tokens "
+        "num_tokens_main_model apply_admission_cap prefill_end"
     ),
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free": "self request_id",
     "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "self request timestamp drop_stale_output",
@@ -300,7 +300,6 @@ ATTRIBUTES = [
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.window_size",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.empty_kv_cache_blocks",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_hash_num_tokens",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.block_id",
     "vllm.v1.core.kv_cache_utils:KVCacheBlock.ref_cnt",

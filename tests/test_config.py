@@ -54,6 +54,7 @@ REFUSED = {
     "window-true": (dict(window=True), ("window=True:", *WINDOW_RANGE)),
     "window-text": (dict(window="64"), ("window='64':", *WINDOW_RANGE)),
     "prompt-share-whole": (dict(prompt_share=1.0), ("prompt_share=1.0:", "0 <= prompt_share < 1")),
+    "prompt-share-flag": (dict(prompt_share=False), ("prompt_share=False:", "a fraction of the budget")),
     "prompt-share-tokens": (dict(prompt_share=256), ("prompt_share=256:", "a fraction of the budget")),
     "prompt-share-negative": (dict(prompt_share=-0.5), ("prompt_share=-0.5:", "a fraction of the budget")),
     "prompt-share-and-window": (
@@ -673,6 +674,12 @@ def test_an_option_that_does_nothing_is_refused_naming_it_and_what_to_do(case):
         policy_of(**options)
     for part in parts:
         assert part in str(refusal.value)
+
+
+def test_a_prompt_share_under_pressure_is_refused():
+    with pytest.raises(ValueError, match="prompt_share=0.5 needs evict='always'"):
+        policy_of(prompt_share=0.5, evict="pressure")
+    assert policy_of(prompt_share=0.0, evict="pressure").evict == "pressure"
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ class KVCompressionConfig:
 
     def _check_prompt_share(self) -> None:
         share, window = self.prompt_share, self.window
-        if not (isinstance(share, float) and 0 <= share < 1) and share != 0:
+        if isinstance(share, bool) or (share != 0 and not (isinstance(share, float) and 0 <= share < 1)):
             raise ValueError(f"prompt_share={share!r}: give a fraction of the budget (0 <= prompt_share < 1)")
         if isinstance(window, float) and share + window >= 1:
             raise ValueError(

@@ -333,6 +333,11 @@ def resolve(
     )
     policy._check_budgets_hold()
     _check_prefix(policy)
+    if policy.prompt_share and policy.evict == EVICT_PRESSURE:
+        raise ValueError(
+            f"prompt_share={policy.prompt_share!r} needs evict='always': sequences give up their prompts step by step, "
+            "and not as much at once as pages are wanting"
+        )
     _check_max_budget(policy)
     if model_config is None:
         return policy

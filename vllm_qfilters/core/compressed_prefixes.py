@@ -75,6 +75,7 @@ class CompressedPrefixes:
 
     Attributes:
         windows: tokens that the layers of other groups attend to, the query's own among them, by group.
+        num_ends: how often what a request held at its end was kept.
     """
 
     def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
@@ -82,6 +83,7 @@ class CompressedPrefixes:
         self._block_size = block_size
         self._group_id = group_id
         self.windows: dict[int, int] = {}
+        self.num_ends = 0
 
     def find(self, request: Request, limits: RequestLimits, longest: int) -> CompressedPrefix | None:
         """The longest compressed prefix of a request that is there whole.
@@ -168,10 +170,10 @@ class CompressedPrefixes:
             request, limits, longest: as for :meth:`find`.
             shortest: fewest tokens that are worth it.
         """
-        size = self._block_size
+        size, of_limits = self._block_size, _digest(limits)
         shortest = max(shortest, limits.budget - limits.interval)  # no less is left of what was ever cut
         for position in range(longest // size * size, cdiv(shortest, size) * size - 1, -size):
-            blocks = self._pages_at_end(request, limits, position)
+            blocks = self._pages_at_end(request, of_limits, position)
             if blocks is not None:
                 return CompressedPrefix(None, blocks, position, position - len(blocks) * size, {})
         return None
@@ -183,8 +185,10 @@ class CompressedPrefixes:
             position: behind the last token of ``blocks``, a multiple of the block size.
             blocks: its full pages; it has evicted tokens.
         """
-        keys = [self._key_at_end(request, limits, position, index) for index in range(len(blocks))]
-        keys.append(self._key_at_end(request, limits, position, len(blocks) - 1, _FIRST))
+        of_limits = _digest(limits)
+        keys = [self._key_at_end(request, of_limits, position, index) for index in range(len(blocks))]
+        keys.append(self._key_at_end(request, of_limits, position, len(blocks) - 1, _FIRST))
+        self.num_ends += 1
         for place, block in zip(keys, [*reversed(blocks), blocks[0]], strict=True):
             key = make_block_hash_with_group_id(place, self._group_id)
             for other in self._pool.get_cached_block(place, [self._group_id]) or ():
@@ -224,24 +228,26 @@ class CompressedPrefixes:
             blocks.append(block)
         return blocks[::-1]
 
-    def _pages_at_end(self, request: Request, limits: RequestLimits, position: int) -> list[KVCacheBlock] | None:
+    def _pages_at_end(self, request: Request, of_limits: bytes, position: int) -> list[KVCacheBlock] | None:
         """All that a request held when it ended at ``position``; None: nothing is there, or some of it is gone."""
         blocks: list[KVCacheBlock] = []
         while True:
-            last, first = (self._key_at_end(request, limits, position, len(blocks), name) for name in (_END, _FIRST))
+            index = len(blocks)
+            last = self._key_at_end(request, of_limits, position, index)
             found = self._pool.get_cached_block(last, [self._group_id])
             if found is None:
                 return None
             blocks += found
+            first = self._key_at_end(request, of_limits, position, index, _FIRST)
             if self._pool.get_cached_block(first, [self._group_id]) == found:
                 return blocks[::-1]
 
     def _key_at_end(
-        self, request: Request, limits: RequestLimits, position: int, index: int, name: bytes = _END
+        self, request: Request, of_limits: bytes, position: int, index: int, name: bytes = _END
     ) -> BlockHash:
         """Of a page that a request held at its end; index: from the last one on."""
         tokens = request.block_hashes[position // self._block_size - 1]
-        return BlockHash(tokens + _digest(limits) + name + index.to_bytes(_INDEX_BYTES, "big"))
+        return BlockHash(tokens + of_limits + name + index.to_bytes(_INDEX_BYTES, "big"))
 
     def _beside(
         self, request: Request, limits: RequestLimits, cut: int, position: int

@@ -63,6 +63,7 @@ class QFiltersManager(FullAttentionManager):
         self._planned: set[str] = set()
         self._first_filled: dict[str, int] = {}
         self._found: tuple[str, CompressedPrefix] | None = None  # by the request looked at last, which has no pages yet
+        self._missed: tuple[str, int, int, int] | None = None  # what no request held at its end, looked for last
         self._prefix_hits: list[PrefixHit] = []  # of the step being scheduled
         self.beside: tuple[SingleTypeKVCacheManager, ...] = ()  # those of other groups
 
@@ -102,7 +103,10 @@ class QFiltersManager(FullAttentionManager):
             found = self.prefixes.find(request, limits, longest)
         if self.resumes and limits is not None:
             shortest = 1 if found is None else found.position + 1
-            found = self.prefixes.find_end(request, limits, shortest, longest) or found
+            looked_for = (request.request_id, shortest, longest, self.prefixes.num_ends)
+            if looked_for != self._missed:  # a request that waits asks at every step
+                end = self.prefixes.find_end(request, limits, shortest, longest)
+                found, self._missed = end or found, None if end else looked_for
         self._found = None if found is None else (request.request_id, found)
         return found
 
@@ -332,6 +336,7 @@ class QFiltersManager(FullAttentionManager):
         is_out = indices if isinstance(indices, range) else frozenset(indices)
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
+        is_reading = request.num_computed_tokens < request.num_prompt_tokens
         self._keep_prefix(request)
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         self.all_evicted += evicted_tokens
@@ -345,7 +350,7 @@ class QFiltersManager(FullAttentionManager):
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,
             shared_pages_out=tuple(shared) if limits.private_window else (),
-            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens),
+            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if is_reading else 0,
         )
 
     def _keep_prefix(self, request: Request) -> None:
@@ -376,3 +381,5 @@ class QFiltersManager(FullAttentionManager):
         own = [block for block in blocks if self.prefixes.begins_with(block, limits, standing.cut)]
         if all(block.ref_cnt == 1 for block in own):
             self.prefixes.give_up(own)
+            for manager in self.beside:  # without those pages nobody finds what stands in the windows
+                self.prefixes.forget_cut(manager.req_to_blocks[request.request_id], limits, standing.cut)

@@ -1,7 +1,7 @@
 """The block manager of page granularity: knows the score of every page, and frees the lowest-scoring ones.
 
 Runs in the engine process. A page's score is the mean over its tokens, KV heads and layers of their normalised scores
-(worker/page_scores.py). It is final once the page is full, and belongs to the page, not to a sequence: sequences that
+(worker/page_scorer.py). It is final once the page is full, and belongs to the page, not to a sequence: sequences that
 share a page share its score, a prefix-cached page keeps it for the next request that hits it, and a preempted request
 finds it again or fills other pages anew. It is forgotten when the page is filled anew.
 """

@@ -118,6 +118,7 @@ class QFiltersScheduler(AsyncScheduler):
         self.unverified_drafts: Counter[str] = Counter()
         self._sitting_out: set[str] = set()  # requests that are to be cut, but not in the step being scheduled
         self._computed_tokens = 0  # of all requests that run
+        self._drafted: list[tuple[Request, int]] = []  # requests of a step with drafts, and what they had computed
         self._sent_stats = KVCompressionStats()
         self._histories: dict[str, _History] = {}
         self._pressed: set[str] = set()  # requests cut for want of pages in the step being scheduled
@@ -182,16 +183,22 @@ class QFiltersScheduler(AsyncScheduler):
                 del self.unverified_drafts[req_id]
         if isinstance(model_runner_output, QFiltersModelRunnerOutput):
             self.compression_stats.compaction_seconds += model_runner_output.compaction_seconds
-        drafted = [self.requests.get(req_id) for req_id in scheduler_output.scheduled_spec_decode_tokens]
-        before = sum(request.num_computed_tokens for request in drafted if request is not None)
+        drafted = (self.requests.get(req_id) for req_id in scheduler_output.scheduled_spec_decode_tokens)
+        self._drafted = [(request, request.num_computed_tokens) for request in drafted if request is not None]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        # Rejected drafts are computed no more, nor were they for a request that ended by now.
-        self._computed_tokens += sum(request.num_computed_tokens for request in drafted if request is not None) - before
+        self._take_off_rejected_drafts()
         return outputs
+
+    def _take_off_rejected_drafts(self) -> None:
+        """Rejected drafts are computed no more, nor were they for a request that ended by now. vLLM makes statistics
+        before the step's output is taken in to its end."""
+        self._computed_tokens += sum(request.num_computed_tokens - before for request, before in self._drafted)
+        self._drafted = []
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
+            self._take_off_rejected_drafts()
             # Only running sequences have evicted tokens: the others gave up their pages, and the count with them.
             evicted_tokens = self.block_manager.all_evicted
             self.compression_stats.resident_tokens = self._computed_tokens - evicted_tokens
@@ -288,17 +295,14 @@ class QFiltersScheduler(AsyncScheduler):
 
     def _new_pages(self, request: Request, num_tokens: int) -> int:
         """Pages that a running request needs for ``num_tokens`` more."""
-        computed = request.num_computed_tokens
-        end = computed + num_tokens
-        return self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=end + self.num_lookahead_tokens,
-            new_computed_blocks=self.kv_cache_manager.empty_kv_cache_blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=computed,
-            num_local_computed_tokens=computed,
-            num_tokens_main_model=end,
-        )
+        request_id, computed = request.request_id, request.num_computed_tokens
+        end, ahead = computed + num_tokens, self.num_lookahead_tokens
+        held = len(self.block_manager.req_to_blocks[request_id])
+        resident = self.block_manager.resident_tokens(request) + num_tokens + ahead
+        pages = max(0, cdiv(resident, self.block_manager.block_size) - held)
+        for manager in self.block_manager.beside:
+            pages += manager.get_num_blocks_to_allocate(request_id, end + ahead, (), computed, computed, end)
+        return pages
 
     @property
     def _num_groups(self) -> int:

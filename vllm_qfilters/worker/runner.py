@@ -375,7 +375,13 @@ class CompressedModelRunner:
         return FilterBank(filters, rotations, heads, first.num_kv_heads, rank, scale)
 
     def record_kept_tokens(self) -> None:
-        """From now on; forgets what was recorded before."""
+        """From now on; forgets what was recorded before.
+
+        Raises:
+            ValueError: requests may go on from what others held, of which nothing was recorded.
+        """
+        if self.compression.resumes:
+            raise ValueError("what stays is not recorded with prefix='resume'; use prefix='exact'")
         self.kept_tokens = KeptTokens(len(self.layers), self._kv_heads()[1], self.cache_config.block_size)
 
     def take_kept_tokens(self) -> dict[str, Any]:
@@ -533,11 +539,12 @@ def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
         f"prefill {prefill}",
         f"scope {config.scope}",
         f"evict {config.evict}",
+        *([f"prompt_share {config.prompt_share}"] if config.prompt_share else []),
+        *([f"prefix {config.prefix}"] if config.resumes else []),
     ]
     if config.method == "qfilters":
-        details = (
-            f" (rank {config.rank}, last {config.observed} queries observed)" if config.filter == "expected" else ""
-        )
+        has_rank = "rank" in config.entry.options
+        details = f" (rank {config.rank}, last {config.observed} queries observed)" if has_rank else ""
         parts.insert(1, f"filter {config.filter}{details}")
         parts.append(f"filters {origin}")
     if isinstance(config.budget, int):

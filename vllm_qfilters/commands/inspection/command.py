@@ -133,12 +133,15 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     assert limits is not None, "only a request's own budget switches compression off"
     # The endpoint is left out, as it changes nothing of what is kept.
     options = {name: value for name, value in policy.to_dict().items() if name != "endpoint"}
-    window = limits.protected_window(int(kept[0, 0, :end].sum())) if end else 0
+    num_kept = int(kept[0, 0, :end].sum())
+    sinks, window = (
+        limits.protected(num_kept, end, len(token_ids), end - num_kept, block_size) if end else (limits.sinks, 0)
+    )
     return Inspection(
         texts=token_texts(llm.get_tokenizer(), computed) if has_tokenizer else [""] * len(computed),
         prompt_tokens=len(token_ids),
         kept=kept,
-        sinks=limits.sinks,
+        sinks=sinks,
         window=range(end - window, end),
         budget=limits.budget,
         model=pathlib.PurePath(vllm_config.model_config.model).name,

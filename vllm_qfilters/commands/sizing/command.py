@@ -373,7 +373,7 @@ def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
     """The layers of a device; of the first stage, which has most of them, where there is a pipeline."""
     parallel = engine_args.tensor_parallel_size
     num_full, num_sliding, window = LayerKinds.of(model_config)
-    if kv_shapes(model_config.hf_text_config):
+    if len(kv_shapes(model_config.hf_text_config)) > 1:
         raise UsageError("layers whose KV heads differ are not reckoned")
     stages = engine_args.pipeline_parallel_size
     cache_dtype = engine_args.kv_cache_dtype
