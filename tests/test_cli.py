@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
-from vllm_qfilters import commands
+from vllm_qfilters import commands, kv_compression
 from vllm_qfilters.commands import calibrate, engine
 from vllm_qfilters.commands.arguments import UsageError
 from vllm_qfilters.commands.evaluation.engine import serve
@@ -27,11 +27,23 @@ from vllm_qfilters.filters.reader import load
 class FakeLLM:
     """Stands for vLLM's LLM: answers a prompt with its own text, refuses two of them."""
 
-    def __init__(self, max_model_len=4096, num_blocks=65, block_size=128):
+    def __init__(self, max_model_len=4096, num_blocks=65, block_size=128, layer_types=("full_attention",)):
         cache = SimpleNamespace(num_gpu_blocks=num_blocks, block_size=block_size)
-        self.model_config = SimpleNamespace(max_model_len=max_model_len, get_vocab_size=lambda: 100)
+        self.model_config = SimpleNamespace(
+            max_model_len=max_model_len,
+            get_vocab_size=lambda: 100,
+            get_total_num_hidden_layers=lambda: len(layer_types),
+            get_sliding_window=lambda: 128,
+            hf_text_config=SimpleNamespace(layer_types=list(layer_types)),
+        )
         self.llm_engine = SimpleNamespace(
-            vllm_config=SimpleNamespace(cache_config=cache),
+            vllm_config=SimpleNamespace(
+                cache_config=cache,
+                model_config=self.model_config,
+                scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+                parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+                additional_config=kv_compression()["additional_config"],
+            ),
             engine_core=SimpleNamespace(shutdown=lambda timeout: self.shutdowns.append(timeout)),
         )
         self.shutdowns, self.calls, self.params, self.queue = [], [], [], []
@@ -321,8 +333,17 @@ def test_calibration_fits_any_block_size(block_size, started, tiny_model):
     assert options["interval"] == options["chunk"] == (block_size or 128)
 
 
+WITH_WINDOWS = FakeLLM(num_blocks=10, layer_types=("sliding_attention", "sliding_attention", "full_attention"))
+
+
 @pytest.mark.parametrize(
-    "engine, num_tokens", [(FakeLLM(max_model_len=300), 299), (FakeLLM(num_blocks=4), 384), (FakeLLM(), 2048)]
+    "engine, num_tokens",
+    [
+        (FakeLLM(max_model_len=300), 299),
+        (FakeLLM(num_blocks=4), 384),
+        (FakeLLM(), 2048),
+        (WITH_WINDOWS, 384),  # three groups share nine pages
+    ],
 )
 def test_sequences_fit_model_and_cache(engine, num_tokens, started, tiny_model, capsys):
     started.next = engine
