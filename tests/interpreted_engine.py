@@ -175,7 +175,7 @@ def kept_of_requests(ranks: list[dict]) -> list:
     eviction, and the bits of what all layers and heads hold of the tokens before it."""
     found = []
     for req_id, (end, _) in ranks[0]["requests"].items():
-        kept, _ = assemble([{**rank, "requests": {req_id: rank["requests"][req_id]}} for rank in ranks], end)
+        _, kept, _ = assemble([{**rank, "requests": {req_id: rank["requests"][req_id]}} for rank in ranks], end)
         found.append([end, np.packbits(kept).tobytes().hex()])
     return found
 

@@ -122,16 +122,17 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_it_shows():
     kept = np.ones((2, 2, 4), dtype=bool)
     kept[1, :, 2] = False
     texts = ["</script>", "a&b\n", "", "\x1b"]
-    page = render(Inspection(texts, 4, kept, 1, range(3, 4), 128, "<b>", {"budget": 128, "filters": "<i>"}))
+    page = render(Inspection(texts, 4, [0, 5], kept, 1, range(3, 4), 128, "<b>", {"budget": 128, "filters": "<i>"}))
     parsed = Page(page)
     assert [text for *_, text in parsed.tokens] == ["</script>", "a&b\u21b5\n", "\u00b7", "\u241b"]
+    assert '<option value="1">5</option>' in page and parsed.data["layers"] == [0, 5]
     assert parsed.data["texts"] == texts and parsed.external == []
     assert "<b>" not in page and "<i>" not in page and "@@" not in page and "url(" not in page and "//" not in page
     assert "<label hidden>KV head" in page, "the heads agree"
 
 
 def test_a_page_of_a_prompt_kept_whole_says_why():
-    inspection = Inspection(["a"] * 9, 9, np.ones((1, 1, 9), dtype=bool), 4, range(0), 2048, "m", {})
+    inspection = Inspection(["a"] * 9, 9, [0], np.ones((1, 1, 9), dtype=bool), 4, range(0), 2048, "m", {})
     assert "Nothing was evicted: the budget is 2048 tokens." in render(inspection)
 
 
@@ -147,9 +148,12 @@ def test_ranks_are_put_together_by_layers_and_heads():
         for layers in ([0, 1], [2, 3])
         for head in (0, 1)
     ]
-    kept, end = assemble(ranks, 13)
+    for rank in ranks:
+        rank["layers"] = [5 + 6 * layer for layer in rank["layers"]]  # those between have a sliding window
+    layers, kept, end = assemble(ranks, 13)
+    assert layers == [5, 11, 17, 23]
     assert end == 11 and np.array_equal(kept[..., :11], whole) and kept[..., 11:].all()
-    kept, end = assemble([{**rank, "requests": {}} for rank in ranks], 13)
+    _, kept, end = assemble([{**rank, "requests": {}} for rank in ranks], 13)
     assert end == 0 and kept.all()
 
 

@@ -123,7 +123,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     (output,) = llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params)
     # The last token has been sampled, but not computed.
     computed = [*token_ids, *output.outputs[0].token_ids[:-1]]
-    kept, end = assemble(llm.collective_rpc("take_kept_tokens"), len(computed))
+    layers, kept, end = assemble(llm.collective_rpc("take_kept_tokens"), len(computed))
 
     vllm_config = llm.llm_engine.vllm_config
     has_tokenizer = not vllm_config.model_config.skip_tokenizer_init
@@ -140,6 +140,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     return Inspection(
         texts=token_texts(llm.get_tokenizer(), computed) if has_tokenizer else [""] * len(computed),
         prompt_tokens=len(token_ids),
+        layers=layers,
         kept=kept,
         sinks=sinks,
         window=range(end - window, end),
@@ -149,7 +150,7 @@ def inspect(llm: "LLM", token_ids: Sequence[int], max_tokens: int) -> Inspection
     )
 
 
-def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[np.ndarray, int]:
+def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[list[int], np.ndarray, int]:
     """Puts together what the ranks answered.
 
     Args:
@@ -157,19 +158,19 @@ def assemble(ranks: Sequence[Mapping[str, Any]], num_tokens: int) -> tuple[np.nd
         num_tokens: tokens of the sequence.
 
     Returns:
-        What is kept, shape ``[num_layers, num_kv_heads, num_tokens]``, bool, and the position of the last eviction, or
-        0 without one.
+        The layers that are compressed, by their indices; what is kept in them, shape
+        ``[num_layers, num_kv_heads, num_tokens]``, bool; and the position of the last eviction, or 0 without one.
     """
-    num_layers = 1 + max(layer for rank in ranks for layer in rank["layers"])
+    layers = sorted({layer for rank in ranks for layer in rank["layers"]})
     num_heads = max(rank["first_kv_head"] + rank["num_kv_heads"] for rank in ranks)
-    kept, end = np.ones((num_layers, num_heads, num_tokens), dtype=bool), 0
+    kept, end = np.ones((len(layers), num_heads, num_tokens), dtype=bool), 0
     for rank in ranks:
         for end, packed in rank["requests"].values():
             shape = (len(rank["layers"]), rank["num_kv_heads"], end)
             mask = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=int(np.prod(shape))).reshape(shape)
             first = rank["first_kv_head"]
-            kept[np.array(rank["layers"]), first : first + rank["num_kv_heads"], :end] = mask
-    return kept, end
+            kept[np.searchsorted(layers, rank["layers"]), first : first + rank["num_kv_heads"], :end] = mask
+    return layers, kept, end
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

@@ -18,6 +18,7 @@ class Inspection:
     Attributes:
         texts: the text of each token that was computed; empty where a token is a part of a character.
         prompt_tokens: how many of them, from the first on, are the prompt.
+        layers: the layers that are compressed, by their indices.
         kept: which tokens are resident; shape ``[num_layers, num_kv_heads, num_tokens]``, bool.
         sinks: the number of first tokens that cannot be evicted.
         window: positions of the tokens that could not be evicted when tokens were evicted last.
@@ -28,6 +29,7 @@ class Inspection:
 
     texts: Sequence[str]
     prompt_tokens: int
+    layers: Sequence[int]
     kept: np.ndarray
     sinks: int
     window: range
@@ -47,11 +49,11 @@ class Inspection:
 
 def render(inspection: Inspection) -> str:
     """Returns the page. Without scripts it still shows the share of all layers and heads that kept each token."""
-    num_layers, num_heads, num_tokens = inspection.kept.shape
+    _, num_heads, num_tokens = inspection.kept.shape
     heads_differ = bool((inspection.kept != inspection.kept[:, :1]).any())
     is_generated = inspection.prompt_tokens < num_tokens
     data = {
-        "layers": num_layers,
+        "layers": list(inspection.layers),
         "heads": num_heads,
         "tokens": num_tokens,
         "texts": list(inspection.texts),
@@ -65,8 +67,8 @@ def render(inspection: Inspection) -> str:
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
             for name, value in inspection.configuration.items()
         ),
-        "LAYERS": _options(num_layers),
-        "HEADS": _options(num_heads),
+        "LAYERS": _options(inspection.layers),
+        "HEADS": _options(range(num_heads)),
         "HEADS_HIDDEN": "" if heads_differ else " hidden",
         "GENERATED_LEGEND": ' &ensp; <span class="t o" style="--k:0">generated</span>' if is_generated else "",
         "TOKENS": "".join(
@@ -103,8 +105,8 @@ def _summary(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _options(count: int) -> str:
-    return "".join(f'<option value="{index}">{index}</option>' for index in range(count))
+def _options(names: Sequence[int]) -> str:
+    return "".join(f'<option value="{index}">{name}</option>' for index, name in enumerate(names))
 
 
 def _token(inspection: Inspection, index: int, count: int) -> str:
