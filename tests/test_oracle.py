@@ -11,6 +11,7 @@ from tests.models import HEAD_SIZE, layer_names, random_prompt, tiny_identity
 from tests.oracle import Rule, hook_queries, rotate, teacher_forced_logprobs
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, save
+from vllm_qfilters.policy import RANK
 
 CASES = {
     # id: (configuration, prompt length, generated tokens)
@@ -76,7 +77,7 @@ CASES = {
         400,
     ),
     "expected-prompt-share-of-a-short-prompt": (
-        dict(budget=256, window=0.25, sinks=4, interval=32, chunk=256, prompt_share=0.5),
+        dict(budget=256, window=0.25, sinks=4, interval=32, chunk=256, rank=0, prompt_share=0.5),
         100,
         300,
     ),
@@ -139,7 +140,7 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
         prompt_share=options.get("prompt_share", 0.0),
         method=options.get("method", "qfilters"),
         filter=options.get("filter", "expected"),
-        rank=options.get("rank", 0),
+        rank=options.get("rank", 0 if has_fixed_filter else RANK),
         observed=0 if has_fixed_filter else options.get("observed", 32),
         whole_pages=options.get("granularity") == "page",
         has_fp8_cache="kv_cache_dtype" in options,
