@@ -11,7 +11,6 @@ from tests.models import HEAD_SIZE, layer_names, random_prompt, tiny_identity
 from tests.oracle import Rule, hook_queries, rotate, teacher_forced_logprobs
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, save
-from vllm_qfilters.policy import RANK
 
 CASES = {
     # id: (configuration, prompt length, generated tokens)
@@ -140,7 +139,7 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
         prompt_share=options.get("prompt_share", 0.0),
         method=options.get("method", "qfilters"),
         filter=options.get("filter", "expected"),
-        rank=options.get("rank", 0 if has_fixed_filter else RANK),
+        rank=options.get("rank", 0),
         observed=0 if has_fixed_filter else options.get("observed", 32),
         whole_pages=options.get("granularity") == "page",
         has_fp8_cache="kv_cache_dtype" in options,
