@@ -143,7 +143,8 @@ def measure_openvino(job: dict[str, Any]) -> Numbers:
     while pipeline.has_non_finished_requests():
         pipeline.step()
     # The first sequence decodes while the last is read.
-    reading, most = read([add(prompt, job["steps"] + 4 * job["sequences"]) for prompt in prompts])
+    handles = [add(prompt, job["steps"] + 4 * job["sequences"]) for prompt in prompts]  # a request ends with its handle
+    reading, most = read(handles)
     seconds = []
     for _ in range(job["steps"]):
         begin = time.perf_counter()
