@@ -318,7 +318,7 @@ class QFiltersScheduler(AsyncScheduler):
             resident = self.block_manager.resident_tokens(request)
             evicted_tokens = limits.reducible_tokens(resident, request.is_prefill_chunk, self.block_manager.block_size)
             if evicted_tokens and not _awaits_last_token(request):
-                found.append((request, self.block_manager.at_once(request, evicted_tokens)))
+                found.append((request, evicted_tokens))
         return sorted(found, key=lambda reducible: -reducible[1])
 
     def _preempt_lowest_priority(self) -> Request:
