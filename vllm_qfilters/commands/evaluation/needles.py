@@ -45,6 +45,15 @@ class PromptFrame:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def encode_filler(self, filler: str, length: int, hidden: str) -> list[int]:
+        """Encodes the text that ``hidden`` is hidden in; raises ValueError if it has fewer than ``length`` tokens."""
+        token_ids = self.encode(filler)
+        if len(token_ids) < length:
+            raise ValueError(
+                f"the text to hide {hidden} in has {len(token_ids)} tokens, {length} are needed: give a longer one"
+            )
+        return token_ids
+
     def decode(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
 

@@ -49,11 +49,7 @@ def ruler_task(
         ValueError: ``filler`` or ``length`` is too short.
     """
     frame = PromptFrame(tokenizer)
-    token_ids = frame.encode(filler)
-    if len(token_ids) < length:
-        raise ValueError(
-            f"the text to hide things in has {len(token_ids)} tokens, {length} are needed: give a longer one"
-        )
+    token_ids = frame.encode_filler(filler, length, "things")
     questions = [
         KINDS[kind](frame, token_ids, length, random.Random(f"{seed} ruler {kind} {length} {repeat}"))
         for kind in kinds

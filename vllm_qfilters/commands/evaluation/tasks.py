@@ -249,11 +249,7 @@ def retrieval_task(
         ValueError: ``filler`` or ``length`` is too short.
     """
     frame = PromptFrame(tokenizer)
-    token_ids = frame.encode(filler)
-    if len(token_ids) < length:
-        raise ValueError(
-            f"the text to hide numbers in has {len(token_ids)} tokens, {length} are needed: give a longer one"
-        )
+    token_ids = frame.encode_filler(filler, length, "numbers")
     made = [
         (
             depth,
