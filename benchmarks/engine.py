@@ -45,7 +45,8 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.manager = getattr(self.scheduler, "block_manager", managers[0])
         self.preemptions = 0
         self._preempt_request = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._count_preemption

@@ -10,6 +10,8 @@ import random
 
 import pytest
 from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -380,6 +382,41 @@ def test_memory_goes_to_prefixes_only_while_nobody_needs_it(tiny_model):
     assert ask(prompt) == 0
 
 
+@pytest.mark.parametrize("prefix", ["exact", "resume"])
+def test_conversations_find_where_they_ended_in_a_cache_of_half_of_what_plain_vllm_needs(prefix, tiny_model):
+    """What prompts gave up at earlier cuts makes room for it. The next turn of each comes when all others have had
+    theirs."""
+    ask, histories = Asked(tiny_model, prefix=prefix), [prompt_of(300, seed=seed) for seed in range(12)]
+    assert len(histories) * 300 > 2 * NUM_BLOCKS * BLOCK
+    for turn in range(2):
+        for number, history in enumerate(histories):
+            found = ask(history, max_tokens=20)
+            assert found == 0 if turn == 0 else found >= len(history) - 50
+            histories[number] = [*ask.simulation.worker.ended[-1], *prompt_of(7, seed=turn)]
+
+
+def test_what_two_have_found_stays_as_long_as_what_prompts_end_with(tiny_model):
+    ask, shared = Asked(tiny_model), prompt_of(81)
+    for seed in range(2):
+        assert ask([*shared, *prompt_of(300, seed=seed)]) == (0 if seed == 0 else 80)
+    for seed in range(2, 9):  # which have more pages than there are
+        assert ask([*shared, *prompt_of(300, seed=seed)]) == 80, seed
+
+
+def test_keys_are_of_all_tokens_where_hashes_are_of_half_pages(tiny_model):
+    """As with several groups and --prefix-match-unit."""
+    ask = Asked(tiny_model)
+    prefixes = ask.simulation.scheduler.block_manager.prefixes
+    prefixes._pool.hash_block_size = BLOCK // 2
+    hasher = get_request_block_hasher(BLOCK // 2, sha256)
+    requests = [
+        Request(f"{end}", [*prompt_of(end), *prompt_of(100, seed=end)], SamplingParams(), None, block_hasher=hasher)
+        for end in (40, 80, 120)
+    ]
+    hashes = [prefixes._hash_of_tokens(request, 80) for request in requests]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
 WHOLE_PROMPTS = {"prefill": "full", "chunk": None, "prefill_interval": None}
 
 
@@ -423,6 +460,22 @@ def test_a_session_is_found_by_its_tokens_limits_and_salt_and_only_where_it_is_a
         assert ask(follow_up) == {"exact": 150, "resume": 160}[prefix]
         assert ask([*history, 7, 8]) == {"exact": 158, "resume": 160}[prefix]
         assert ask.simulation.scheduler.compression_stats.resumed_requests == {"exact": 0, "resume": 2}[prefix]
+
+
+def test_pages_from_before_any_cut_are_preferred_to_an_end_behind_fewer_tokens(tiny_model):
+    """Another budget left them there."""
+    ask, prompt = Asked(tiny_model, prefix="resume", chunk=400), prompt_of(51)
+    assert ask(prompt, max_tokens=61) == 0
+    (history,) = ask.simulation.worker.ended
+    longer = [*history, *prompt_of(150, seed=1)]
+    assert ask(longer, {"kv_budget": 0}) == 0
+    ask.simulation.ask([*longer, 7, 8])
+    ask.simulation.step()
+    ((output, _),) = ask.simulation.in_flight
+    (new,) = output.scheduled_new_reqs
+    assert new.num_computed_tokens == len(longer) // BLOCK * BLOCK
+    ask.simulation.finish()
+    assert ask.simulation.scheduler.compression_stats.resumed_requests == 0
 
 
 @pytest.mark.parametrize("granularity", ["layer", "page"])

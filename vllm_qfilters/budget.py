@@ -165,7 +165,7 @@ class RequestLimits:
 
     def keeps_prefix(self, cut: int, block_size: int) -> bool:
         """Whether what a prompt holds behind a cut stays in the prefix cache after the next one: so often that a prompt
-        leaves no more pages than it has tokens."""
+        leaves no more pages behind cuts than it has tokens."""
         assert self.prefill_interval is not None and self.first_prefill_cut is not None
         spacing = max(1, cdiv(self.prefix_tokens(block_size), self.prefill_interval))
         return (cut - self.first_prefill_cut) // self.prefill_interval % spacing == 0

@@ -4,7 +4,8 @@ Runs in the engine process; the block manager calls it. What a sequence holds wh
 its tokens up to there and of its limits: prompts are cut at multiples of ``prefill_interval``, and what a cut keeps
 follows from the tokens before it. So the pages behind a cut are found again by the hash of those tokens, as vLLM has
 it (salt and adapter are in it), the limits, the cut, and the place of the page. They are in vLLM's map of hashes and in
-its queue of free pages, and leave both as other pages do.
+its queue of free pages. What a prompt gives up at a cut leaves the cache before what prompts end with, since a prompt
+passes many cuts and most follow-up prompts go on from the last one; what others found twice stays as long.
 
 The pages of a cut belong together: another prompt that was cut at the same tokens may have decided a tie otherwise, for
 other tokens were computed beside its own. Therefore the pages of one sequence alone are there at a time.
@@ -19,14 +20,14 @@ cut are kept with it: what they hold was computed beside a compressed context, t
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from vllm_qfilters.budget import RequestLimits, cdiv
+from vllm_qfilters.budget import RequestLimits
 
 _INDEX_BYTES = 4
 _END, _FIRST = b"end", b"end, first page"  # in the place of a cut
@@ -76,6 +77,7 @@ class CompressedPrefixes:
     Attributes:
         windows: tokens that the layers of other groups attend to, the query's own among them, by group.
         num_ends: how often what a request held at its end was kept.
+        leaving: the pages that leave the prefix cache first.
     """
 
     def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
@@ -84,6 +86,8 @@ class CompressedPrefixes:
         self._group_id = group_id
         self.windows: dict[int, int] = {}
         self.num_ends = 0
+        self.leaving = LeavingFirst(block_pool)
+        self._ends: set[int] = set()  # positions at which anything was kept
 
     def find(self, request: Request, limits: RequestLimits, longest: int) -> CompressedPrefix | None:
         """The longest compressed prefix of a request that is there whole.
@@ -172,7 +176,7 @@ class CompressedPrefixes:
         """
         size, of_limits = self._block_size, _digest(limits)
         shortest = max(shortest, limits.budget - limits.interval)  # no less is left of what was ever cut
-        for position in range(longest // size * size, cdiv(shortest, size) * size - 1, -size):
+        for position in sorted((end for end in self._ends if shortest <= end <= longest), reverse=True):
             blocks = self._pages_at_end(request, of_limits, position)
             if blocks is not None:
                 return CompressedPrefix(None, blocks, position, position - len(blocks) * size, {})
@@ -189,6 +193,7 @@ class CompressedPrefixes:
         keys = [self._key_at_end(request, of_limits, position, index) for index in range(len(blocks))]
         keys.append(self._key_at_end(request, of_limits, position, len(blocks) - 1, _FIRST))
         self.num_ends += 1
+        self._ends.add(position)
         for place, block in zip(keys, [*reversed(blocks), blocks[0]], strict=True):
             key = make_block_hash_with_group_id(place, self._group_id)
             for other in self._pool.get_cached_block(place, [self._group_id]) or ():
@@ -246,7 +251,7 @@ class CompressedPrefixes:
         self, request: Request, of_limits: bytes, position: int, index: int, name: bytes = _END
     ) -> BlockHash:
         """Of a page that a request held at its end; index: from the last one on."""
-        tokens = request.block_hashes[position // self._block_size - 1]
+        tokens = self._hash_of_tokens(request, position)
         return BlockHash(tokens + of_limits + name + index.to_bytes(_INDEX_BYTES, "big"))
 
     def _beside(
@@ -274,8 +279,68 @@ class CompressedPrefixes:
         return found[0] if found else None
 
     def _hash(self, request: Request, limits: RequestLimits, cut: int, place: _Place) -> BlockHash:
-        tokens = request.block_hashes[place.end // self._block_size - 1]
+        tokens = self._hash_of_tokens(request, place.end)
         return BlockHash(tokens + _of_cut(limits, cut) + place.at.to_bytes(_INDEX_BYTES, "big"))
+
+    def _hash_of_tokens(self, request: Request, end: int) -> BlockHash:
+        """Of all tokens before ``end``. vLLM's hashes may be of less than a page where there are several groups."""
+        return request.block_hashes[end // self._pool.hash_block_size - 1]
+
+
+class LeavingFirst:
+    """Pages that leave the prefix cache first: a part of vLLM's queue of free pages, behind those that are not in the
+    prefix cache and before all others.
+
+    Args:
+        block_pool: whose pages they are.
+    """
+
+    def __init__(self, block_pool: BlockPool) -> None:
+        self._queue = block_pool.free_block_queue
+        # Behind it the next page is put. With its key: with another one it is elsewhere in the queue by now.
+        self._last: tuple[KVCacheBlock, bytes | None] = self._queue.fake_free_list_head, None
+        self._found: dict[int, tuple[bytes, int]] = {}  # by page: its key, and how many requests found it
+
+    def add(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Lets pages that were freed just now leave in this order, but for those that two requests have found."""
+        for block in blocks:
+            key = block.block_hash
+            if key is not None and not block.ref_cnt and not block.is_null and self._times_found(block) < 2:
+                self._queue.remove(block)
+                self._put_behind(self._place(), block)
+                self._last = block, key
+
+    def note_found(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """A request starts with these pages. Call before they leave the queue."""
+        found = {}
+        for block in blocks:
+            if block.block_hash is not None:
+                found[block.block_id] = block.block_hash, self._times_found(block) + 1
+        self._found |= found
+        last, _ = self._last
+        while last.block_id in found and last.prev_free_block is not None:
+            last = last.prev_free_block
+            self._last = last, last.block_hash
+
+    def _times_found(self, block: KVCacheBlock) -> int:
+        key, times = self._found.get(block.block_id, (None, 0))
+        return times if key == block.block_hash else 0
+
+    def _place(self) -> KVCacheBlock:
+        """The page, or the head of the queue, behind which the next one goes."""
+        last, key = self._last
+        if last.next_free_block is None or last.block_hash != key:
+            last = self._queue.fake_free_list_head
+        while (behind := last.next_free_block) is not None and behind.block_hash is None and behind.block_id >= 0:
+            last = behind
+        return last
+
+    def _put_behind(self, last: KVCacheBlock, block: KVCacheBlock) -> None:
+        behind = last.next_free_block
+        assert behind is not None, "the tail of the queue is behind all pages"
+        last.next_free_block, block.prev_free_block = block, last
+        block.next_free_block, behind.prev_free_block = behind, block
+        self._queue.num_free_blocks += 1
 
 
 def _of_cut(limits: RequestLimits, cut: int) -> bytes:

@@ -54,6 +54,7 @@ class QFiltersManager(FullAttentionManager):
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
+        self._superseded: list[KVCacheBlock] = []  # those of them that hold nothing a follow-up prompt would go on from
         self.prefixes = CompressedPrefixes(self.block_pool, self.block_size, self.kv_cache_group_id)
         self.resumes = False  # requests go on from what earlier ones held at their end; set by the scheduler
         self._standings: dict[str, _Standing] = {}
@@ -109,6 +110,10 @@ class QFiltersManager(FullAttentionManager):
                 found, self._missed = end or found, None if end else looked_for
         self._found = None if found is None else (request.request_id, found)
         return found
+
+    def start_elsewhere(self) -> None:
+        """The request looked at last does not start behind the prefix that was found."""
+        self._found = None
 
     def keep_end(self, request: Request) -> None:
         """Keeps what a request holds, where others go on from it. Call when it has ended, before its pages are freed.
@@ -169,8 +174,11 @@ class QFiltersManager(FullAttentionManager):
             prefill_end,
         )
 
-    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        super().add_local_computed_blocks(request_id, *args, **kwargs)
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        self.prefixes.leaving.note_found(new_computed_blocks)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         if self._found is not None and self._found[0] == request_id:
             _, found = self._found
             self._found = None
@@ -287,7 +295,7 @@ class QFiltersManager(FullAttentionManager):
         private = self.block_pool.get_new_blocks(len(replaced))
         copied_pages = tuple((i, block.block_id) for i, block in zip(replaced, private, strict=True))
 
-        self._released.extend(blocks[i] for i in replaced)
+        self._give_back(request, [blocks[i] for i in replaced])
         for i, block in zip(replaced, private, strict=True):
             blocks[i] = block
         return self._take_out(request, range(first_out, after_out), sinks, window, copied_pages)
@@ -307,8 +315,10 @@ class QFiltersManager(FullAttentionManager):
         """
         # Later pages first, as when a request ends: heads of prefixes are the last to leave the prefix cache.
         self.block_pool.free_blocks(reversed(self._released))
+        if self.enable_caching:
+            self.prefixes.leaving.add(reversed(self._superseded))
         freed = {block.block_id for block in self._taken_out if block.ref_cnt == 0}  # two may have shared one
-        self._released, self._taken_out = [], []
+        self._released, self._taken_out, self._superseded = [], [], []
         return len(freed)
 
     def _take_out(
@@ -331,7 +341,7 @@ class QFiltersManager(FullAttentionManager):
         blocks, resident = self.req_to_blocks[request_id], self.resident_tokens(request)
         limits = self.limits[request_id]
         shared = [blocks[i].block_id for i in indices if blocks[i].ref_cnt > 1]
-        self._released.extend(blocks[i] for i in indices)
+        self._give_back(request, [blocks[i] for i in indices])
         self._taken_out.extend(blocks[i] for i in indices)
         is_out = indices if isinstance(indices, range) else frozenset(indices)
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
@@ -352,6 +362,13 @@ class QFiltersManager(FullAttentionManager):
             shared_pages_out=tuple(shared) if limits.private_window else (),
             distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if is_reading else 0,
         )
+
+    def _give_back(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:
+        """Lets :meth:`release` return pages that a sequence loses at a cut. A prompt that ends later is read again
+        from there on, and what its last cut left is of more use than they are."""
+        self._released.extend(blocks)
+        if self.resumes or request.num_computed_tokens < request.num_prompt_tokens:
+            self._superseded.extend(blocks)
 
     def _keep_prefix(self, request: Request) -> None:
         """Keeps what a prompt holds behind the cut that was planned just now, if others can start there."""

@@ -370,15 +370,16 @@ class QFiltersScheduler(AsyncScheduler):
     def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         # limit: one of vLLM's own, from 0.33 on.
         prefix = self._compressed_prefix(request, *limit)
-        if prefix is not None:
-            by_group = {**prefix.beside, self.block_manager.kv_cache_group_id: prefix.blocks}
-            hit = KVCacheBlocks(tuple(by_group[group_id] for group_id in sorted(by_group)))
-            self._looked_up, self._idle_hit_pages = request, sum(map(_idle, hit.blocks))
-            return hit, prefix.position, 0, False
+        if prefix is not None and prefix.cut is not None:  # pages from before any cut are behind fewer tokens
+            return self._hit_behind(request, prefix)
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         longest = self._longest_prefix_cache_hit(request)
         if longest is not None and num_tokens > longest:
             blocks, num_tokens = self._hit_of_at_most(request, longest)
+        if prefix is not None:
+            if num_tokens < prefix.position:
+                return self._hit_behind(request, prefix)
+            self.block_manager.start_elsewhere()
         limits = self.block_manager.limits.get(request.request_id)
         if limits is not None and limits.elastic:
             blocks, num_tokens = self._hit_with_room(request, blocks, num_tokens)
@@ -386,6 +387,12 @@ class QFiltersScheduler(AsyncScheduler):
         self._looked_up = request
         self._idle_hit_pages = sum(map(_idle, blocks.blocks))
         return blocks, num_tokens, boundary, diverged
+
+    def _hit_behind(self, request: Request, prefix: CompressedPrefix) -> tuple[KVCacheBlocks, int, int, bool]:
+        by_group = {**prefix.beside, self.block_manager.kv_cache_group_id: prefix.blocks}
+        hit = KVCacheBlocks(tuple(by_group[group_id] for group_id in sorted(by_group)))
+        self._looked_up, self._idle_hit_pages = request, sum(map(_idle, hit.blocks))
+        return hit, prefix.position, 0, False
 
     def _hit_of_at_most(self, request: Request, longest: int) -> tuple[KVCacheBlocks, int]:
         """The longest hit of no more than ``longest`` tokens, in whole pages that all groups have."""
