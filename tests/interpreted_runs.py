@@ -38,6 +38,9 @@ SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=rand
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
 CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
 CALIBRATION = [random_prompt(40, seed=6)]
+# Cut while it is read, and while it is answered.
+ONE = [[dict(prompt=random_prompt(150, seed=12), max_tokens=12)]]
+METHODS = ("snapkv", "tova", "lagkv", "cur", "random", "keydiff")
 
 
 class InterpretedRuns:
@@ -93,6 +96,7 @@ class InterpretedRuns:
                 model=str(tiny_qwen_vl),
             ),
             dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
+            *(dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS),
         ]
         job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
         self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115

@@ -178,8 +178,8 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_exaone, exaone_
 
 def test_attention_sinks(tmp_path, monkeypatch):
     """GPT-OSS: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted, else like Hugging
-    Face. In two threads: plain vLLM 0.32 with --disable-hybrid-kv-cache-manager is wrong there, most of all at some 300
-    tokens, and right in one.
+    Face, also with all layers in one group. In two threads: plain vLLM 0.32 with --disable-hybrid-kv-cache-manager is
+    wrong there, most of all at some 300 tokens, and right in one.
     """
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -192,10 +192,12 @@ def test_attention_sinks(tmp_path, monkeypatch):
     prompts = [random_prompt(length, seed=length) for length in (700, 550, 300, 40)]
     requests = [dict(prompt=prompt, max_tokens=120) for prompt in prompts]
     hf_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    rule = make_rule(options)
-    for prompt, answer in zip(prompts, run_engine(model, requests, options, **LLM, dtype="float32"), strict=True):
-        expected, _ = teacher_forced_logprobs(hf_model, prompt, answer["token_ids"], made, rule)
-        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
+    in_one_group = dataclasses.replace(make_rule(options, min_window=SLIDING_WINDOW - 1), spares_windows=False)
+    for is_one_group, rule in ((False, make_rule(options)), (True, in_one_group)):
+        llm = dict(LLM, dtype="float32", disable_hybrid_kv_cache_manager=is_one_group)
+        for prompt, answer in zip(prompts, run_engine(model, requests, options, **llm), strict=True):
+            expected, _ = teacher_forced_logprobs(hf_model, prompt, answer["token_ids"], made, rule)
+            torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", [pytest.param("awq", marks=needs_avx512), "compressed-tensors"])

@@ -566,7 +566,7 @@ def test_whole_pages_outside_sinks_and_window_always_suffice(
         window=window,
         sinks=sinks,
         interval=interval,
-        prefill=prefill,
+        prefill=prefill if scope == "all" else None,
         scope=scope,
         granularity="page",
         max_budget="unlimited",
@@ -648,6 +648,10 @@ DOES_NOTHING = {
         dict(granularity="page", prompt_share=0.5),
         ("prompt_share=0.5 does nothing with granularity 'page'", "choose granularity 'layer' or 'head'"),
     ),
+    "scope-decode-prefill": (
+        dict(scope="decode", prefill="full"),
+        ("prefill='full' does nothing with scope 'decode'", "drop it, or choose scope 'all'"),
+    ),
     "scope-decode-chunk": (
         dict(scope="decode", chunk=2048),
         ("chunk=2048 does nothing with scope 'decode'", "drop it, or choose scope 'all'"),
@@ -713,4 +717,4 @@ def test_a_policy_lists_what_it_reads():
     assert set(policy_of().to_dict()) == {field.name for field in OPTIONS}
     assert policy_of().to_dict()["rank"] == 8 and policy_of(rank=2).to_dict()["rank"] == 2
     assert set(policy_of(method="streaming").to_dict()) == {field.name for field in OPTIONS} - OPTIONS_OF_SOME
-    assert not {"chunk", "prefill_interval"} & set(policy_of(scope="decode").to_dict())
+    assert not {"prefill", "chunk", "prefill_interval"} & set(policy_of(scope="decode").to_dict())

@@ -265,7 +265,7 @@ def test_the_table_of_readme_is_made_from_the_files_of_results(measured):
     assert f"|0.500|**1.25**|{NOT_MEASURED}|" in made
     assert f"|**0**|0.100|{NOT_MEASURED}|" in made
     assert "of 2, prompts of 8,000|**2**|**2**|1|" in made, "0.256 of 8,000 tokens is the budget"
-    assert "A CPU, 2 cores (AVX2), vLLM 0.32.0, commit abc1234, medians of 3 rounds" in made
+    assert "A CPU, 2 cores (AVX2), vLLM 0.32.0, commit abc1234; speed: medians of 3 rounds, quality: one run" in made
     assert not re.search(r"\*\*[a-z]", made), "nothing to warn of"
 
 

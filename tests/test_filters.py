@@ -841,6 +841,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache_root, monkeypatch)
     assert "the next start calibrates again" in warnings[0] and str(cache_root) in warnings[0]
 
 
+def test_a_cache_that_cannot_be_searched_is_done_without(cache_root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    warnings = []
+    monkeypatch.setattr(load.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(load.pathlib.Path, "exists", refuse)
+    assert cached_file(tiny_identity("org/tiny"), WEIGHTS, 8) is None
+    assert "Permission denied" in warnings[0] and "calibrated anew" in warnings[0]
+
+
 @pytest.mark.parametrize(
     "wanted", ["missing.safetensors", "folder/missing.safetensors", "/nowhere/at/all", "missing", "a/b/c"]
 )
@@ -1076,7 +1087,10 @@ def test_filters_of_random_weights_are_neither_looked_for_nor_kept(monkeypatch, 
     for name in ("cached_file", "keep"):
         monkeypatch.setattr(runner_module, name, lambda *arguments: 1 / 0)
     monkeypatch.setattr(runner_module, "given_file", lambda wanted, model, rank: FiltersFile(wanted, "", "given"))
+    warnings = []
+    monkeypatch.setattr(runner_module.logger, "warning", warnings.append)
     filters, origin = look_for_filters(monkeypatch, ranks, load_format="dummy")
+    assert "random weights of --load-format dummy" in warnings[0] and "config.filters" in warnings[0]
     assert filters == (STORED_RANK, "part") and origin.endswith("not kept, as the weights are random")
     assert look_for_filters(monkeypatch, ranks, "model.safetensors", "dummy")[1] == "given"
     assert look_for_filters(monkeypatch, ranks, load_format="dummy", rank=100)[0] == (100, "part")

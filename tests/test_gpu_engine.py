@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC, TURNS
+from tests.interpreted_runs import (
+    BATCHES,
+    CALIBRATION,
+    CROWD,
+    EVICTING,
+    METHODS,
+    ONE,
+    PAGES,
+    SHARED_PREFIX,
+    SHARING,
+    STATIC,
+    TURNS,
+)
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
@@ -16,7 +28,9 @@ from vllm_qfilters.filters.reader import load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True], [True], [True]]
+    stages = [len(result["v2_stages"]) for result in results]
+    assert stages == [1] * 6 + [2, 1, 1, 1] + [1] * len(METHODS)
+    assert all(all(result["v2_stages"]) for result in results)
     return results
 
 
@@ -135,3 +149,11 @@ def test_calibrates_what_the_cpu_path_calibrates(runs, calibrated, engines):
 def test_two_pipeline_stages_calibrate_as_one(runs, calibrated):
     one, two = (load(path, tiny_identity()) for path in calibrated.values())
     assert_same_filters(two, one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_evicts_what_it_evicts_on_cpus(method, runs, engines):
+    result = runs[10 + METHODS.index(method)]
+    assert result["compactions"] >= 2
+    options = dict(EVICTING, method=method)
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), ONE, result)

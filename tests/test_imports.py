@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from vllm_qfilters.methods.catalog import METHODS
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "vllm_qfilters"
 
 ALLOWED: dict[str, set[str]] = {
@@ -171,3 +173,11 @@ def test_what_names_a_class_by_a_string_names_one_that_is_there():
             node.name for node in ast.parse(pathlib.Path(origin).read_text()).body if isinstance(node, ast.ClassDef)
         }
         assert cls in classes, path
+
+
+def test_nothing_but_the_methods_and_the_catalogue_asks_for_a_method_by_name():
+    for module, path in MODULES.items():
+        if any(is_below(module, room) for room in ("core", "worker", "kernels", "attention")):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            named = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            assert not named & METHODS.keys(), path

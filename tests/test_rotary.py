@@ -1,12 +1,15 @@
 """RoPE as a linear map, against vLLM's own rotary embeddings."""
 
 import dataclasses
+import importlib
+import pkgutil
 
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_qfilters.filters.bank import FilterBank, query_factors
@@ -15,6 +18,7 @@ from vllm_qfilters.filters.format import HORIZON, Filters
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
 from vllm_qfilters.kernels import by_sequence
+from vllm_qfilters.worker.runner import _rotary_tables
 
 HEAD_SIZE, NUM_HEADS, NUM_TOKENS, MAX_POSITION = 64, 3, 200, 4096
 
@@ -28,6 +32,7 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=1024)
 DEFAULT = dict(rope_type="default", rope_theta=10000.0)
+SECTIONS = [16, 8, 8]
 
 ROPES = {
     # id: (rotary parameters, neox style, dtype of the table)
@@ -39,6 +44,27 @@ ROPES = {
     "yarn": (YARN, True, torch.float32),
     "yarn-partial-interleaved": ({**YARN, "partial_rotary_factor": 0.5}, False, torch.float32),
     "neox-bf16-table": (DEFAULT, True, torch.bfloat16),
+    "linear": ({**DEFAULT, "rope_type": "linear", "factor": 4.0}, True, torch.float32),
+    "ntk": ({**DEFAULT, "rope_type": "ntk", "factor": 4.0}, True, torch.float32),
+    "dynamic": ({**DEFAULT, "rope_type": "dynamic", "factor": 4.0}, True, torch.float32),
+    "dynamic-alpha": ({**DEFAULT, "rope_type": "dynamic", "alpha": 100.0}, True, torch.float32),
+    "proportional": ({**DEFAULT, "rope_type": "proportional", "partial_rotary_factor": 0.5}, True, torch.float32),
+    "mrope": ({**DEFAULT, "mrope_section": SECTIONS}, True, torch.float32),
+    "mrope-interleaved": ({**DEFAULT, "mrope_section": SECTIONS, "mrope_interleaved": True}, True, torch.float32),
+    "mrope-yarn": ({**YARN, "mrope_section": SECTIONS}, True, torch.float32),
+    "mrope-bailing": ({**DEFAULT, "rope_type": "bailing_mrope", "mrope_section": SECTIONS}, True, torch.float32),
+}
+FOPE = dict(use_fope=True, num_key_value_heads=3, num_inv_freq=16, fope_sep_head=True, fope_init_factor=0.1)
+REFUSED = {"FourierRotaryEmbedding", "DualChunkRotaryEmbedding"}
+ELSEWHERE = {
+    "Phi3LongRoPEScaledRotaryEmbedding": "tests/test_architectures.py calibrates a model with it",
+    "Ernie4_5_VLRotaryEmbedding": "that of M-RoPE, but for the order of what images turn by",
+    "MRotaryEmbeddingInterleaved": "that of M-RoPE, but for the order of what images turn by",
+    "DeepseekScalingRotaryEmbedding": "of models with MLA",
+    "DeepseekV4ScalingRotaryEmbedding": "of models with MLA",
+    "Llama4VisionRotaryEmbedding": "of encoders of images",
+    "ApplyRotaryEmb": "no embedding",
+    "RotaryEmbeddingBase": "the others derive from it",
 }
 
 
@@ -241,3 +267,31 @@ def test_embeddings_whose_table_depends_on_the_length_have_none():
     rope = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
     config = LlamaConfig(head_dim=HEAD_SIZE, num_attention_heads=1, hidden_size=HEAD_SIZE, rope_parameters=rope)
     assert RotaryTable.both_styles(LlamaRotaryEmbedding(config), num_positions=300) == []
+
+
+def test_every_rotary_embedding_of_vllm_is_one_whose_rotation_is_known_or_refused():
+    modules = [
+        importlib.import_module(f"{rotary_embedding.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(rotary_embedding.__path__)
+    ]
+    classes = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__ == module.__name__
+    }
+    known = {type(make_rope(case)).__name__ for case in ROPES}
+    assert classes == known | REFUSED | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_rotation_that_is_no_table_of_positions_is_refused(name):
+    with set_current_vllm_config(VllmConfig()):
+        if name == "FourierRotaryEmbedding":
+            rope = get_rope(HEAD_SIZE, MAX_POSITION, True, {**DEFAULT, **FOPE}, torch.float32)
+        else:  # it is made on a GPU alone
+            rope = rotary_embedding.DualChunkRotaryEmbedding.__new__(rotary_embedding.DualChunkRotaryEmbedding)
+            torch.nn.Module.__init__(rope)
+    assert type(rope).__name__ == name
+    with pytest.raises(ValueError, match=f"for {name} of a.layer.*choose a method without filters"):
+        _rotary_tables(rope, "a.layer", MAX_POSITION)

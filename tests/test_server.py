@@ -1,5 +1,6 @@
 """The real server over HTTP, with the OpenAI client, on the demo model."""
 
+import functools
 import json
 import os
 import pathlib
@@ -200,11 +201,11 @@ def test_a_clean_end(server, client):
     assert server.sequences() == []
 
 
-def test_page_granularity_frees_pages_and_two_api_servers_count_them_once():
+def test_pages_are_counted_once_by_two_api_servers_and_a_session_goes_on_from_its_end():
     flags = ["--kv-compression", "qfilters", "--kv-compression-config.granularity", "page", "--api-server-count", "2"]
-    for name, value in (("budget", BUDGET), ("interval", BLOCK), ("chunk", 512)):
+    for name, value in (("budget", BUDGET), ("interval", BLOCK), ("chunk", 512), ("prefix", "resume")):
         flags += [f"--kv-compression-config.{name}", str(value)]
-    pages = serve(*flags)
+    pages = serve(*flags, "--enable-prompt-tokens-details")
     try:
         assert any("KV compression is on" in line and "granularity page" in line for line in pages.log)
         evicted = 0
@@ -222,6 +223,18 @@ def test_page_granularity_frees_pages_and_two_api_servers_count_them_once():
         metrics = pages.metrics()
         assert metrics["evicted_tokens_total"] == evicted == metrics["freed_pages_total"] * BLOCK
         assert metrics["request_resident_tokens_count"] == 4
+
+        with openai.OpenAI(base_url=pages.url + "/v1", api_key="none", max_retries=0, timeout=300) as client:
+            ask = functools.partial(client.completions.create, model="demo", max_tokens=60, temperature=0)
+            extra = {"ignore_eos": True, "return_token_ids": True}
+            (first,) = ask(prompt="Tell it again: " + text(900), extra_body=extra).choices
+            history = [*first.prompt_token_ids, *first.token_ids]
+            usage = ask(prompt=[*history, *first.prompt_token_ids[:20]], extra_body=extra).usage
+            with pytest.raises(openai.BadRequestError, match=f"kv_budget={BUDGET + 1}: more than this server allows"):
+                ask(prompt="a b c", extra_body={"vllm_xargs": {"kv_budget": BUDGET + 1}})
+            # What was generated last was never computed.
+            assert usage.prompt_tokens_details.cached_tokens == (len(history) - 1) // BLOCK * BLOCK
+        assert pages.metrics()["resumed_requests_total"] == 1
         assert not any("Traceback" in line for line in pages.log)
     finally:
         pages.stop()

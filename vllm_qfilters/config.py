@@ -52,13 +52,13 @@ class KVCompressionConfig:
             pages, by the mean score of their tokens, and nothing moves. Sinks then protect every page they reach into.
         prefill: ``chunked``: a prompt is cut while it is read, so that a sequence never holds more than ``budget +
             chunk``, and to the budget at its end; ``full``: the whole prompt is attended first and cut when decoding
-            begins.
+            begins. None, the default, becomes ``chunked``.
         scope: ``all``: prompt and generated tokens share the budget; ``decode``: the prompt is kept, and the budget is
             for generated tokens alone.
         prompt_share: the part of a budget that the prompt's tokens hold to the end, in [0, 1). Once a prompt is read,
             sequences evict from it alone until no more of it is left than that; from then on they evict from what was
-            generated alone. A shorter prompt stays whole, and of a longer one what scores highest. None, the default,
-            becomes 0: all tokens compete.
+            generated alone. A shorter prompt stays whole, and of a longer one what scores highest. Not with
+            ``evict: pressure``. None, the default, becomes 0: all tokens compete.
         chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block
             size. None, the default, becomes 2048.
         prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the
@@ -81,7 +81,8 @@ class KVCompressionConfig:
         prefix: ``exact``: a prompt that begins as an earlier one did starts behind what that one's tokens made of a
             prefix, and its answer is a cold reading's; ``resume``: one that begins with an earlier prompt and its whole
             answer goes on from what that request held at its end, as a session that never left the engine. It reads
-            what is new alone; its answer depends on what the cache still holds.
+            what is new alone; its answer depends on what the cache still holds. It needs ``evict: always``, ``scope:
+            all``, a budget in tokens, and vLLM's prefix cache.
         endpoint: a server answers ``GET /kv_compression`` with the sequences it is running. Their request ids are
             visible to whoever reaches it: vLLM asks for its API key below ``/v1`` alone.
 
@@ -98,7 +99,7 @@ class KVCompressionConfig:
     sinks: int = 4
     interval: int | None = None
     granularity: str = "layer"
-    prefill: str = "chunked"
+    prefill: str | None = None
     scope: str = "all"
     prompt_share: float | None = None
     chunk: int | None = None
@@ -115,7 +116,8 @@ class KVCompressionConfig:
         if self.filter is not None:
             check_choice("filter", self.filter, tuple(QFILTERS))
         check_choice("granularity", self.granularity, GRANULARITIES)
-        check_choice("prefill", self.prefill, PREFILLS)
+        if self.prefill is not None:
+            check_choice("prefill", self.prefill, PREFILLS)
         check_choice("scope", self.scope, SCOPES)
         check_choice("evict", self.evict, EVICTS)
         check_choice("prefix", self.prefix, PREFIXES)

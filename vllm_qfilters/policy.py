@@ -32,6 +32,7 @@ INTERVAL = 128
 CHUNK = 2048
 PREFILL_INTERVAL = 512  # unless `chunk` is less: GPUs are busy with as many
 
+PREFILL = "chunked"
 RANK = 8
 OBSERVED = 32
 FILTERS = "auto"
@@ -319,7 +320,7 @@ def resolve(
         sinks=config.sinks,
         interval=interval,
         granularity=config.granularity,
-        prefill=config.prefill,
+        prefill=PREFILL if config.prefill is None else config.prefill,
         scope=config.scope,
         prompt_share=config.prompt_share or 0.0,
         chunk=chunk,
@@ -415,11 +416,12 @@ def _unread_options(config: KVCompressionConfig, entry: Entry, filter: str | Non
             "granularity 'page', which evicts pages by score wherever they are: drop it, or choose"
         )
         reasons["prompt_share"] += " granularity 'layer' or 'head'"
-    for name in ("chunk", "prefill_interval"):
-        if config.scope == "decode":
-            reasons[name] = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
-        elif config.prefill == "full":
-            reasons[name] = "prefill 'full', which reads prompts whole: drop it, or choose prefill 'chunked'"
+    if config.scope == "decode":
+        whole = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
+        reasons |= dict.fromkeys(("prefill", "chunk", "prefill_interval"), whole)
+    elif config.prefill == "full":
+        whole = "prefill 'full', which reads prompts whole: drop it, or choose prefill 'chunked'"
+        reasons |= dict.fromkeys(("chunk", "prefill_interval"), whole)
     return reasons
 
 

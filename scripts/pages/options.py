@@ -2,26 +2,32 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scripts.pages.markdown import plain_table
-from vllm_qfilters.config import PREFILLS, REQUEST_BUDGET_KEY, SCOPES, KVCompressionConfig
+from vllm_qfilters.config import REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY, KVCompressionConfig
 from vllm_qfilters.methods.catalog import METHODS, OPTIONS_OF_SOME, QFILTERS, Entry
 from vllm_qfilters.policy import resolve
+
+# Settings other than the default that do without some options.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "`scope` `all`": {"scope": "decode"},
+    "`prefill` `chunked`": {"prefill": "full"},
+    "`granularity` `layer` or `head`": {"granularity": "page"},
+}
 
 HEAD = f"""# Options
 
 A server takes them behind `--kv-compression METHOD`, as one JSON object
 (`--kv-compression-config '{{"budget": 1024}}'`) or one by one (`--kv-compression-config.budget 1024`). In Python they
 are arguments of `kv_compression(METHOD, ...)`. A request sets its own budget as `{REQUEST_BUDGET_KEY}` in `vllm_xargs`
-(over HTTP) or in `SamplingParams.extra_args`, up to `max_budget`. An option that nothing would read is refused. The
-[glossary](glossary.md) explains the words.
+(over HTTP) or in `SamplingParams.extra_args`, up to `max_budget`, and asks for `evict` `always` as
+`{REQUEST_EVICT_KEY}`. An option that nothing would read is refused. The [glossary](glossary.md) explains the words.
 
 `scripts/make_docs.py` made this page from `vllm_qfilters/config.py`, `vllm_qfilters/policy.py` and
 `vllm_qfilters/methods/catalog.py`.
@@ -43,6 +49,8 @@ def described() -> dict[str, str]:
 
 def default(option: str) -> str:
     """What an option becomes if nobody gives it, as JSON has it."""
+    if option == "max_budget":
+        return "`budget`"
     value = getattr(resolve(KVCompressionConfig()), option)
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
@@ -69,21 +77,21 @@ def _type(kind: Any) -> str:
 
 def _read_by(option: str) -> str:
     """Which methods and settings read an option, the latter as the policy says."""
-    text = "all methods"
     if option in OPTIONS_OF_SOME:
         filters = [name for name, entry in QFILTERS.items() if option in entry.options]
         of_filter = "" if len(filters) in (0, len(QFILTERS)) else f" with `filter` {_any_of(filters)}"
         others = [name for name, entry in METHODS.items() if option in entry.options and name != "qfilters"]
-        text = ", ".join([f"`qfilters`{of_filter}"] * bool(filters) + [f"`{name}`" for name in others])
-    readers = {
-        (scope, prefill)
-        for scope, prefill in itertools.product(SCOPES, PREFILLS)
-        if option in resolve(KVCompressionConfig(scope=scope, prefill=prefill)).to_dict()
-    }
-    if 0 < len(readers) < len(SCOPES) * len(PREFILLS):
-        settings = (f"`scope` `{scope}` and `prefill` `{prefill}`" for scope, prefill in sorted(readers))
-        text += f", with {' or '.join(settings)}"
-    return text
+        return ", ".join([f"`qfilters`{of_filter}"] * bool(filters) + [f"`{name}`" for name in others])
+    needed = [text for text, settings in _SETTINGS.items() if not _is_read(option, settings)]
+    return f"all methods, with {_all_of(needed)}" if needed else "all methods"
+
+
+def _is_read(option: str, settings: Mapping[str, Any]) -> bool:
+    return option in resolve(KVCompressionConfig(**settings)).to_dict()
+
+
+def _all_of(texts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def _any_of(names: Iterable[str]) -> str:

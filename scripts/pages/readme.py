@@ -103,12 +103,12 @@ def prefix_cache() -> str:
     """Where hits in the prefix cache end, asked of the limits of a request."""
     cuts = {budget: kept_cuts(KVCompressionConfig(budget=budget)) for budget in (1024, 2048, 4096, 8192)}
     policy = resolve(KVCompressionConfig(), block_size=PREFIX_CACHE_PAGE)
+    first, then = [kept[0] for kept in cuts.values()], [kept[1] - kept[0] for kept in cuts.values()]
     lines = (
-        "A prompt that goes on where an earlier one ended starts there: its last answer is read, and what is new.",
-        "Prompts that begin alike and part start at the last cut before that was kept, or below the first. At budgets",
-        f"of {_listed(cuts)} tokens the first cut is at {_listed(of_budget[0] for of_budget in cuts.values())},",
-        f"and then one in {_listed(of_budget[1] - of_budget[0] for of_budget in cuts.values())} tokens is kept",
-        f"(pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}).",
+        "A prompt that goes on where one of the same budget ended starts there: its last answer is read, and what is",
+        "new. Prompts that part earlier start at the last cut before that was kept, or below the first. At budgets of",
+        f"{_listed(cuts)} tokens the first cut is at {_listed(first)}, and then one every",
+        f"{_listed(then)} tokens is kept (pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}).",
     )
     return "\n".join(lines)
 
@@ -226,10 +226,8 @@ def _follow_up_rows(files: Sequence[File]) -> list[Row]:
     if file is None:
         return []
     history = number(file.values["options"]["history"])
-    whole = {"qfilters": "qfilters, prefill full"}
     rows = [
         Row(f"s to the next turn's first token, history of {history}", _medians(file, "second_ttft_s", _same())),
-        Row("the same with `prefill: full`", _medians(file, "second_ttft_s", whole)),
         Row("tokens of this history read again", _medians(file, "read_again_tokens", _same())),
     ]
     return [row for row in rows if any(value is not None for value in row.values.values())]
@@ -263,7 +261,7 @@ def _quality_row(of_kind: str, settings: Values, cells: dict[str, Values | None]
     if of_kind == "retrieval":
         label = f"hidden numbers found of {full['trials']}, prompts of {number(settings['length'])}"
         return Row(label, each(lambda cell: cell["found"]), most_is_best=True)
-    label = f"answers of {number(settings['tokens'])} tokens that turn in circles, of {len(full['lengths'])}"
+    label = f"answers of up to {number(settings['tokens'])} tokens that turn in circles, of {len(full['lengths'])}"
     return Row(label, each(lambda cell: cell["loops"]))
 
 
@@ -292,9 +290,9 @@ def _origin(files: Sequence[File]) -> str:
     rounds = {len(file.rounds) for file in files if file.rounds}
     text = f"{each('cpu')} ({each('isa')}), vLLM {each('vllm')}, commit {each('commit')}"
     if rounds:
-        text += f", medians of {' / '.join(map(str, sorted(rounds)))} rounds"
+        text += f"; speed: medians of {' / '.join(map(str, sorted(rounds)))} rounds, quality: one run"
     remarks = dict.fromkeys(remark for file in files for remark in file.remarks)
     if len({run["commit"] for run in runs}) > 1:
         remarks["several commits"] = None
     warning = f" **{', '.join(remarks)}**" if remarks else ""
-    return f"{text}. The best of each row is bold.{warning}"
+    return f"{text}.\nThe best of each row is bold, often within noise.{warning}"

@@ -223,6 +223,10 @@ def _mappings(file: File) -> list[str]:
             parts.append(table([_words(name), *map(_words, columns)], rows))
         elif isinstance(value, dict):
             parts.append(table([_words(name), ""], [[title, number(n)] for title, n in value.items()]))
+        elif isinstance(value, list) and value and all(isinstance(sample, dict) for sample in value):
+            columns = list(value[0])
+            rows = [[number(sample[column]) for column in columns] for sample in value]
+            parts.append(table([f"{_words(name)}: {columns[0]}", *columns[1:]], rows))
         elif isinstance(value, list):
             single.append([_words(name), str(len(value))])
         else:

@@ -95,10 +95,8 @@ def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
 def cached_file(model: ModelIdentity, weights: str, rank: int) -> FiltersFile | None:
     """Filters that were calibrated for these weights before; None: there are none, or none that can be used."""
     path = cache_path(model, weights)
-    if not path.exists():
-        return None
     try:
-        return _checked(path, model, rank, f"cache {path}")
+        return _checked(path, model, rank, f"cache {path}") if path.exists() else None
     except (ValueError, OSError) as error:
         logger.warning("KV compression: cached filters cannot be used (%s): they are calibrated anew", error)
         return None

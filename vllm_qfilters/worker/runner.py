@@ -4,6 +4,7 @@ A model runner applies compaction plans before, and resident lengths after, what
 is the business of ``runner_v1.py`` and ``runner_v2.py``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -454,6 +455,11 @@ class CompressedModelRunner:
         filters = self.calibrate_filters(sequences, description, max(rank, STORED_RANK))
         if is_random:
             kept = "not kept, as the weights are random"
+            if ranks.is_first_rank:
+                logger.warning(
+                    "KV compression: filters are calibrated of the random weights of --load-format dummy; for weights "
+                    "that are loaded into the model later give --kv-compression-config.filters"
+                )
         else:
             kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
         return filters.of(self._part()), f"calibrated now ({description}), {kept}"
@@ -536,13 +542,13 @@ def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
         f"sinks {config.sinks}",
         f"interval {config.interval}",
         f"granularity {config.granularity}",
-        f"prefill {prefill}",
+        *([f"prefill {prefill}"] if config.scope == "all" else []),
         f"scope {config.scope}",
         f"evict {config.evict}",
         *([f"prompt_share {config.prompt_share}"] if config.prompt_share else []),
         *([f"prefix {config.prefix}"] if config.resumes else []),
     ]
-    if config.method == "qfilters":
+    if config.filter is not None:
         has_rank = "rank" in config.entry.options
         details = f" (rank {config.rank}, last {config.observed} queries observed)" if has_rank else ""
         parts.insert(1, f"filter {config.filter}{details}")
@@ -578,14 +584,15 @@ def _rotary_tables(
     """
     if rotary_emb is None:
         return []
+    tables: Sequence[RotaryEmbeddingBase | RotaryTable] = []
     if isinstance(rotary_emb, RotaryEmbeddingBase):
-        return [rotary_emb]
-    if isinstance(rotary_emb, Phi3LongRoPEScaledRotaryEmbedding):
-        return [RotaryTable.of_longrope(rotary_emb)]
-    try:
-        tables = RotaryTable.both_styles(rotary_emb, num_positions)
-    except AttributeError:
-        tables = []
+        if rotary_emb.cos_sin_cache.shape[1:] == (rotary_emb.rotary_dim,):  # FoPE has cosines of its own in each head
+            tables = [rotary_emb]
+    elif isinstance(rotary_emb, Phi3LongRoPEScaledRotaryEmbedding):
+        tables = [RotaryTable.of_longrope(rotary_emb)]
+    else:
+        with contextlib.suppress(AttributeError):
+            tables = RotaryTable.both_styles(rotary_emb, num_positions)
     if not tables:
         raise ValueError(
             f"filters cannot be calibrated for {type(rotary_emb).__name__} of {layer_name}, whose rotation cannot be "
