@@ -1,6 +1,7 @@
 """Load and faults on a real server, on loopback and for a bounded time: what is lost, leaks, grows, or hangs?
 
     python scripts/load_test.py [--minutes 10] [--model FOLDER] [--full-size] [any argument of vllm serve]
+    python scripts/load_test.py --kv-compression-config.evict always --kv-compression-config.prefix resume
 
 Starts ``vllm serve`` with two API servers, elastic budgets (``evict: pressure``) and a cache so small that requests are
 preempted all the time, and sends at once
@@ -361,6 +362,9 @@ async def put_under_load(server: LoadedServer, load: Load, arguments: argparse.N
         "pressure_compactions": int(numbers["kv_compression_pressure_compactions_total"]),
         "evicted_tokens": int(numbers["kv_compression_evicted_tokens_total"]),
         "freed_pages": int(numbers["kv_compression_freed_pages_total"]),
+        "prefix_hits": int(numbers["kv_compression_prefix_hits_total"]),
+        "prefix_hit_tokens": int(numbers["kv_compression_prefix_hit_tokens_total"]),
+        "resumed_requests": int(numbers["kv_compression_resumed_requests_total"]),
         "cache_pages": NUM_PAGES - 1,
         "leaked_pages": 0 if all_pages_free else max((int(match[1]) for match in held if match), default=-1),
         "went_idle": went_idle,
@@ -509,6 +513,9 @@ def print_report(report: dict[str, Any]) -> None:
         "pressure_compactions",
         "evicted_tokens",
         "freed_pages",
+        "prefix_hits",
+        "prefix_hit_tokens",
+        "resumed_requests",
         "leaked_pages",
         "same_answer_as_before",
     )

@@ -47,10 +47,24 @@ def answer(engine: Engine) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def next_turn(engine: Engine) -> list[int]:
+    """Of a conversation whose first turn left a compressed prefix."""
+    engine.drop_everything()
+    (first,) = generate_each(engine.llm, REQUESTS[:1])
+    history = [*REQUESTS[0]["prompt"], *first.outputs[0].token_ids, *random_prompt(20, seed=3)]
+    before = engine.scheduler.compression_stats.prefix_hits
+    (second,) = generate_each(engine.llm, [dict(prompt=history, max_tokens=30)])
+    assert engine.scheduler.compression_stats.prefix_hits - before == 1 and second.num_cached_tokens >= 448
+    engine.assert_idle()
+    return list(second.outputs[0].token_ids)
+
+
 @pytest.mark.parametrize("granularity", ["head", "page"])
 def test_two_ranks_answer_as_one(granularity, start, tiny_filters, engines):
     compression = dict(COMPRESSION, filters=str(tiny_filters[0]), granularity=granularity)
-    assert answer(start(compression, tensor_parallel_size=2)) == answer(engines.get(**compression, **CACHE))
+    two, one = start(compression, tensor_parallel_size=2), engines.get(**compression, **CACHE)
+    assert answer(two) == answer(one)
+    assert next_turn(two) == next_turn(one)
 
 
 def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, monkeypatch, tmp_path):
@@ -65,10 +79,11 @@ def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, monkeypatch,
 def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeypatch, tmp_path):
     """One has one of the three layers, the other two. Two batches are in flight."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    found = answer(start(COMPRESSION, pipeline_parallel_size=2))
+    stages = start(COMPRESSION, pipeline_parallel_size=2)
+    found, turn = answer(stages), next_turn(stages)
     (path,) = (tmp_path / "qfilters").iterdir()
     engine = engines.get(**COMPRESSION, **CACHE, filters=str(path))
-    assert found == answer(engine)
+    assert found == answer(engine) and turn == next_turn(engine)
     engine.drop_everything()
     expected, calibrated = (
         engine.runner.calibrate_filters(engine.runner._random_sequences(), ""),
