@@ -40,9 +40,9 @@ PLOT_INCHES, PLOT_DPI = (7, 4), 200  # at 700 pixels of width 1 pt of text is 1.
 SIZES = {
     # As many steps as tokens are evicted in one go: every sequence is compacted once while steps are timed.
     "decode": f"--budget {BUDGET} --contexts 1024 4096 7000 --sequences 4 --steps 128 --no-limit",
-    # An eighth of the demand, and the page that vLLM keeps for itself: plain vLLM holds one sequence of 48 pages to its
-    # end, and preempts none for want of a single page.
-    "throughput": f"--budget {BUDGET} --requests 8 --prompt 6000 --output-tokens 144 --cache 0.13",
+    # An eighth of the demand, and the page that vLLM keeps for itself: plain vLLM holds two sequences of 48 pages to
+    # their ends. Of half as many requests a single page decides how many run at once.
+    "throughput": f"--budget {BUDGET} --requests 16 --prompt 6000 --output-tokens 144 --cache 0.13",
     "follow_up": f"--budget {BUDGET} --history 6000 --message 200 --conversations 1",
     "loss": "--tasks streaming --sequences 4 --tokens 7168 --loss-from 3072 --budgets 512 1024 2048",
     # The fractions make a budget of 2,048 tokens.
