@@ -1,4 +1,5 @@
 import collections
+import gc
 import os
 import sys
 import tempfile
@@ -54,6 +55,15 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # vLLM collects garbage with every engine that ends: of some 600,000 objects of modules each time
+
+
+def pytest_unconfigure():
+    gc.freeze()  # and with every engine that ends with the process
 
 
 def pytest_report_header():

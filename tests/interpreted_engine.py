@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from tests.engines import register_qwen_vl
+from tests.interpreted_runs import prompt_after
 from tests.paged import ForbiddenReads
 from tests.specialisations import recorded
 from vllm_qfilters import kv_compression
@@ -209,21 +210,25 @@ def run(
     engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
-    if compression is not None:
+    is_recorded = compression is not None and compression.get("prefix") != "resume"
+    if is_recorded:
         engine.collective_rpc("record_kept_tokens")
-        if engine.llm_engine.vllm_config.parallel_config.world_size == 1:  # else no worker is in this process
-            check_metadata(engine.llm_engine.model_executor.driver_worker.worker.model_runner, scheduler)
+    is_alone = engine.llm_engine.vllm_config.parallel_config.world_size == 1  # else no worker is in this process
+    if compression is not None and is_alone:
+        check_metadata(engine.llm_engine.model_executor.driver_worker.worker.model_runner, scheduler)
     QFiltersGPUModelRunner.warm_up = warm_up
     batches = requests if isinstance(requests[0], list) else [requests]
-    outputs, launched_while_serving = [], set()
+    outputs, launched_while_serving, said = [], set(), []
     for batch in batches:
-        prompts = [TokensPrompt(prompt_token_ids=request.pop("prompt")) for request in batch]
+        prompts = [TokensPrompt(prompt_token_ids=prompt_after(said, request)) for request in batch]
+        batch = [{name: value for name, value in request.items() if name == "max_tokens"} for request in batch]
         params = [
             SamplingParams(temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **request) for request in batch
         ]
         with recorded() as launched:
             results = engine.generate(prompts, params, use_tqdm=False)
         launched_while_serving |= launched
+        said = [*results[-1].prompt_token_ids, *results[-1].outputs[0].token_ids]
         for output in results:
             completion = output.outputs[0]
             outputs.append(
@@ -252,6 +257,7 @@ def run(
             "freed_pages": stats.freed_pages,
         }
         assert not scheduler.block_manager.evicted and not scheduler.block_manager.limits
+    if is_recorded:
         result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
     if calibration is not None:
         engine.collective_rpc("calibrate_filters", args=(calibration["sequences"], "test", calibration["path"]))

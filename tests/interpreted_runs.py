@@ -34,6 +34,7 @@ SHARED_PREFIX = [
 # A turn, and the next one, which starts behind the last cut of the first.
 HISTORY = random_prompt(200, seed=10)
 TURNS = [[dict(prompt=HISTORY + random_prompt(40, seed=11)[:num_tokens], max_tokens=8)] for num_tokens in (0, 40)]
+SESSION = [[dict(prompt=HISTORY, max_tokens=28)], [dict(prompt=random_prompt(40, seed=11), max_tokens=8, goes_on=True)]]
 SHORT = [dict(prompt=random_prompt(140, seed=4), max_tokens=3), dict(prompt=random_prompt(20, seed=5), max_tokens=5)]
 # Eleven pages: too few when the last one has evicted down to three, and the others come to want a third each.
 CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for length in (60, 61, 62, 150)]
@@ -41,6 +42,11 @@ CALIBRATION = [random_prompt(40, seed=6)]
 # Cut while it is read, and while it is answered.
 ONE = [[dict(prompt=random_prompt(150, seed=12), max_tokens=12)]]
 METHODS = ("snapkv", "tova", "lagkv", "cur", "random", "keydiff")
+
+
+def prompt_after(said: list[int], request: dict) -> list[int]:
+    """The tokens of a request, after those of the last one before and of its answer where it goes on from there."""
+    return [*(said if request.get("goes_on") else []), *request["prompt"]]
 
 
 class InterpretedRuns:
@@ -96,6 +102,7 @@ class InterpretedRuns:
                 model=str(tiny_qwen_vl),
             ),
             dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
+            dict(compression=dict(EVICTING, prefix="resume"), llm=LLM, requests=SESSION),
             *(dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS),
         ]
         job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)

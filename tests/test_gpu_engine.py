@@ -15,10 +15,12 @@ from tests.interpreted_runs import (
     METHODS,
     ONE,
     PAGES,
+    SESSION,
     SHARED_PREFIX,
     SHARING,
     STATIC,
     TURNS,
+    prompt_after,
 )
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters
@@ -29,7 +31,7 @@ from vllm_qfilters.filters.reader import load
 def runs(interpreted_runs):
     results = interpreted_runs.results()
     stages = [len(result["v2_stages"]) for result in results]
-    assert stages == [1] * 6 + [2, 1, 1, 1] + [1] * len(METHODS)
+    assert stages == [1] * 6 + [2] + [1] * (4 + len(METHODS))
     assert all(all(result["v2_stages"]) for result in results)
     return results
 
@@ -53,10 +55,15 @@ def test_serving_launches_nothing_that_was_not_warmed_up(runs):
 
 def assert_like_v1(engine, batches, result):
     assert engine.llm.reset_prefix_cache()
-    engine.llm.collective_rpc("record_kept_tokens")
-    expected = [output for batch in batches for output in generate(engine, batch)]
-    (rank,) = engine.llm.collective_rpc("take_kept_tokens")
-    assert sorted(result["kept"]) == sorted([end, mask.hex()] for end, mask in rank["requests"].values())
+    if "kept" in result:
+        engine.llm.collective_rpc("record_kept_tokens")
+    expected, said = [], []
+    for batch in batches:
+        expected += generate(engine, batch, said)
+        said = [*expected[-1].prompt_token_ids, *expected[-1].outputs[0].token_ids]
+    if "kept" in result:
+        (rank,) = engine.llm.collective_rpc("take_kept_tokens")
+        assert sorted(result["kept"]) == sorted([end, mask.hex()] for end, mask in rank["requests"].values())
     assert len(result["outputs"]) == len(expected)
     for found, output in zip(result["outputs"], expected, strict=True):
         ids, logprobs = tokens_and_logprobs(output)
@@ -65,9 +72,9 @@ def assert_like_v1(engine, batches, result):
         assert found["cached_tokens"] == output.num_cached_tokens
 
 
-def generate(engine, batch):
+def generate(engine, batch, said):
     (max_tokens,) = {request["max_tokens"] for request in batch}
-    return engine.generate([request["prompt"] for request in batch], max_tokens=max_tokens)
+    return engine.generate([prompt_after(said, request) for request in batch], max_tokens=max_tokens)
 
 
 def test_evicts_what_the_cpu_path_evicts(runs, engines):
@@ -103,6 +110,13 @@ def test_a_turn_starts_behind_a_compressed_prefix(runs, engines):
     result = runs[9]
     assert result["async_scheduling"] and [output["cached_tokens"] for output in result["outputs"]] == [0, 192]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), TURNS, result)
+
+
+def test_a_session_goes_on_from_what_it_held(runs, engines):
+    result, options = runs[10], dict(EVICTING, prefix="resume")
+    computed = len(SESSION[0][0]["prompt"]) + 27  # the last token of an answer never is
+    assert [output["cached_tokens"] for output in result["outputs"]] == [0, computed // 32 * 32]
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), SESSION, result)
 
 
 def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
@@ -153,7 +167,7 @@ def test_two_pipeline_stages_calibrate_as_one(runs, calibrated):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_evicts_what_it_evicts_on_cpus(method, runs, engines):
-    result = runs[10 + METHODS.index(method)]
+    result = runs[11 + METHODS.index(method)]
     assert result["compactions"] >= 2
     options = dict(EVICTING, method=method)
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), ONE, result)
