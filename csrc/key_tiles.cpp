@@ -119,18 +119,19 @@ float exponentiate_all(float* logits, int64_t count, float sink) {
     highest = std::max(highest, lanes[lane]);
   }
   highest = std::max(highest, sink);
-  Floats sums = {};
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t size = std::min(kLanes, count - first) * sizeof(float);
-    Floats part = {};
-    std::memcpy(&part, logits + first, size);
+  Floats sums = {}, part = {};  // whole ones first: a copy of a size that is not known is a call
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    load(logits + first, part);
     part -= highest;
     exponentiate(part);
-    std::memcpy(logits + first, &part, size);
-    if (first < whole) {
-      sums += part;
-    }
+    store(part, logits + first);
+    sums += part;
   }
+  const int64_t rest = (count - whole) * sizeof(float);
+  std::memcpy(&part, logits + whole, rest);
+  part -= highest;
+  exponentiate(part);
+  std::memcpy(logits + whole, &part, rest);
   float sum = std::exp(sink - highest);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     sum += sums[lane];
