@@ -14,7 +14,8 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def(
       "observed_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor queries, "
       "Tensor? group_sizes, Tensor? sinks, float soft_cap) -> (Tensor, Tensor)");
-  library.def("key_distinctness(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens) -> Tensor");
+  library.def(
+      "key_distinctness(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, int pool) -> Tensor");
   library.def(
       "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
       "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");

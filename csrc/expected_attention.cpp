@@ -10,14 +10,40 @@
 namespace vllm_qfilters {
 namespace {
 
-// The logarithm of the expectation of e^g(x) for normally distributed x and a soft cap g; 0: none.
-inline float expected_logit(float mean, float variance, float cap) {
-  if (cap == 0) {
-    return mean + variance / 2;
-  }
+// The logarithm of the expectation of e^g(x) for normally distributed x and a soft cap g.
+float capped_logit(float mean, float variance, float cap) {
   const float capped = std::tanh((mean + variance / 2) / cap);
   const float slope = 1 - capped * capped;
   return cap * std::tanh((mean + variance * slope) / cap) - variance * slope * slope / 2;
+}
+
+// logits[token] becomes the expected logit of a token, of its products with a mean and with `rank` factors behind it.
+CLONE_WITHOUT_FMA
+void expect_logits(const float* products, int64_t rank, int64_t count, float cap, float* logits) {
+  float variances[kTile] = {};
+  for (int64_t direction = 1; direction <= rank; ++direction) {
+    const float* own = products + direction * kTile;
+    for (int64_t token = 0; token < kTile; ++token) {
+      variances[token] += own[token] * own[token];
+    }
+  }
+  if (cap == 0) {
+    for (int64_t token = 0; token < count; ++token) {
+      logits[token] = products[token] + variances[token] / 2;
+    }
+  } else {
+    for (int64_t token = 0; token < count; ++token) {
+      logits[token] = capped_logit(products[token], variances[token], cap);
+    }
+  }
+}
+
+// mean += weights / total / divisor
+CLONE_FOR_WIDER_VECTORS
+void add_share(const float* weights, int64_t count, float total, float divisor, float* mean) {
+  for (int64_t index = 0; index < count; ++index) {
+    mean[index] += weights[index] / total / divisor;
+  }
 }
 
 template <typename Element>
@@ -43,23 +69,15 @@ void expected_attention_of(
       auto add_variance = [&](int64_t first, int64_t count, const float* products) {
         for (int64_t member = 0; member < group; ++member) {
           const float* own = products + member * (1 + rank) * kTile;
-          for (int64_t token = 0; token < count; ++token) {
-            float variance = 0;
-            for (int64_t direction = 1; direction <= rank; ++direction) {
-              variance += own[direction * kTile + token] * own[direction * kTile + token];
-            }
-            logits[member * num_tokens + first + token] = expected_logit(own[token], variance, softmax.soft_cap());
-          }
+          expect_logits(own, rank, count, softmax.soft_cap(), logits.data() + member * num_tokens + first);
         }
       };
       keys.project(layer, kv_head, num_tokens, vectors.data(), group * (1 + rank), add_variance);
       float* row = first_row + index * num_tokens;
       for (int64_t member = 0; member < group; ++member) {
         float* own = logits.data() + member * num_tokens;
-        softmax(own, num_tokens, layer, kv_head, member);
-        for (int64_t token = 0; token < num_tokens; ++token) {
-          row[token] += own[token] / static_cast<float>(group);
-        }
+        const float total = softmax(own, num_tokens, layer, kv_head, member);
+        add_share(own, num_tokens, total, static_cast<float>(group), row);
       }
     }
   });

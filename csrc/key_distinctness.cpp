@@ -55,12 +55,27 @@ void add_products(
   }
 }
 
+// means[index] becomes the mean of the `pool` values around values[index], of those that are there; pool is odd.
+CLONE_FOR_WIDER_VECTORS
+void average_neighbours(const float* values, int64_t count, int64_t pool, float* means) {
+  std::fill_n(means, count, 0.0f);
+  for (int64_t step = -(pool / 2); step <= pool / 2; ++step) {
+    for (int64_t index = std::max<int64_t>(0, -step); index < std::min(count, count - step); ++index) {
+      means[index] += values[index + step];
+    }
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t first = std::max<int64_t>(0, index - pool / 2), last = std::min(count - 1, index + pool / 2);
+    means[index] /= static_cast<float>(last - first + 1);
+  }
+}
+
 template <typename Element>
-void key_distinctness_of(const PagedKeys<Element>& keys, int64_t head_size, at::Tensor& distinctness) {
+void key_distinctness_of(const PagedKeys<Element>& keys, int64_t head_size, int64_t pool, at::Tensor& distinctness) {
   const int64_t num_kv_heads = distinctness.size(1), num_tokens = distinctness.size(2);
   float* first_row = distinctness.mutable_data_ptr<float>();
   at::parallel_for(0, distinctness.size(0) * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> inverse_norms(num_tokens), anchor(head_size);
+    std::vector<float> inverse_norms(num_tokens), anchor(head_size), own(num_tokens);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t layer = index / num_kv_heads, head = index % num_kv_heads;
       std::fill(anchor.begin(), anchor.end(), 0.0f);
@@ -76,12 +91,12 @@ void key_distinctness_of(const PagedKeys<Element>& keys, int64_t head_size, at::
       for (float& value : anchor) {
         value *= inverse;
       }
-      float* row = first_row + index * num_tokens;
       keys.project(layer, head, num_tokens, anchor.data(), 1, [&](int64_t first, int64_t count, const float* products) {
         for (int64_t token = 0; token < count; ++token) {
-          row[first + token] = -products[token] * inverse_norms[first + token];
+          own[first + token] = -products[token] * inverse_norms[first + token];
         }
       });
+      average_neighbours(own.data(), num_tokens, pool, first_row + index * num_tokens);
     }
   });
 }
@@ -89,11 +104,13 @@ void key_distinctness_of(const PagedKeys<Element>& keys, int64_t head_size, at::
 }  // namespace
 
 at::Tensor key_distinctness(
-    const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, int64_t num_tokens) {
+    const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, int64_t num_tokens,
+    int64_t pool) {
   check_paged_keys(pages, key_offsets, page_table, num_tokens);
+  TORCH_CHECK(pool > 0 && pool % 2 == 1, "a token is in the middle of an odd number of neighbours, found ", pool);
   at::Tensor distinctness = at::empty({pages.size(0), pages.size(2), num_tokens}, at::kFloat);
   with_paged_keys(pages, key_offsets, page_table, [&](const auto& keys) {
-    key_distinctness_of(keys, key_offsets.size(1), distinctness);
+    key_distinctness_of(keys, key_offsets.size(1), pool, distinctness);
   });
   return distinctness;
 }

@@ -26,69 +26,84 @@ ALWAYS_INLINE void exponentiate(Floats& x) {
 }
 
 template <typename Element>
-ALWAYS_INLINE void widen(const Element* from, int64_t count, float* floats) {
-  int64_t index = 0;
-  for (; index + kLanes <= count; index += kLanes) {
-    Floats part;
-    load(from + index, part);
-    std::memcpy(floats + index, &part, sizeof(part));
+ALWAYS_INLINE void widen_all(
+    const Element* page, const KeyPlaces& places, int64_t first, int64_t count, float* keys, int64_t stride) {
+  const int64_t* offsets = places.offsets + first;
+  if (places.layout == KeyLayout::kByDimension) {
+    for (int64_t dim = 0; dim < places.head_size; ++dim) {
+      for (int64_t index = 0; index < count; index += kLanes) {
+        Floats part;
+        load(page + offsets[dim * places.block_size + index], part);
+        store(part, keys + dim * stride + index);
+      }
+    }
+  } else if constexpr (sizeof(Element) < sizeof(float)) {
+    for (int64_t index = 0; index < count; index += kLanes) {
+      for (int64_t dim = 0; dim < places.head_size; dim += 2) {
+        Floats even, odd;
+        load_pairs(page + offsets[dim * places.block_size + index], even, odd);
+        store(even, keys + dim * stride + index);
+        store(odd, keys + (dim + 1) * stride + index);
+      }
+    }
   }
-  for (; index < count; ++index) {
-    floats[index] = static_cast<float>(from[index]);
+}
+
+// The products with kVectors vectors, see project_tile.
+template <int64_t kVectors>
+ALWAYS_INLINE void project_some(
+    const float* vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out) {
+  constexpr int64_t kParts = kTile / kLanes;
+  Floats sums[kVectors][kParts];
+  for (int64_t sum = 0; sum < kVectors * kParts; ++sum) {
+    sums[sum / kParts][sum % kParts] = Floats{};
+  }
+  for (int64_t dim = 0; dim < head_size; ++dim) {
+    Floats key[kParts];
+    for (int64_t part = 0; part < kParts; ++part) {
+      load(keys + dim * key_stride + part * kLanes, key[part]);
+    }
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      const float element = vectors[vector * head_size + dim];
+      for (int64_t part = 0; part < kParts; ++part) {
+        sums[vector][part] += element * key[part];
+      }
+    }
+  }
+  for (int64_t sum = 0; sum < kVectors * kParts; ++sum) {
+    store(sums[sum / kParts][sum % kParts], out + sum * kLanes);
   }
 }
 
 }  // namespace
 
-CLONE_FOR_WIDER_VECTORS
-void to_floats(const float* from, int64_t count, float* floats) {
-  widen(from, count, floats);
-}
-
-CLONE_FOR_WIDER_VECTORS
-void to_floats(const c10::BFloat16* from, int64_t count, float* floats) {
-  widen(from, count, floats);
-}
-
-CLONE_FOR_WIDER_VECTORS
-void to_floats(const c10::Half* from, int64_t count, float* floats) {
-  widen(from, count, floats);
-}
-
-CLONE_FOR_WIDER_VECTORS
-void to_floats(const c10::Float8_e4m3fn* from, int64_t count, float* floats) {
-  widen(from, count, floats);
-}
-
-CLONE_FOR_WIDER_VECTORS
-void to_floats(const c10::Float8_e5m2* from, int64_t count, float* floats) {
-  widen(from, count, floats);
-}
+#define DEFINE_FOR(Element)                                                                                      \
+  CLONE_FOR_WIDER_VECTORS                                                                                        \
+  void widen_keys(                                                                                               \
+      const Element* page, const KeyPlaces& places, int64_t first, int64_t count, float* keys, int64_t stride) { \
+    widen_all(page, places, first, count, keys, stride);                                                         \
+  }
+DEFINE_FOR(float)
+DEFINE_FOR(c10::BFloat16)
+DEFINE_FOR(c10::Half)
+DEFINE_FOR(c10::Float8_e4m3fn)
+DEFINE_FOR(c10::Float8_e5m2)
+#undef DEFINE_FOR
 
 CLONE_FOR_WIDER_VECTORS
 void project_tile(
     const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out) {
-  for (int64_t first = 0; first < num_vectors; first += kVectorsAtOnce) {
-    const int64_t count = std::min(kVectorsAtOnce, num_vectors - first);
-    Floats sums[kVectorsAtOnce][kTile / kLanes] = {};
-    for (int64_t dim = 0; dim < head_size; ++dim) {
-      Floats key[kTile / kLanes];
-      for (int64_t part = 0; part < kTile / kLanes; ++part) {
-        load(keys + dim * key_stride + part * kLanes, key[part]);
-      }
-      for (int64_t vector = 0; vector < kVectorsAtOnce; ++vector) {
-        const float element = vectors[(first + std::min(vector, count - 1)) * head_size + dim];
-        for (int64_t part = 0; part < kTile / kLanes; ++part) {
-          sums[vector][part] += element * key[part];
-        }
-      }
-    }
-    std::memcpy(out + first * kTile, sums, count * kTile * sizeof(float));
+  int64_t done = 0;
+  for (; done + kVectorsAtOnce <= num_vectors; done += kVectorsAtOnce) {
+    project_some<kVectorsAtOnce>(vectors + done * head_size, keys, key_stride, head_size, out + done * kTile);
+  }
+  for (; done < num_vectors; ++done) {
+    project_some<1>(vectors + done * head_size, keys, key_stride, head_size, out + done * kTile);
   }
 }
 
 CLONE_FOR_WIDER_VECTORS
-void softmax(float* logits, int64_t count, float sink) {
+float exponentiate_all(float* logits, int64_t count, float sink) {
   const int64_t whole = count / kLanes * kLanes;  // the rest goes lane by lane
   Floats lanes = Floats{} - __builtin_inff();
   for (int64_t first = 0; first < whole; first += kLanes) {
@@ -104,18 +119,19 @@ void softmax(float* logits, int64_t count, float sink) {
     highest = std::max(highest, lanes[lane]);
   }
   highest = std::max(highest, sink);
-  Floats sums = {};
-  for (int64_t first = 0; first < count; first += kLanes) {
-    const int64_t size = std::min(kLanes, count - first) * sizeof(float);
-    Floats part = {};
-    std::memcpy(&part, logits + first, size);
+  Floats sums = {}, part = {};  // whole ones first: a copy of a size that is not known is a call
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    load(logits + first, part);
     part -= highest;
     exponentiate(part);
-    std::memcpy(logits + first, &part, size);
-    if (first < whole) {
-      sums += part;
-    }
+    store(part, logits + first);
+    sums += part;
   }
+  const int64_t rest = (count - whole) * sizeof(float);
+  std::memcpy(&part, logits + whole, rest);
+  part -= highest;
+  exponentiate(part);
+  std::memcpy(logits + whole, &part, rest);
   float sum = std::exp(sink - highest);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     sum += sums[lane];
@@ -123,9 +139,7 @@ void softmax(float* logits, int64_t count, float sink) {
   for (int64_t index = whole; index < count; ++index) {
     sum += logits[index];
   }
-  for (int64_t index = 0; index < count; ++index) {
-    logits[index] /= sum;
-  }
+  return sum;
 }
 
 void soften(float* logits, int64_t count, float cap) {

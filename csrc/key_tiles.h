@@ -21,18 +21,29 @@ constexpr int64_t kTile = 4 * kLanes;  // tokens whose keys are projected at onc
 void project_tile(
     const float* vectors, int64_t num_vectors, const float* keys, int64_t key_stride, int64_t head_size, float* out);
 
-// logits become e^logit divided by their sum and e^sink.
-void softmax(float* logits, int64_t count, float sink);
+// logits become e^(logit - highest). Returns what a softmax divides them by: their sum, and what the sink adds to it.
+float exponentiate_all(float* logits, int64_t count, float sink);
 
 // logits become cap * tanh(logit / cap).
 void soften(float* logits, int64_t count, float cap);
 
-// Of elements that lie side by side.
-void to_floats(const float* from, int64_t count, float* floats);
-void to_floats(const c10::BFloat16* from, int64_t count, float* floats);
-void to_floats(const c10::Half* from, int64_t count, float* floats);
-void to_floats(const c10::Float8_e4m3fn* from, int64_t count, float* floats);
-void to_floats(const c10::Float8_e5m2* from, int64_t count, float* floats);
+// How the elements of keys lie in a page: dimension by dimension, as in vLLM's "vec", or pairs of dimensions token by
+// token, as in its "amx"; the tokens in runs of kLanes either way.
+enum class KeyLayout { kAny, kByDimension, kInPairs };
+
+struct KeyPlaces {
+  KeyLayout layout;
+  int64_t block_size, head_size;
+  const int64_t* offsets;  // [head_size, block_size]
+};
+
+// keys[dim * stride + index] becomes that of the key in slot first + index, for `count` slots and those up to the next
+// multiple of kLanes. Not for KeyLayout::kAny.
+void widen_keys(const float* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
+void widen_keys(const c10::BFloat16* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
+void widen_keys(const c10::Half* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
+void widen_keys(const c10::Float8_e4m3fn*, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
+void widen_keys(const c10::Float8_e5m2*, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
 
 // The keys of all layers and heads of a sequence.
 //
@@ -45,23 +56,22 @@ class PagedKeys {
   PagedKeys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table)
       : pages_(pages),
         offsets_(key_offsets.t().contiguous()),
+        places_{layout_of(offsets_), offsets_.size(1), offsets_.size(0), offsets_.const_data_ptr<int64_t>()},
         page_table_(page_table.const_data_ptr<int64_t>()),
-        block_size_(key_offsets.size(0)),
-        head_size_(key_offsets.size(1)),
-        gathered_((block_size_ + kTile - 1) / kTile * kTile),
-        tokens_lie_side_by_side_(offsets_.diff().eq(1).all().item<bool>()) {}
+        gathered_((places_.block_size + kTile - 1) / kTile * kTile) {}
 
   // Calls see(first, count, keys, key_stride) for page after page of the tokens of one head: keys[dim * key_stride +
   // index] is of token first + index, and those up to the next multiple of kTile can be read, too.
   template <typename See>
   void visit(int64_t layer, int64_t head, int64_t num_tokens, See see) const {
-    std::vector<float> keys(head_size_ * gathered_, 0.0f);
+    std::vector<Line> lines(places_.head_size * gathered_ / kLanes);
+    float* keys = lines.data()->floats;
     const Element* head_pages =
         static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
     for (int64_t first = 0; first < num_tokens; first += gathered_) {
       const int64_t count = std::min(gathered_, num_tokens - first);
-      gather(head_pages, first, count, keys.data());
-      see(first, count, keys.data(), gathered_);
+      gather(head_pages, first, count, keys);
+      see(first, count, static_cast<const float*>(keys), gathered_);
     }
   }
 
@@ -70,45 +80,58 @@ class PagedKeys {
   template <typename See>
   void project(
       int64_t layer, int64_t head, int64_t num_tokens, const float* vectors, int64_t num_vectors, See see) const {
-    std::vector<float> products(num_vectors * kTile);
+    std::vector<Line> lines(num_vectors * kTile / kLanes);
+    float* products = lines.data()->floats;
     visit(layer, head, num_tokens, [&](int64_t first, int64_t count, const float* keys, int64_t key_stride) {
       for (int64_t done = 0; done < count; done += kTile) {
-        project_tile(vectors, num_vectors, keys + done, key_stride, head_size_, products.data());
-        see(first + done, std::min(kTile, count - done), products.data());
+        project_tile(vectors, num_vectors, keys + done, key_stride, places_.head_size, products);
+        see(first + done, std::min(kTile, count - done), static_cast<const float*>(products));
       }
     });
   }
 
  private:
-  // Keys of tokens [first, first + count) of one head, dimension by dimension; the rest is left as it is.
+  // Keys of tokens [first, first + count) of one head, dimension by dimension.
   void gather(const Element* head_pages, int64_t first, int64_t count, float* keys) const {
-    const int64_t* offsets = offsets_.const_data_ptr<int64_t>();
+    const int64_t block_size = places_.block_size;
     int64_t in_page;
     for (int64_t done = 0; done < count; done += in_page) {
-      const int64_t token = first + done, slot = token % block_size_;
-      const Element* page = head_pages + page_table_[token / block_size_] * pages_.stride(1);
-      in_page = std::min(count - done, block_size_ - slot);
-      for (int64_t dim = 0; dim < head_size_; ++dim) {
-        const int64_t* offset = offsets + dim * block_size_ + slot;
-        float* key = keys + dim * gathered_ + done;
-        if (tokens_lie_side_by_side_) {
-          to_floats(page + *offset, in_page, key);
-        } else {
-          for (int64_t index = 0; index < in_page; ++index) {
-            key[index] = static_cast<float>(page[offset[index]]);
-          }
+      const int64_t token = first + done, slot = token % block_size;
+      const Element* page = head_pages + page_table_[token / block_size] * pages_.stride(1);
+      in_page = std::min(count - done, block_size - slot);
+      if (places_.layout != KeyLayout::kAny) {
+        widen_keys(page, places_, slot, in_page, keys + done, gathered_);
+        continue;
+      }
+      for (int64_t dim = 0; dim < places_.head_size; ++dim) {
+        const int64_t* offsets = places_.offsets + dim * block_size + slot;
+        for (int64_t index = 0; index < in_page; ++index) {
+          keys[dim * gathered_ + done + index] = static_cast<float>(page[offsets[index]]);
         }
       }
     }
   }
 
+  static KeyLayout layout_of(const at::Tensor& offsets) {
+    const int64_t head_size = offsets.size(0), block_size = offsets.size(1);
+    if (block_size % kLanes != 0) {
+      return KeyLayout::kAny;
+    }
+    const at::Tensor steps = offsets.view({head_size, -1, kLanes}).diff();
+    if (steps.eq(1).all().item<bool>()) {
+      return KeyLayout::kByDimension;
+    }
+    const bool has_pairs = sizeof(Element) < sizeof(float) && head_size % 2 == 0 && steps.eq(2).all().item<bool>() &&
+                           offsets.view({-1, 2, block_size}).diff(1, 1).eq(1).all().item<bool>();
+    return has_pairs ? KeyLayout::kInPairs : KeyLayout::kAny;
+  }
+
   const at::Tensor& pages_;
-  const at::Tensor offsets_;  // [head_size, block_size]
+  const at::Tensor offsets_;
+  const KeyPlaces places_;
   const int64_t* page_table_;
-  const int64_t block_size_, head_size_;
   // Tokens whose keys are gathered at once: a whole page, which is read from its start to its end.
   const int64_t gathered_;
-  const bool tokens_lie_side_by_side_;  // dimension by dimension, as in vLLM's "vec"
 };
 
 // Calls run(PagedKeys<Element>) for what the pages are made of.
@@ -171,10 +194,11 @@ class Softmax {
     return soft_cap_;
   }
 
-  // Of the logits of one query head of a KV head.
-  void operator()(float* logits, int64_t count, int64_t layer, int64_t kv_head, int64_t member) const {
+  // exponentiate_all for one query head of a KV head.
+  float operator()(float* logits, int64_t count, int64_t layer, int64_t kv_head, int64_t member) const {
     const float none = -std::numeric_limits<float>::infinity();
-    softmax(logits, count, sinks_ == nullptr ? none : sinks_[layer * num_heads_ + kv_head * group_ + member]);
+    return exponentiate_all(
+        logits, count, sinks_ == nullptr ? none : sinks_[layer * num_heads_ + kv_head * group_ + member]);
   }
 
  private:

@@ -7,13 +7,17 @@
 #include <c10/util/Half.h>
 
 #include <cstring>
+#include <type_traits>
 
 // One library serves every x86 CPU: the loader picks the widest of these. Sanitizers are not ready yet when it does.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define CLONE_FOR_WIDER_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+// AVX2 alone has no multiplications fused with additions: every clone rounds alike.
+#define CLONE_WITHOUT_FMA __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONE_FOR_WIDER_VECTORS
+#define CLONE_WITHOUT_FMA
 #endif
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
@@ -26,26 +30,17 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t HalfWords __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes * sizeof(uint8_t))));
 
-ALWAYS_INLINE void load_words(const void* from, Words& words) {
-  HalfWords half_words;
-  std::memcpy(&half_words, from, sizeof(half_words));
-  words = __builtin_convertvector(half_words, Words);
-}
-
-ALWAYS_INLINE void load_bytes(const void* from, Words& words) {
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof(bytes));
-  words = __builtin_convertvector(bytes, Words);
-}
+// What memory is taken in, so that Floats in it never lie across two lines of the cache.
+struct alignas(sizeof(Floats)) Line {
+  float floats[kLanes] = {};
+};
 
 ALWAYS_INLINE void load(const float* from, Floats& floats) {
   std::memcpy(&floats, from, sizeof(floats));
 }
 
-ALWAYS_INLINE void load(const c10::BFloat16* from, Floats& floats) {
-  Words words;
-  load_words(from, words);
-  floats = reinterpret_cast<Floats>(words << 16);
+ALWAYS_INLINE void store(const Floats& floats, float* to) {
+  std::memcpy(to, &floats, sizeof(floats));
 }
 
 // Of float16 bit patterns.
@@ -56,27 +51,45 @@ ALWAYS_INLINE void widen_halves(const Words& words, Floats& floats) {
   floats = reinterpret_cast<Floats>(reinterpret_cast<Words>(floats) | (words & 0x8000) << 16 | infinity_or_nan);
 }
 
-ALWAYS_INLINE void load(const c10::Half* from, Floats& floats) {
-  Words words;
-  load_words(from, words);
-  widen_halves(words, floats);
+// Of bit patterns of an Element, one in each word.
+template <typename Element>
+ALWAYS_INLINE void widen(const Words& words, Floats& floats) {
+  if constexpr (std::is_same_v<Element, c10::BFloat16>) {
+    floats = reinterpret_cast<Floats>(words << 16);
+  } else if constexpr (std::is_same_v<Element, c10::Half>) {
+    widen_halves(words, floats);
+  } else if constexpr (std::is_same_v<Element, c10::Float8_e5m2>) {  // the higher byte of a float16
+    widen_halves(words << 8, floats);
+  } else {  // Float8_e4m3fn has no infinities, and one NaN of each sign
+    const Words magnitude = words & 0x7f;
+    floats = reinterpret_cast<Floats>(magnitude << 20) * 0x1p120f;  // moves the exponent from this bias to float32's
+    const Words nan = reinterpret_cast<Words>(magnitude == 0x7f) & 0x7fc00000u;
+    floats = reinterpret_cast<Floats>(reinterpret_cast<Words>(floats) | (words & 0x80) << 24 | nan);
+  }
 }
 
-// The higher byte of a float16.
-ALWAYS_INLINE void load(const c10::Float8_e5m2* from, Floats& floats) {
-  Words words;
-  load_bytes(from, words);
-  widen_halves(words << 8, floats);
+// Unsigned integers of as many bytes as an Element has, and of twice as many.
+template <typename Element>
+using Patterns = std::conditional_t<sizeof(Element) == 1, Bytes, HalfWords>;
+template <typename Element>
+using PatternPairs = std::conditional_t<sizeof(Element) == 1, HalfWords, Words>;
+
+template <typename Element>
+ALWAYS_INLINE void load(const Element* from, Floats& floats) {
+  Patterns<Element> patterns;
+  std::memcpy(&patterns, from, sizeof(patterns));
+  widen<Element>(__builtin_convertvector(patterns, Words), floats);
 }
 
-// Has no infinities, and one NaN of each sign.
-ALWAYS_INLINE void load(const c10::Float8_e4m3fn* from, Floats& floats) {
-  Words words;
-  load_bytes(from, words);
-  const Words magnitude = words & 0x7f;
-  floats = reinterpret_cast<Floats>(magnitude << 20) * 0x1p120f;  // moves the exponent from this bias to float32's
-  const Words nan = reinterpret_cast<Words>(magnitude == 0x7f) & 0x7fc00000u;
-  floats = reinterpret_cast<Floats>(reinterpret_cast<Words>(floats) | (words & 0x80) << 24 | nan);
+// Elements 0, 2, 4, ... become firsts, those behind them seconds.
+template <typename Element>
+ALWAYS_INLINE void load_pairs(const Element* from, Floats& firsts, Floats& seconds) {
+  constexpr int kBits = 8 * sizeof(Element);
+  PatternPairs<Element> pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  const Words words = __builtin_convertvector(pairs, Words);
+  widen<Element>(words & ((1u << kBits) - 1), firsts);
+  widen<Element>(words >> kBits, seconds);
 }
 
 }  // namespace vllm_qfilters

@@ -14,12 +14,13 @@ namespace {
 // Of one thread at once, as many queries' as that allows: 8 MiB. The keys are gathered anew for the next ones.
 constexpr int64_t kMostLogits = 2 << 20;
 
-// sum += weights * share, and peak is the most of itself and weights.
+// sum += weights / total * share, and peak is the most of itself and weights / total.
 CLONE_FOR_WIDER_VECTORS
-void accumulate(const float* weights, int64_t count, float share, float* sum, float* peak) {
+void accumulate(const float* weights, int64_t count, float total, float share, float* sum, float* peak) {
   for (int64_t index = 0; index < count; ++index) {
-    sum[index] += weights[index] * share;
-    peak[index] = weights[index] > peak[index] ? weights[index] : peak[index];
+    const float weight = weights[index] / total;
+    sum[index] += weight * share;
+    peak[index] = weight > peak[index] ? weight : peak[index];
   }
 }
 
@@ -56,8 +57,8 @@ void observed_attention_of(
           if (softmax.soft_cap() != 0) {
             soften(own, seen, softmax.soft_cap());
           }
-          softmax(own, seen, layer, kv_head, member);
-          accumulate(own, seen, share, first_mean + index * num_tokens, first_peak + index * num_tokens);
+          const float total = softmax(own, seen, layer, kv_head, member);
+          accumulate(own, seen, total, share, first_mean + index * num_tokens, first_peak + index * num_tokens);
         }
       }
     }

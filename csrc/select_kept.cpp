@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
 #include "operators.h"
 
 namespace vllm_qfilters {
@@ -40,6 +41,15 @@ void mark_highest(
   }
 }
 
+// mean_scores += (scores - mean) / deviation / num_kv_heads
+CLONE_FOR_WIDER_VECTORS
+void add_z_scores(
+    const float* scores, int64_t count, double mean, double deviation, int64_t num_kv_heads, float* mean_scores) {
+  for (int64_t token = 0; token < count; ++token) {
+    mean_scores[token] += static_cast<float>((scores[token] - mean) / deviation / static_cast<double>(num_kv_heads));
+  }
+}
+
 // Adds one head's share to the mean over heads of scores, standardised by those between sinks and window.
 void add_standardised(
     const float* scores, int64_t resident, int64_t sinks, int64_t window, int64_t num_kv_heads, float* mean_scores) {
@@ -53,9 +63,7 @@ void add_standardised(
     sum_of_squares += (scores[token] - mean) * (scores[token] - mean);
   }
   const double deviation = std::max(std::sqrt(sum_of_squares / num_candidates), kSmallestDeviation);
-  for (int64_t token = 0; token < resident; ++token) {
-    mean_scores[token] += static_cast<float>((scores[token] - mean) / deviation / num_kv_heads);
-  }
+  add_z_scores(scores, resident, mean, deviation, num_kv_heads, mean_scores);
 }
 
 void check_scores(const at::Tensor& scores, int64_t sinks, int64_t window) {

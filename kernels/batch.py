@@ -121,6 +121,11 @@ class CompactionBatch:
         return any(compaction.distinct_tokens for compaction in self.compactions)
 
     @property
+    def keeps_distinct_everywhere(self) -> bool:
+        """Whether every sequence keeps distinct tokens."""
+        return all(compaction.distinct_tokens for compaction in self.compactions)
+
+    @property
     def num_sequences(self) -> int:
         return len(self.compactions)
 

@@ -9,7 +9,7 @@ import torch
 
 from vllm_qfilters.kernels.layout import PagedCache
 from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Softmax
-from vllm_qfilters.kernels.reference import mean_of_neighbours, pool_neighbours, take_out_pages
+from vllm_qfilters.kernels.reference import pool_neighbours, take_out_pages
 
 LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
 OPERATORS = torch.ops.vllm_qfilters
@@ -59,7 +59,7 @@ def _register_fakes() -> None:
     )
     torch.library.register_fake(
         "vllm_qfilters::key_distinctness",
-        lambda pages, key_offsets, page_table, num_tokens: _fake_attention(pages, num_tokens, torch.empty(0)),
+        lambda pages, key_offsets, page_table, num_tokens, pool: _fake_attention(pages, num_tokens, torch.empty(0)),
     )
 
 
@@ -130,8 +130,7 @@ def observed_attention(
 
 def key_distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.key_distinctness`."""
-    distinctness = OPERATORS.key_distinctness.default(cache.pages, cache.layout.keys, pages, num_tokens)
-    return mean_of_neighbours(distinctness, pool)
+    return OPERATORS.key_distinctness.default(cache.pages, cache.layout.keys, pages, num_tokens, pool)
 
 
 def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

@@ -191,8 +191,9 @@ class PagedCache(_Planes):
 
     def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
-        self.pages[:, destination] = self.pages[:, source]
-        self.planes[:, destination] = self.planes[:, source]
+        for old, new in zip(source.tolist(), destination.tolist(), strict=True):  # no tensor of them all in between
+            self.pages[:, new] = self.pages[:, old]
+            self.planes[:, new] = self.planes[:, old]
 
     def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""

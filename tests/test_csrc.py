@@ -11,7 +11,7 @@ import torch
 
 import vllm_qfilters
 from tests.test_compact import SEQUENCES, Eviction, make_scores
-from tests.test_layout import DTYPES, Geometry, make_cache, transposed_keys_layout
+from tests.test_layout import DTYPES, LAYOUTS, Geometry, make_cache
 from vllm_qfilters import kernels
 from vllm_qfilters.kernels import cpp, reference
 from vllm_qfilters.methods.base import Model
@@ -360,15 +360,17 @@ def make_statistics(num_layers: int, num_heads: int, rank: int, head_size: int) 
     return means, scale * torch.randn(num_layers, num_heads, rank, head_size, generator=generator)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @needs_library
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize(("group", "rank", "head_size"), [(1, 0, 16), (3, 1, 40), (4, 8, 32)])
-def test_expected_attention_matches_reference(group, rank, head_size, num_tokens, dtype):
+def test_expected_attention_matches_reference(group, rank, head_size, num_tokens, dtype, layout):
     _, cache = make_cache(
         Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
     )
+    cache.layout = LAYOUTS[layout](16, head_size)
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     statistics = make_statistics(2, 2 * group, rank, head_size)
     found = cpp.expected_attention(cache, pages, num_tokens, *statistics)
@@ -395,9 +397,9 @@ def test_expected_attention_refuses(position, value, message):
 
 
 @needs_library
-@pytest.mark.parametrize("lies_side_by_side", [False, True])
+@pytest.mark.parametrize("layout", ["transposed-keys", "paired-keys", "permuted"])
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
-def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, lies_side_by_side):
+def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, layout):
     """One element per key, among those within a factor of 2 of it: logits that tell any two of them apart."""
     numbers = torch.arange(256, dtype=torch.uint8).view(CACHE_DTYPES[dtype]).float()
     numbers = numbers[numbers.isfinite()]
@@ -407,8 +409,7 @@ def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, lies_side_by_si
         _, cache = make_cache(
             Geometry(num_layers=1, num_blocks=2, num_kv_heads=1, block_size=256, dtype=CACHE_DTYPES[dtype])
         )
-        if lies_side_by_side:
-            cache.layout = transposed_keys_layout(256, 8)
+        cache.layout = LAYOUTS[layout](256, 8)
         cache.pages.zero_()
         cache.pages[0, 1, 0, cache.layout.keys[: len(own), 3]] = own
         means = torch.zeros(1, 1, 8)
@@ -518,15 +519,14 @@ def test_observed_attention_refuses(queries, message):
 @pytest.mark.sampled(4)
 @needs_library
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("lies_side_by_side", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("num_tokens", "pool"), [(1, 1), (1, 7), (63, 7), (64, 1), (65, 3), (200, 7)])
 @pytest.mark.parametrize("head_size", [16, 40])
-def test_key_distinctness_matches_reference(head_size, num_tokens, pool, lies_side_by_side, dtype):
+def test_key_distinctness_matches_reference(head_size, num_tokens, pool, layout, dtype):
     _, cache = make_cache(
         Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
     )
-    if lies_side_by_side:
-        cache.layout = transposed_keys_layout(16, head_size)
+    cache.layout = LAYOUTS[layout](16, head_size)
     cache.key_scales = torch.tensor([0.25, 3.0])  # angles do not depend on it
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     cache.pages[1, pages[0], 1] = 0  # keys of no direction
@@ -538,10 +538,10 @@ def test_key_distinctness_matches_reference(head_size, num_tokens, pool, lies_si
 @needs_library
 @pytest.mark.parametrize(
     ("position", "value", "message"),
-    NO_PAGED_KEYS,
+    [*NO_PAGED_KEYS, pytest.param(4, 6, "an odd number of neighbours", id="even-pool")],
 )
 def test_key_distinctness_refuses(position, value, message):
-    arguments = attention_arguments()[:4]
+    arguments = [*attention_arguments()[:4], 7]
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
         cpp.OPERATORS.key_distinctness(*arguments)
@@ -567,7 +567,7 @@ def test_schemas_say_what_operators_do(operator):
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20],
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8), *PLAIN],
-        "key_distinctness": attention_arguments()[:4],
+        "key_distinctness": [*attention_arguments()[:4], 7],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpp.OPERATORS, operator).default, tuple(arguments[operator]))

@@ -108,7 +108,20 @@ def transposed_keys_layout(block_size: int, head_size: int) -> PageLayout:
     return PageLayout(keys=keys, values=identity.values)
 
 
-LAYOUTS = {"identity": identity_layout, "transposed-keys": transposed_keys_layout, "permuted": random_layout}
+def paired_keys_layout(block_size: int, head_size: int) -> PageLayout:
+    """Pairs of dimensions of 16 tokens in a row, as matrix tiles take them."""
+    identity = identity_layout(block_size, head_size)
+    pairs = identity.values.view(block_size // 16, head_size // 2, 16, 2) - block_size * head_size
+    keys = pairs.transpose(1, 2).reshape(block_size, head_size)
+    return PageLayout(keys=keys, values=identity.values)
+
+
+LAYOUTS = {
+    "identity": identity_layout,
+    "transposed-keys": transposed_keys_layout,
+    "paired-keys": paired_keys_layout,
+    "permuted": random_layout,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

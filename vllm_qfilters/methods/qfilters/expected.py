@@ -45,7 +45,7 @@ class ExpectedAttention(Method):
         attention = self.ops.expected_attention(
             self.cache, batch, bank.means, bank.factors, bank.turns(batch.positions), self.model.softmax
         )
-        if self.observes:
+        if self.observes and not batch.keeps_distinct_everywhere:  # such sequences have not looked yet
             attention = mix_in_observed(attention, self._observed(batch, recent_queries))
         return attention * self.ops.gather(self.cache.planes[:, :, self.VALUE_NORMS], batch)
 
