@@ -27,12 +27,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 import vllm
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from scripts.check_vllm import Sources
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.frontend.support import MODEL_REFUSALS, Start, refuse
-from vllm_qfilters.groups import NO_GROUPS, GroupsBeside
+from vllm_qfilters.groups import GroupsBeside
 from vllm_qfilters.policy import resolve
 from vllm_qfilters.worker.specs import check_layers, check_specs
 
@@ -61,10 +62,21 @@ TRAITS = {
     "rswa": ("R-SWA", None),
     "mla": ("MLA", None),
     "indexer": ("sparse indexer", None),
-    "hybrid": ("states beside attention", None),
+    "hybrid": (
+        "states beside attention",
+        "tests/test_hybrids.py::test_requests_that_preempt_each_other_or_begin_alike_end_as_alone",
+    ),
+    "conv": ("short convolutions", "tests/test_hybrids.py::test_engine_matches_hugging_face_with_the_same_rule"),
+    "gdn": ("gated delta nets", "tests/test_hybrids.py::test_engine_matches_hugging_face_with_the_same_rule"),
+    "mamba2": ("Mamba 2", "tests/test_hybrids.py::test_engine_matches_hugging_face_with_the_same_rule"),
 }
 # Classes of vLLM's that say so of those below them.
 TRAITS_OF_BASES = {"SupportsMRoPE": "mrope", "IsHybrid": "hybrid", "HasInnerState": "hybrid"}
+STATES = {
+    "conv": MambaAttentionBackendEnum.SHORT_CONV,
+    "gdn": MambaAttentionBackendEnum.GDN_ATTN,
+    "mamba2": MambaAttentionBackendEnum.MAMBA2,
+}
 WINDOW = 128
 
 
@@ -151,11 +163,13 @@ def verdict(recipe: Recipe) -> Verdict:
 
 def check(traits: set[str]) -> None:
     """Raises ValueError where a model with these traits would be refused."""
-    beside = GroupsBeside(WINDOW, 1) if "window" in traits else NO_GROUPS
+    has_window = "window" in traits
+    beside = GroupsBeside(WINDOW if has_window else 0, num_windows=has_window, num_states="hybrid" in traits)
     policy = dataclasses.replace(resolve(KVCompressionConfig()), beside=beside)
     model = SimpleNamespace(
         runner_type="generate",
         is_encoder_decoder=False,
+        is_hybrid="hybrid" in traits,
         use_mla="mla" in traits,
         rswa_window=WINDOW if "rswa" in traits else None,
         hf_text_config=SimpleNamespace(num_kv_shared_layers=10 if "shared_cache" in traits else 0),
@@ -175,7 +189,8 @@ def check(traits: set[str]) -> None:
     if "indexer" in traits:
         specs["indexer"] = MLAAttentionSpec(**{**usual, "num_kv_heads": 1})
     if "hybrid" in traits:
-        specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,))
+        kind = next((kind for trait, kind in STATES.items() if trait in traits), MambaAttentionBackendEnum.LINEAR)
+        specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,), mamba_type=kind)
     check_specs(policy, specs, max_model_len=1 << 20)
     if "own_attention" in traits:
         check_layers({"first": object()})

@@ -82,8 +82,8 @@ TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}  # engine argument
 
 
 def register_qwen_vl() -> None:
-    """Of Qwen2.5-VL and Qwen3-VL, for which vLLM imports names of torchvision that nothing asks for while prompts are
-    text: beside a PyTorch for CPUs there is none on PyPI.
+    """Of Qwen2.5-VL, Qwen3-VL and Qwen3.5, for which vLLM imports names of torchvision that nothing asks for while
+    prompts are text: beside a PyTorch for CPUs there is none on PyPI.
     """
     if is_torchvision_available():  # Transformers remembers the answer
         return
@@ -97,6 +97,7 @@ def register_qwen_vl() -> None:
         for module, name in (
             ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
             ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+            ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
         ):
             module = importlib.import_module(f"vllm.model_executor.models.{module}")
             ModelRegistry.register_model(name, getattr(module, name))

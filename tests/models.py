@@ -24,15 +24,23 @@ from transformers import (
     GptOssForCausalLM,
     LagunaConfig,
     LagunaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SmolLM3Config,
@@ -259,6 +267,79 @@ def make_tiny_qwen3_vl(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def make_tiny_lfm2(folder: pathlib.Path) -> pathlib.Path:
+    """The layer in the middle is attention, the others are short convolutions, which keep a state."""
+    torch.manual_seed(0)
+    shape = {**_shape(), "pad_token_id": 0, "tie_word_embeddings": True}  # as vLLM has it in any case
+    del shape["head_dim"]
+    width = shape["hidden_size"]
+    read_by_vllm = dict(conv_dim=width, block_dim=width, block_ffn_dim_multiplier=1.0, block_multiple_of=32)
+    config = Lfm2Config(
+        **shape, **read_by_vllm, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
+    )
+    model = Lfm2ForCausalLM(config).to(torch.float32)
+    model.model.layers[1].self_attn.q_layernorm.weight.data *= 3  # so that attention differs from token to token
+    model.save_pretrained(folder)
+    return folder
+
+
+GATED_DELTA_NET = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=1,
+    linear_num_value_heads=2,
+    linear_key_head_dim=64,  # vLLM's operators for CPUs know no smaller ones
+    linear_value_head_dim=64,
+)
+
+
+def make_tiny_qwen3_next(folder: pathlib.Path) -> pathlib.Path:
+    """The layer in the middle is attention, the others are gated delta nets; a quarter of each query turns. The last
+    layer has experts, as vLLM wants one to have."""
+    torch.manual_seed(0)
+    shape = {**_shape(), "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}, "pad_token_id": 0}
+    experts = dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts_per_tok=2)
+    config = Qwen3NextConfig(**shape, **GATED_DELTA_NET, **experts, mlp_only_layers=[0, 1])
+    model = Qwen3NextForCausalLM(config).to(torch.float32)
+    model.model.layers[1].self_attn.q_norm.weight.data += 2  # to which it adds 1
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_qwen3_5(folder: pathlib.Path) -> pathlib.Path:
+    """As Qwen3-Next, with M-RoPE."""
+    torch.manual_seed(0)
+    rope = {**ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {**_shape(), "rope_parameters": rope, **GATED_DELTA_NET}
+    vision = dict(VISION, hidden_size=32, out_hidden_size=text["hidden_size"])
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=False, **TOKEN_IDS)
+    model = Qwen3_5ForConditionalGeneration(config).to(torch.float32)
+    model.model.language_model.layers[1].self_attn.q_norm.weight.data += 2  # to which it adds 1
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_nemotron_h(folder: pathlib.Path) -> pathlib.Path:
+    """Mamba 2, attention without RoPE, MLP: a layer each."""
+    torch.manual_seed(0)
+    shape = _shape()
+    for name in ("num_hidden_layers", "rope_parameters"):
+        del shape[name]
+    config = NemotronHConfig(
+        **shape,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+        mamba_num_heads=NUM_HEADS,
+        mamba_head_dim=HEAD_SIZE,
+        ssm_state_size=HEAD_SIZE,
+        n_groups=2,
+        chunk_size=64,
+        pad_token_id=0,
+    )
+    model = NemotronHForCausalLM(config).to(torch.float32)
+    model.model.layers[2].mixer.q_proj.weight.data *= 2  # so that attention differs from token to token
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_smollm3(folder: pathlib.Path) -> pathlib.Path:
     """The last layer has no RoPE. vLLM serves it through Transformers, where one rotary embedding stands beside all
     layers.
@@ -350,8 +431,8 @@ def make_tiny_filters(
     kv_shape: tuple[int, int] = (NUM_KV_HEADS, HEAD_SIZE),
 ) -> Filters:
     """Random filters with statistics of random queries, saved at ``path`` in version 2, whose moments are exact; higher
-    projection = keep. model: a Llama if None. layers: that are compressed and saved, where others have other
-    heads; all if None. kv_shape: number and size of KV heads.
+    projection = keep. model: a Llama if None. layers: that are compressed and saved, where others have no
+    attention or other heads; all if None. kv_shape: number and size of KV heads.
     """
     num_kv_heads, head_size = kv_shape
     generator = torch.Generator().manual_seed(seed)
@@ -371,7 +452,7 @@ def make_tiny_filters(
     identity = tiny_identity()
     if model is not None:
         config = AutoConfig.from_pretrained(model)
-        rope = config.get_text_config().rope_parameters
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         identity = tiny_identity(architecture=config.architectures[0], rope=rope, num_heads=num_heads)
     rows = slice(None) if layers is None else layers
     identity = dataclasses.replace(

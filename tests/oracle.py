@@ -4,7 +4,8 @@ product.
 Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
 RoPE; SmolLM3, with layers without RoPE; Laguna, whose layers differ in their query heads, and in how much of them
 turns; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
-GPT-OSS, which has a sink beside its tokens."""
+GPT-OSS, which has a sink beside its tokens; LFM2, Qwen3-Next, Qwen3.5 and Nemotron-H, with layers that keep a state in
+place of keys and values, of which nothing is evicted."""
 
 import dataclasses
 
@@ -33,7 +34,8 @@ class Rule:
 
     def evicts_from(self, model, layer: int) -> bool:
         has_other_layers = not all(_slides(model, i) for i in range(len(model.model.layers)))
-        return not (self.spares_windows and has_other_layers and _slides(model, layer))
+        is_spared = self.spares_windows and has_other_layers and _slides(model, layer)
+        return attends(model, layer) and not is_spared
 
 
 class TextModel:
@@ -58,7 +60,8 @@ def teacher_forced_logprobs(
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # whatever the model slides
+    keeps_states = not all(attends(model, i) for i in range(len(model.model.layers)))
+    cache = DynamicCache(config=model.config) if keeps_states else DynamicCache()  # whatever the model slides
     if rule.has_fp8_cache:
         _store_in_fp8(cache)
     budget = rule.budget + (len(prompt) if rule.keep_prompt else 0)
@@ -123,6 +126,8 @@ def teacher_forced_logprobs(
                 is_outside = (distance < 0) | (distance >= model.config.sliding_window)
                 within = torch.zeros(1, 1, *distance.shape).masked_fill(is_outside, float("-inf"))
                 masks = {"full_attention": mask, "sliding_attention": within}
+            if keeps_states:
+                masks = {"full_attention": mask, **dict.fromkeys(STATES)}
             seen.is_prompt = position < len(prompt)
             out = model(
                 input_ids=torch.tensor([tokens[position:end]]),
@@ -174,20 +179,36 @@ def _slides(model, layer: int) -> bool:
     )
 
 
+STATES = ("conv", "linear_attention")  # names of layers that keep one
+
+
+def attends(model, layer: int) -> bool:
+    types = getattr(model.config, "layer_types", None)
+    return not types or types[layer] in ("full_attention", "sliding_attention")
+
+
+def attention_of(layer):
+    return layer.mixer if hasattr(layer, "mixer") else layer.self_attn
+
+
 def _scale(model) -> float:
-    return model.model.layers[0].self_attn.scaling
+    return next(attention_of(layer) for i, layer in enumerate(model.model.layers) if attends(model, i)).scaling
 
 
 def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """vectors: ``[..., len(positions), head_size]``."""
     of_layer, family = (), model.config.model_type
-    if (family == "exaone4" and not _slides(model, layer)) or (
-        family == "smollm3" and not model.config.no_rope_layers[layer]
+    if (
+        family == "nemotron_h"
+        or (family == "exaone4" and not _slides(model, layer))
+        or (family == "smollm3" and not model.config.no_rope_layers[layer])
     ):
         return vectors
     if family in ("gemma3_text", "gemma4_text", "laguna"):
         of_layer = (model.config.layer_types[layer],)
-    if "vl" in family:  # three components, of text the same; Qwen2.5-VL gives cosines and sines for each of them
+    if (
+        "vl" in family or family == "qwen3_5_text"
+    ):  # three components, of text the same; Qwen2.5-VL gives cosines and sines for each of them
         cos, sin = (
             part.reshape(-1, 1, *part.shape[-2:])[0]
             for part in model.model.rotary_emb(vectors, positions.expand(3, 1, -1))
@@ -212,7 +233,7 @@ def soft_cap(model) -> float:
 
 def with_sink(model, layer: int, logits: torch.Tensor) -> torch.Tensor:
     """The softmax of ``[heads, ..., resident]`` logits; some of the attention goes to a sink, where there is one."""
-    sinks = getattr(model.model.layers[layer].self_attn, "sinks", None)
+    sinks = getattr(attention_of(model.model.layers[layer]), "sinks", None)
     most = logits.amax(-1, keepdim=True)
     weights = (logits - most).exp()
     total = weights.sum(-1, keepdim=True)
@@ -221,14 +242,25 @@ def with_sink(model, layer: int, logits: torch.Tensor) -> torch.Tensor:
     return weights / total
 
 
+BY_TOKEN = (
+    "LagunaAttention",
+    "Gemma4TextAttention",
+    "Qwen3VLTextAttention",
+    "Qwen3NextAttention",
+    "Qwen3_5Attention",
+)
+
+
 def hook_queries(layer, see):
     """Shows ``see`` the queries of a layer before RoPE, ``[heads, n, head_size]``, whenever the model runs; returns the
     hook.
     """
-    attention = layer.self_attn
+    attention = attention_of(layer)
+    if hasattr(attention, "q_layernorm"):
+        return attention.q_layernorm.register_forward_hook(lambda _, __, out: see(out[0].transpose(0, 1)))
     if hasattr(attention, "q_norm"):
         # Some models normalise [1, heads, n, head_size], others [1, n, heads, head_size].
-        is_by_token = type(attention).__name__ in ("LagunaAttention", "Gemma4TextAttention", "Qwen3VLTextAttention")
+        is_by_token = type(attention).__name__ in BY_TOKEN
         return attention.q_norm.register_forward_hook(
             lambda _, __, out: see(out[0].transpose(0, 1) if is_by_token else out[0])
         )
@@ -242,13 +274,14 @@ class _Queries:
 
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
-        sizes = [layer.self_attn.head_dim for layer in model.model.layers]
+        sizes = [attention_of(layer).head_dim if attends(model, i) else 0 for i, layer in enumerate(model.model.layers)]
         self.rows = [torch.zeros(heads_of(model, i), 0, size) for i, size in enumerate(sizes)]
 
     def __enter__(self):
         self.hooks = [
             hook_queries(layer, lambda queries, i=i: self._see(i, queries))
             for i, layer in enumerate(self.model.model.layers)
+            if attends(self.model, i)
         ]
         return self
 

@@ -34,6 +34,7 @@ class FakeLLM:
             get_vocab_size=lambda: 100,
             get_total_num_hidden_layers=lambda: len(layer_types),
             get_sliding_window=lambda: 128,
+            is_hybrid=False,
             hf_text_config=SimpleNamespace(layer_types=list(layer_types)),
         )
         self.llm_engine = SimpleNamespace(

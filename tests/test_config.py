@@ -173,6 +173,7 @@ def of_model(
     block_size: int = 16,
     is_one_group: bool = False,
     num_stages: int = 1,
+    is_hybrid: bool = False,
     **options,
 ) -> Policy:
     """The policy of an engine that serves a model with such a window."""
@@ -180,6 +181,7 @@ def of_model(
     hf_text_config = SimpleNamespace() if layer_types is None else SimpleNamespace(layer_types=layer_types)
     model_config = SimpleNamespace(
         get_sliding_window=lambda: sliding_window,
+        is_hybrid=is_hybrid,
         max_model_len=4096,
         hf_text_config=hf_text_config,
         get_total_num_hidden_layers=lambda: 2,
@@ -228,6 +230,22 @@ def test_sliding_windows_beside_full_attention_have_groups_of_their_own(num_slid
     for in_one in (dict(is_one_group=True), dict(num_stages=2)):
         policy = of_model(64, layer_types, **in_one)
         assert policy.sliding_window == 64 and policy.beside == GroupsBeside()
+
+
+@pytest.mark.parametrize(
+    "layer_types, number",
+    [
+        (["linear_attention"] * 24 + [FULL] * 8, 3),  # Qwen3.5-4B
+        (["linear_attention"] * 27 + ["mlp"] * 25 + [FULL] * 4, 7),  # Nemotron Nano 9B v2
+        (["conv"] * 10 + [FULL] * 6, 2),  # LFM2 1.2B
+        (["mamba"] * 7 + ["attention"] * 6, 1),
+        (None, 1),  # Falcon-H1: both in every layer
+    ],
+)
+def test_states_beside_attention_have_groups_of_their_own(layer_types, number):
+    policy = of_model(None, layer_types, is_hybrid=True)
+    assert policy.sliding_window == 0 and policy.beside == GroupsBeside(num_states=number)
+    assert policy.beside.pages(1000, step_tokens=100, block_size=16) == number * 3  # whatever the length
 
 
 def test_the_engine_configuration_carries_it():

@@ -31,8 +31,9 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
     [
         ("Qwen3-8B", "keys and values of one shape", "accepted"),
         ("gpt-oss-20b", "sliding windows, attention sinks", "accepted"),
-        ("Qwen3-Next", "states beside attention", "refused"),  # by its class
-        ("Qwen3.5 4B", "M-RoPE, states beside attention", "refused"),  # by classes below its own
+        ("Qwen3-Next", "states beside attention, gated delta nets", "accepted"),  # by its class
+        ("Qwen3.5 4B", "M-RoPE, states beside attention, gated delta nets", "accepted"),  # by classes below its own
+        ("Kimi-Linear", "MLA, states beside attention", "refused"),
         ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("gemma-4-31B", "sliding windows, KV heads that differ", "accepted"),
         ("Inkling", "sliding windows, KV heads that differ, attention layers of its own", "refused"),

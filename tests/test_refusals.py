@@ -138,7 +138,7 @@ def supported_config() -> SimpleNamespace:
     return SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None,
-            original_max_model_len=4096, max_model_len=4096, is_moe=True, hf_text_config=LlamaConfig(),
+            original_max_model_len=4096, max_model_len=4096, is_moe=True, is_hybrid=False, hf_text_config=LlamaConfig(),
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,

@@ -11,30 +11,44 @@ from typing import Any, NamedTuple
 
 from vllm_qfilters.budget import cdiv
 
+# Names that configurations of Transformers have for kinds of layers; a layer may be of two (Falcon-H1).
+_FULL = frozenset({"full_attention", "attention", "hybrid"})
+_STATE = frozenset({"linear_attention", "mamba", "conv", "short_conv", "hybrid"})
+PAGES_OF_STATE = 3  # at most: one that a step reads, one that it writes, and one that it leaves for the prefix cache
+
 
 class LayerKinds(NamedTuple):
     """Attributes:
 
     num_full: layers that attend to the whole sequence.
     num_sliding: layers that attend to a sliding window.
+    num_states: layers that keep a state of the sequence, of one size whatever its length.
     window: tokens that a sliding window reaches, the query's own among them; 0 if there is none.
     """
 
     num_full: int
     num_sliding: int
+    num_states: int
     window: int
 
     @classmethod
     def of(cls, model_config: Any) -> "LayerKinds":
         """Of vLLM's ModelConfig. A window that the longest context does not leave is none."""
         config = model_config.hf_text_config
-        types = getattr(config, "layer_types", None)
-        total = len(types) if types else model_config.get_total_num_hidden_layers()
+        types = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
         window = model_config.get_sliding_window() or 0
         if not 0 < window < model_config.max_model_len:
-            return cls(total, 0, 0)
-        num_sliding = types.count("sliding_attention") if types else total
-        return cls(total - num_sliding, num_sliding, window if num_sliding else 0)
+            window = 0
+        if model_config.is_hybrid:
+            types = types or ["hybrid"] * model_config.get_total_num_hidden_layers()
+            num_sliding = types.count("sliding_attention") if window else 0
+            num_full = sum(kind in _FULL for kind in types)
+            num_full += 0 if window else types.count("sliding_attention")
+            num_states = sum(kind in _STATE for kind in types) or len(types)  # of layers that are of two kinds
+            return cls(num_full, num_sliding, num_states, window if num_sliding else 0)
+        total = len(types) if types else model_config.get_total_num_hidden_layers()
+        num_sliding = 0 if not window else types.count("sliding_attention") if types else total
+        return cls(total - num_sliding, num_sliding, 0, window if num_sliding else 0)
 
 
 def layers_per_group(counts: Sequence[int]) -> int:
@@ -46,24 +60,31 @@ def layers_per_group(counts: Sequence[int]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class GroupsBeside:
-    """The KV cache groups beside the one that is compressed: of layers with a sliding window.
+    """The KV cache groups beside the one that is compressed.
 
     Attributes:
-        window: tokens that the layers attend to, the query's own among them; 0 if there are none.
-        number: of groups.
+        window: tokens that layers with a sliding window attend to, the query's own among them; 0 if there are none.
+        num_windows: groups of such layers.
+        num_states: groups of layers that keep a state.
     """
 
     window: int = 0
-    number: int = 0
+    num_windows: int = 0
+    num_states: int = 0
 
     @classmethod
     def of(cls, kinds: LayerKinds) -> "GroupsBeside":
-        """None where there are no layers of full attention, or vLLM would put those into several groups, being the
-        most: layers with a sliding window are then compressed with them."""
-        if not kinds.num_full or not kinds.num_sliding:
+        """None of layers with a sliding window, which are then compressed with the others, where there are no others,
+        or vLLM would put those of full attention into several groups, being the most."""
+        num_sliding = kinds.num_sliding if kinds.num_full else 0
+        size = layers_per_group((kinds.num_full, num_sliding, kinds.num_states)) if kinds.num_full else 1
+        if num_sliding and kinds.num_full > size and not kinds.num_states:
             return cls()
-        size = layers_per_group((kinds.num_full, kinds.num_sliding))
-        return cls(kinds.window, cdiv(kinds.num_sliding, size)) if kinds.num_full <= size else cls()
+        return cls(kinds.window if num_sliding else 0, cdiv(num_sliding, size), cdiv(kinds.num_states, size))
+
+    @property
+    def number(self) -> int:
+        return self.num_windows + self.num_states
 
     def pages(self, length: int, step_tokens: int, block_size: int) -> int:
         """Most pages that a sequence of ``length`` tokens holds in these groups.
@@ -72,8 +93,10 @@ class GroupsBeside:
             step_tokens: most tokens that are computed before those they push out of a window are given up.
             block_size: tokens per page.
         """
-        most = cdiv(self.window - 1 + step_tokens, block_size) + 1
-        return self.number * min(cdiv(length, block_size), most)
+        of_window = 0
+        if self.num_windows:
+            of_window = min(cdiv(length, block_size), cdiv(self.window - 1 + step_tokens, block_size) + 1)
+        return self.num_windows * of_window + self.num_states * PAGES_OF_STATE
 
 
 NO_GROUPS = GroupsBeside()

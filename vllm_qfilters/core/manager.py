@@ -75,12 +75,16 @@ class QFiltersManager(FullAttentionManager):
         for manager in others:
             manager.cache_blocks = functools.partial(self._cache_beside, manager.cache_blocks)  # type: ignore[method-assign]
             manager.pop_blocks_for_free = functools.partial(self._pop_beside, manager.pop_blocks_for_free)  # type: ignore[method-assign]
-            assert isinstance(manager, SlidingWindowManager)
-            self.prefixes.windows[manager.kv_cache_group_id] = manager.sliding_window
+            if isinstance(manager, SlidingWindowManager):
+                self.prefixes.windows[manager.kv_cache_group_id] = manager.sliding_window
 
     def _cache_beside(self, cache_blocks: Callable[..., None], request: Request, *args: Any, **kwargs: Any) -> None:
         if request.request_id not in self.evicted:
             cache_blocks(request, *args, **kwargs)
+
+    def _shares_prefixes(self, limits: RequestLimits) -> bool:
+        """States of layers beside attention are not kept with what is held behind a cut."""
+        return limits.shares_prefixes and len(self.prefixes.windows) == len(self.beside)
 
     def _pop_beside(self, pop_blocks: Callable[[str], list[KVCacheBlock]], request_id: str) -> list[KVCacheBlock]:
         self._forget_uncomputed(request_id)  # while the pages of all groups are there
@@ -100,7 +104,7 @@ class QFiltersManager(FullAttentionManager):
         """
         limits = self.limits.get(request.request_id)
         found = None
-        if limits is not None and limits.shares_prefixes:
+        if limits is not None and self._shares_prefixes(limits):
             found = self.prefixes.find(request, limits, longest)
         if self.resumes and limits is not None:
             shortest = 1 if found is None else found.position + 1
@@ -375,7 +379,7 @@ class QFiltersManager(FullAttentionManager):
         request_id, cut = request.request_id, request.num_computed_tokens
         limits, standing = self.limits[request_id], self._standings.pop(request_id, None)
         follows_from_tokens = standing is not None or request_id not in self.evicted
-        is_of_prompt = limits.shares_prefixes and cut < request.num_prompt_tokens
+        is_of_prompt = self._shares_prefixes(limits) and cut < request.num_prompt_tokens
         if self.enable_caching and is_of_prompt and follows_from_tokens:
             is_own = self.prefixes.add(request, limits, cut, self._blocks_by_group(request_id))
             # Pages behind those of another sequence are not for its own cut's.

@@ -5,7 +5,7 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec, SlidingWindowSpec
 
 PLANE_BYTES = 4  # one float32 per token and KV head
 
@@ -51,6 +51,11 @@ class QFiltersSpec(FullAttentionSpec):
         return cdiv(tokens, self.block_size) * self.page_size_bytes
 
 
+def beside_compressed(spec: KVCacheSpec, block_size: int) -> KVCacheSpec:
+    """What becomes of the specification of a layer that is not compressed: its pages, if of tokens, are of as many."""
+    return dataclasses.replace(spec, block_size=block_size) if isinstance(spec, SlidingWindowSpec) else spec
+
+
 def in_equal_pages(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """The specifications with pages of as many bytes: those of all groups come from one pool. Else vLLM would make them
     equal, in ways that pages with token stats cannot follow."""
@@ -58,7 +63,7 @@ def in_equal_pages(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     found = dict(specs)
     for name, spec in specs.items():
         if spec.page_size_bytes < page_bytes:
-            assert isinstance(spec, AttentionSpec)
+            assert isinstance(spec, AttentionSpec | MambaSpec)
             found[name] = dataclasses.replace(spec, page_size_padded=page_bytes)
     return found
 

@@ -16,12 +16,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.sequence import IntermediateTensors
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import STORED_RANK, Filters, ModelIdentity
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.groups import PAGES_OF_STATE
 from vllm_qfilters.kernels.ops import in_groups_of
 
 NUM_SEQUENCES = 1  # four lose the same: benchmarks/results/calibration-SmolLM2-135M-Instruct.json
@@ -264,7 +266,7 @@ def _with_zeros_behind(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _block_ids(runner: GPUModelRunner, num_tokens: int) -> tuple[list[int], ...]:
     """Pages for a lone sequence, by KV cache group: from 1 on in the group that is compressed, behind them in others.
-    Those that a sliding window has left are written again."""
+    Those that a sliding window has left, and that held earlier states, are written again."""
     num_blocks = cdiv(num_tokens, runner.cache_config.block_size)
     block_ids: list[list[int]] = [list(range(1, num_blocks + 1))] * len(runner.kv_cache_config.kv_cache_groups)
     next_id = num_blocks + 1
@@ -272,9 +274,12 @@ def _block_ids(runner: GPUModelRunner, num_tokens: int) -> tuple[list[int], ...]
         if index == runner.group:
             continue
         spec = group.kv_cache_spec
-        reach = spec.sliding_window + runner.scheduler_config.max_num_batched_tokens
-        count = min(num_blocks, cdiv(reach, spec.block_size) + 1)
-        block_ids[index] = [next_id + block % count for block in range(num_blocks)]
+        places = cdiv(num_tokens, spec.block_size)
+        count = min(places, PAGES_OF_STATE)
+        if isinstance(spec, SlidingWindowSpec):
+            reach = spec.sliding_window + runner.scheduler_config.max_num_batched_tokens
+            count = min(places, cdiv(reach, spec.block_size) + 1)
+        block_ids[index] = [next_id + place % count for place in range(places)]
         next_id += count
     return tuple(block_ids)
 

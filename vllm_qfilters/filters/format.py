@@ -65,8 +65,11 @@ class ModelIdentity:
         config = model_config.hf_text_config
         num_layers, num_kv_heads = model_config.get_total_num_hidden_layers(), model_config.get_total_num_kv_heads()
         head_size = model_config.get_head_size()
+        kinds = LayerKinds.of(model_config)
+        if kinds.num_states:
+            num_layers = kinds.num_full + kinds.num_sliding
         if len(kv_shapes(config)) > 1:
-            num_layers = LayerKinds.of(model_config).num_full
+            num_layers = kinds.num_full
             ((num_kv_heads, head_size),) = kv_shapes(config, with_windows=False)
         rope = getattr(config, "rope_parameters", None) or {}
         first_trained_on = rope.get("original_max_position_embeddings")

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
+from vllm_qfilters.config import EVICT_PRESSURE, FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
 from vllm_qfilters.filters.format import ModelIdentity, kv_shapes
 from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
@@ -25,6 +25,7 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 # Keys of a request's extra arguments that begin like ours and are vLLM's.
 _KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
 
 
@@ -95,10 +96,18 @@ MODEL_REFUSALS = (
         lambda start: start.model.runner_type == "pooling", "pooling models, which keep no KV cache while decoding"
     ),
     Refusal(lambda start: start.model.is_encoder_decoder, "encoder-decoder models"),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.model.use_mla,
+        "models that keep states beside latent attention (Kimi-Linear)",
+    ),
     Refusal(lambda start: start.model.use_mla, "MLA (latent attention) models"),
     Refusal(
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
+    ),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.policy.beside.window > 0,
+        "models that keep states beside attention and have sliding windows (Inkling)",
     ),
     Refusal(
         _has_other_kv_heads_in_some_layers,
@@ -137,6 +146,26 @@ REFUSALS = (
         "speculative decoding with pipeline parallelism; drop --speculative-config or use --pipeline-parallel-size 1",
     ),
     Refusal(
+        lambda start: start.model.is_hybrid and start.speculative is not None,
+        "speculative decoding of models that keep states beside attention; drop --speculative-config",
+    ),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism of models that keep states beside attention; use --pipeline-parallel-size 1",
+    ),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+        "models that keep states beside attention in one KV cache group; drop --disable-hybrid-kv-cache-manager",
+    ),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.cache.prefix_match_unit is not None,
+        "prefix cache hits within a page; drop --prefix-match-unit",
+    ),
+    Refusal(
+        lambda start: start.model.is_hybrid and start.policy.evict == EVICT_PRESSURE,
+        "evict='pressure' of models that keep states beside attention; use evict='always'",
+    ),
+    Refusal(
         lambda start: start.parallel.pipeline_parallel_size > 1 and start.policy.evicts_whole_pages,
         "pipeline parallelism with granularity 'page'; choose granularity 'layer' or 'head'",
     ),
@@ -169,8 +198,8 @@ REFUSALS = (
     ),
     Refusal(
         lambda start: start.policy.resumes and start.policy.beside.number > 0,
-        "prefix='resume' of models with sliding windows in KV cache groups of their own, of which it keeps nothing; "
-        "use prefix='exact'",
+        "prefix='resume' of models with sliding windows or states in KV cache groups of their own, of which it keeps "
+        "nothing; use prefix='exact'",
     ),
     Refusal(
         lambda start: start.policy.endpoint and start.parallel._api_process_count > 1,
@@ -194,6 +223,13 @@ def check_supported(policy: Policy, vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     if policy.filters is not None and policy.filters != AUTO:
         given_file(policy.filters, ModelIdentity.from_model_config(model), policy.rank)
+    if policy.beside.num_states and isinstance(policy.budget, int) and policy.budget < BUDGET_BESIDE_STATES:
+        logger.warning(
+            "KV compression: where layers keep states beside attention, few others can look up what is evicted: budget "
+            "%d is below the %d tokens that docs/budget.md advises for such models",
+            policy.budget,
+            BUDGET_BESIDE_STATES,
+        )
     if isinstance(policy.budget, int) and policy.budget >= model.max_model_len:
         logger.warning(
             "KV compression: budget %d is not below max_model_len %d: nothing will be evicted, except from requests "

@@ -5,7 +5,6 @@ is the business of ``runner_v1.py`` and ``runner_v2.py``.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,7 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec, in_equal_pages
+from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec, beside_compressed, in_equal_pages
 from vllm_qfilters.filters.bank import FilterBank
 from vllm_qfilters.filters.calibrate import (
     NUM_SEQUENCES,
@@ -249,7 +248,7 @@ class CompressedModelRunner:
         made: dict[str, KVCacheSpec] = {}
         for name, spec in specs.items():
             if not self._is_compressed(spec):
-                made[name] = dataclasses.replace(spec, block_size=block_size)
+                made[name] = beside_compressed(spec, block_size)
                 continue
             backend = layers[name].get_attn_backend()
             if backend.get_name() == "FLASHINFER" and not has_one_window:
@@ -261,6 +260,12 @@ class CompressedModelRunner:
             made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self.compression.num_planes)
             kernel_block_size = select_common_block_size(block_size, [backend], [made[name]])
             if kernel_block_size != block_size:
+                if self.compression.beside.num_states:  # whose size the pages have
+                    raise ValueError(
+                        f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
+                        f"{kernel_block_size} tokens at most, but those as large as the model's states have "
+                        f"{block_size}: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+                    )
                 raise ValueError(
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
                     f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"

@@ -4,21 +4,30 @@ from collections.abc import Mapping, Sequence
 
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
 from vllm_qfilters.core.spec import QFiltersSpec
 from vllm_qfilters.policy import Policy
 
+# Kinds of states that were seen beside compressed attention, of those that vLLM has.
+STATES = (
+    MambaAttentionBackendEnum.GDN_ATTN,
+    MambaAttentionBackendEnum.MAMBA2,
+    MambaAttentionBackendEnum.SHORT_CONV,
+)
+
 
 def is_compressed(config: Policy, spec: KVCacheSpec) -> bool:
     """Whether a layer of this specification is compressed. Others are in KV cache groups of their own."""
-    return not (config.beside.number and type(spec) is SlidingWindowSpec)
+    return not (isinstance(spec, MambaSpec) or (config.beside.window and type(spec) is SlidingWindowSpec))
 
 
 def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
@@ -30,6 +39,9 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
     """
     first = next((spec for spec in specs.values() if is_compressed(config, spec)), None)
     for name, spec in specs.items():
+        if type(spec) is MambaSpec and config.beside.num_states:
+            _check_state(name, spec)
+            continue
         _check_attention(config, name, spec, max_model_len)
         assert isinstance(spec, AttentionSpec)
         if first is None:
@@ -57,6 +69,14 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
                 f"KV compression needs the same KV heads in every layer that it evicts from: {name} has "
                 f"{spec.num_kv_heads} x {spec.head_size}, the first one {first.num_kv_heads} x {first.head_size}"
             )
+
+
+def _check_state(name: str, spec: MambaSpec) -> None:
+    if spec.mamba_type not in STATES:
+        raise ValueError(
+            f"KV compression does not support models that keep states of kind {spec.mamba_type.name} beside attention, "
+            f"as {name} does; supported: {', '.join(state.name for state in STATES)}"
+        )
 
 
 def check_layers(layers: Mapping[str, object]) -> None:
@@ -99,9 +119,10 @@ def compressed_group(config: Policy, groups: Sequence[KVCacheGroupSpec]) -> int:
     """
     compressed = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, QFiltersSpec)]
     if len(compressed) != 1 or len(groups) != 1 + config.beside.number:
+        remedy = "" if config.beside.num_states else ": add --disable-hybrid-kv-cache-manager"
         raise ValueError(
             f"KV compression supports one KV cache group of full attention and expected {config.beside.number} others, "
-            f"vLLM made {len(compressed)} and {len(groups) - len(compressed)}: add --disable-hybrid-kv-cache-manager"
+            f"vLLM made {len(compressed)} and {len(groups) - len(compressed)}{remedy}"
         )
     return compressed[0]
 

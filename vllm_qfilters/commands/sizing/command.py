@@ -372,7 +372,9 @@ def _model_config(engine_args: "EngineArgs") -> "ModelConfig":
 def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
     """The layers of a device; of the first stage, which has most of them, where there is a pipeline."""
     parallel = engine_args.tensor_parallel_size
-    num_full, num_sliding, window = LayerKinds.of(model_config)
+    num_full, num_sliding, num_states, window = LayerKinds.of(model_config)
+    if num_states:
+        raise UsageError("layers that keep a state beside attention are not reckoned")
     if len(kv_shapes(model_config.hf_text_config)) > 1:
         raise UsageError("layers whose KV heads differ are not reckoned")
     stages = engine_args.pipeline_parallel_size
