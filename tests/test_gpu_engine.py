@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from tests.engines import tokens_and_logprobs
-from tests.interpreted_runs import BATCHES, CALIBRATION, CROWD, EVICTING, PAGES, SHARED_PREFIX, SHARING, STATIC, TURNS
+from tests.interpreted_runs import (
+    BATCHES,
+    CALIBRATION,
+    CROWD,
+    EVICTING,
+    EVICTING_LATENTS,
+    PAGES,
+    SHARED_PREFIX,
+    SHARING,
+    STATIC,
+    TURNS,
+)
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
@@ -16,7 +27,7 @@ from vllm_qfilters.filters.reader import load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2, [True], [True], [True]]
+    assert [result["v2_stages"] for result in results] == [[True]] * 6 + [[True] * 2] + [[True]] * 6
     return results
 
 
@@ -33,7 +44,7 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
 
 def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
-    seen = [result for result in runs[1:] if len(result["v2_stages"]) == 1]
+    seen = [result for result in runs if "compactions" in result and len(result["v2_stages"]) == 1]
     assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
 
 
@@ -101,6 +112,20 @@ def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
     result = runs[8]
     assert result["compactions"] >= 5
     assert_like_v1(qwen_vl_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
+
+
+def test_mla_with_a_budget_above_the_length_is_bit_identical_to_plain_vllm(runs):
+    """TRITON_MLA."""
+    plain, compressed = runs[10], runs[11]
+    assert compressed["outputs"] == plain["outputs"] and compressed["compactions"] == 0
+
+
+def test_mla_evicts_what_the_cpu_path_evicts(runs, deepseek_engines):
+    result = runs[12]
+    assert result["async_scheduling"] and result["compactions"] >= 8
+    assert [output["cached_tokens"] > 0 for output in result["outputs"]] == [False, False, True, False, True]
+    engine = deepseek_engines.get(num_blocks=64, max_model_len=512, max_batched=128, **EVICTING_LATENTS)
+    assert_like_v1(engine, [*BATCHES, *TURNS], result)
 
 
 def test_two_pipeline_stages_answer_as_one(runs):

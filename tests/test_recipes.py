@@ -36,7 +36,9 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
         ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("gemma-4-31B", "sliding windows, KV heads that differ", "accepted"),
         ("Inkling", "sliding windows, KV heads that differ, attention layers of its own", "refused"),
-        ("DeepSeek-R1", "MLA", "refused"),
+        ("DeepSeek-R1", "MLA", "accepted"),
+        ("V3.2", "MLA, sparse indexer", "refused"),
+        ("Kimi-Linear", "MLA, states beside attention", "refused"),
         ("plamo-2-translate", "keys and values of one shape", "not in vLLM"),
     ],
 )
