@@ -122,7 +122,9 @@ void fill_holes(
       "planes must be float32 for the pages ", pages.sizes(), ", found ", planes.scalar_type(), planes.sizes());
   const int64_t block_size = planes.size(4), resident = is_kept.size(2);
   check_offsets(key_offsets, block_size, pages.size(3));
-  check_offsets(value_offsets, block_size, pages.size(3));
+  if (value_offsets.numel() > 0) {
+    check_offsets(value_offsets, block_size, pages.size(3));
+  }
   TORCH_CHECK(
       is_kept.is_contiguous() && is_kept.scalar_type() == at::kBool && is_kept.size(0) == pages.size(0) &&
           is_kept.size(1) == pages.size(2),

@@ -47,7 +47,7 @@ void widen_keys(const c10::Float8_e5m2*, const KeyPlaces&, int64_t first, int64_
 
 // The keys of all layers and heads of a sequence.
 //
-// pages: [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+// pages: [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
 // key_offsets: [block_size, head_size] int64, where the elements of a key lie in the pages of a head
 // page_table: [num_pages] int64
 template <typename Element>

@@ -37,7 +37,7 @@ at::Tensor page_scores(               // [num_pages] float32
     const at::Tensor& deviation);     // [num_layers, num_kv_heads] float32
 
 at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] float32
-    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
@@ -50,7 +50,7 @@ at::Tensor expected_attention(        // [num_layers, num_kv_heads, num_tokens] 
 // Of the last queries of a sequence, the last of which is that of the last token: the mean over queries and the query
 // heads of a KV head, and the most; no neighbours yet.
 std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_heads, num_tokens] float32 each
-    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
@@ -61,17 +61,17 @@ std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_h
 
 // Minus the cosine of each key with the mean direction of the keys of its head, averaged over neighbours.
 at::Tensor key_distinctness(          // [num_layers, num_kv_heads, num_tokens] float32
-    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
     int64_t pool);                    // neighbours, odd
 
 void fill_holes(
-    at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]
+    at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
     at::Tensor& planes,               // [num_layers, num_blocks, num_planes, num_kv_heads, block_size] float32
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
-    const at::Tensor& value_offsets,  // [block_size, head_size] int64
+    const at::Tensor& value_offsets,  // [block_size, value_size] int64; no elements where keys stand alone
     const at::Tensor& page_table,     // [num_pages] int64
     const at::Tensor& is_kept,        // [num_layers, num_kv_heads, resident_tokens] bool
     int64_t first_out,                // tokens from here on are taken out ...

@@ -4,8 +4,10 @@ vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_
 view tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the
 business of the attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it
 is found by writing known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind
-the keys and values of all heads, each page carries one or more planes of float32 numbers, one per KV head and slot: the
-first holds scores or what they are made of.
+the keys and values of all heads, each page carries planes of float32 numbers, one per KV head and slot, where a method
+needs any: the first holds scores or what they are made of. A cache of latents (MLA) has one KV head of keys without
+values: the value of a token is a part of its key. Its attention backends want pages that lie one behind the other, so
+that its planes are memory of their own.
 """
 
 import copy
@@ -22,44 +24,50 @@ WriteCache = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], 
 
 @dataclasses.dataclass(frozen=True)
 class PageLayout:
-    """Element offsets within one page of one KV head (``2 * block_size * head_size`` elements).
+    """Element offsets within one page of one KV head (``block_size * (head_size + value_size)`` elements).
 
     Attributes:
         keys: shape ``[block_size, head_size]``, int64: where element (slot, dim) of the keys lies.
-        values: the same for the values.
+        values: the same for the values, shape ``[block_size, value_size]``: as large as keys, or 0 in a cache of
+            latents.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, dtype: torch.dtype) -> PageLayout:
+def probe_page_layout(
+    write_cache: WriteCache, block_size: int, head_size: int, dtype: torch.dtype, value_size: int | None = None
+) -> PageLayout:
     """Finds the layout a cache writer uses, by writing the digits of each element's number and reading where they land.
 
     Args:
         write_cache: ``write_cache(key, value, kv_cache, slot_mapping)``, the backend's writer, which stores the numbers
-            or little more; key and value of shape ``[num_tokens, 1, head_size]``, kv_cache ``[1, 1, block_size, 2 *
-            head_size]``, slot_mapping ``[num_tokens]`` int64.
+            or little more; key of shape ``[num_tokens, 1, head_size]``, value ``[num_tokens, 1, value_size]``, kv_cache
+            ``[1, 1, block_size, head_size + value_size]``, slot_mapping ``[num_tokens]`` int64.
         block_size: tokens per page.
-        head_size: elements per key and value.
+        head_size: elements per key.
         dtype: of key, value and cache.
+        value_size: elements per value; None: as many as per key.
 
     Raises:
         RuntimeError: the writer does not place every element exactly once.
     """
-    num_elements = block_size * head_size
-    numbers = torch.arange(num_elements)
+    sizes = head_size, head_size if value_size is None else value_size
     slots = torch.arange(block_size, dtype=torch.int64)
 
     def where(which: int) -> torch.Tensor:
-        found = torch.zeros(2 * num_elements, dtype=torch.int64)
-        scale, is_written = 1, None
+        num_elements = block_size * sizes[which]
+        if num_elements == 0:
+            return torch.empty(block_size, 0, dtype=torch.int64)
+        numbers = torch.arange(num_elements)
+        found = torch.zeros(block_size * sum(sizes), dtype=torch.int64)
+        scale, is_written = 1, found == 1
         while scale < num_elements:
             digits = (numbers // scale) % _BASE + 1
-            rows = digits.to(dtype).view(block_size, 1, head_size)
-            pair = [torch.zeros_like(rows), torch.zeros_like(rows)]
-            pair[which] = rows
-            cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
+            pair = [torch.zeros(block_size, 1, size, dtype=dtype) for size in sizes]
+            pair[which] = digits.to(dtype).view(block_size, 1, sizes[which])
+            cache = torch.zeros(1, 1, block_size, sum(sizes), dtype=dtype)
             write_cache(pair[0], pair[1], cache, slots)
             read = cache.flatten().to(torch.int64)
             is_written = read != 0
@@ -74,7 +82,7 @@ def probe_page_layout(write_cache: WriteCache, block_size: int, head_size: int, 
                 "once "
                 f"(block size {block_size}, head size {head_size}, {dtype}): its layout is not supported"
             )
-        return offsets.view(block_size, head_size)
+        return offsets.view(block_size, sizes[which])
 
     return PageLayout(keys=where(0), values=where(1))
 
@@ -85,18 +93,21 @@ class _Planes:
     Attributes:
         num_layers: of the cache, or of the part of it that this is.
         key_scales: float32, shape ``[num_layers]``, or None.
-        planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
-        scores: the first plane.
+        planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``; there may be none.
     """
 
-    _BY_LAYER: tuple[str, ...] = ("planes", "scores", "key_scales")
+    _BY_LAYER: tuple[str, ...] = ("planes", "key_scales")
 
     num_layers: int
     key_scales: torch.Tensor | None
 
     def __init__(self, planes: torch.Tensor) -> None:
         self.planes = planes
-        self.scores = planes[:, :, 0]
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """The first plane, shape ``[num_layers, num_blocks, num_kv_heads, block_size]``."""
+        return self.planes[:, :, 0]
 
     def of_layers(self, layers: slice) -> Self:
         """Some layers of the cache, in the same memory: as if it had no others."""
@@ -134,17 +145,17 @@ class PagedCache(_Planes):
     """Keys, values and scores of all layers of one rank, addressed by (layer, page, KV head, slot).
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 *
-            head_size]``; all of one allocation at a constant distance, each page followed by room for its planes.
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, head_size +
+            value_size]``; all of one allocation at a constant distance, each page followed by room for its planes.
         layout: of a page.
         num_planes: float32 numbers per token and KV head.
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
+        planes: where they are memory of their own.
 
     Attributes:
         key_scales: what stored keys are to be multiplied by, float32, shape ``[num_layers]``.
-        pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, 2 * block_size * head_size]``.
+        pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]``.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
-        scores: the first plane.
 
     Raises:
         ValueError: the views are not laid out like that.
@@ -158,6 +169,7 @@ class PagedCache(_Planes):
         layout: PageLayout,
         num_planes: int = 1,
         key_scales: torch.Tensor | None = None,
+        planes: torch.Tensor | None = None,
     ) -> None:
         first = kv_caches[0]
         num_blocks, num_kv_heads, block_size, content = first.shape
@@ -165,7 +177,7 @@ class PagedCache(_Planes):
         if first.stride()[1:] != (page_elements, content, 1):
             shape = tuple(first.shape)
             raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {shape}")
-        self.layout, self.head_size = layout, content // 2
+        self.layout, self.head_size = layout, layout.keys.shape[1]
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
         self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
@@ -174,10 +186,10 @@ class PagedCache(_Planes):
             (self.num_layers, num_blocks, num_kv_heads, page_elements),
             (layer_stride, first.stride(0), page_elements, 1),
         )
-        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes))
+        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes) if planes is None else planes)
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
-        """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
+        """Keys and values of ``n`` (layer, page, head, slot) places: ``[n, head_size]`` and ``[n, value_size]``."""
         at = (layer[:, None], page[:, None], head[:, None])
         return self.pages[*at, self.layout.keys[slot]], self.pages[*at, self.layout.values[slot]]
 
@@ -212,38 +224,46 @@ class PagedCache(_Planes):
 
 class StridedCache(_Planes):
     """Keys, values and planes of all layers of one rank, where key and value of a token lie side by side: ``key |
-    value``.
+    value``, or the key alone in a cache of latents.
 
     So they do in every layout vLLM's GPU backends choose between: tokens or heads outermost in a page, layers or pages
     outermost in the allocation.
 
     Args:
-        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, 2 *
-            head_size]``; all of one allocation at a constant distance, each page dense and followed by room for its
+        kv_caches: per layer, in order, the view vLLM allocated, ``[num_blocks, num_kv_heads, block_size, head_size +
+            value_size]``; all of one allocation at a constant distance, each page dense and followed by room for its
             planes.
         num_planes: float32 numbers per token and KV head.
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
+        has_values: else keys stand alone.
+        planes: where they are memory of their own.
 
     Attributes:
-        key_values: shape ``[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]``, the dtype of the cache.
+        key_values: shape ``[num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]``, the dtype of
+            the cache.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
-        scores: the first plane.
-        words: the pages with their planes, bit by bit: shape ``[num_layers, num_blocks, page bytes / 4]``, int32.
+        words: the pages with the planes in them, bit by bit: shape ``[num_layers, num_blocks, page bytes / 4]``, int32.
+        words_beside: planes that are memory of their own, likewise; None: they lie in the pages.
 
     Raises:
         ValueError: the views are not laid out like that.
     """
 
-    _BY_LAYER = (*_Planes._BY_LAYER, "key_values", "words")
+    _BY_LAYER = (*_Planes._BY_LAYER, "key_values", "words", "words_beside")
 
     def __init__(
-        self, kv_caches: Sequence[torch.Tensor], num_planes: int = 1, key_scales: torch.Tensor | None = None
+        self,
+        kv_caches: Sequence[torch.Tensor],
+        num_planes: int = 1,
+        key_scales: torch.Tensor | None = None,
+        has_values: bool = True,
+        planes: torch.Tensor | None = None,
     ) -> None:
         first = kv_caches[0]
         self.num_layers = len(kv_caches)
         self.key_scales = key_scales
         self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
-        self.head_size = content // 2
+        self.head_size = content // 2 if has_values else content
         head_major = (self.block_size * content, content, 1)
         token_major = (content, self.num_kv_heads * content, 1)
         if not _has_strides(first, head_major) and not _has_strides(first, token_major):
@@ -253,7 +273,9 @@ class StridedCache(_Planes):
             )
         layer_stride = _layer_stride(kv_caches)
         self.key_values = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
-        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes))
+        super().__init__(_planes(first, self.num_layers, layer_stride, num_planes) if planes is None else planes)
+        self.words_beside = None if planes is None else planes.view(torch.int32).flatten(2)
+        num_planes = num_planes if planes is None else 0
         element_size = first.element_size()
         num_bytes = self.num_kv_heads * self.block_size * (content * element_size + 4 * num_planes)
         self.words = torch.empty(0, dtype=torch.int32, device=first.device).set_(
@@ -264,8 +286,8 @@ class StridedCache(_Planes):
         )
 
     def read(self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor):
-        """Keys and values of ``n`` (layer, page, head, slot) places, each of shape ``[n, head_size]``."""
-        return self.key_values[layer, page, head, slot].split(self.head_size, dim=-1)
+        """Keys and values of ``n`` (layer, page, head, slot) places: ``[n, head_size]`` and ``[n, value_size]``."""
+        return self.key_values[layer, page, head, slot].tensor_split([self.head_size], dim=-1)
 
     def write(
         self, layer: torch.Tensor, page: torch.Tensor, head: torch.Tensor, slot: torch.Tensor, keys, values
@@ -275,7 +297,9 @@ class StridedCache(_Planes):
 
     def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
-        self.words[:, destination] = self.words[:, source]
+        for words in (self.words, self.words_beside):
+            if words is not None:
+                words[:, destination] = words[:, source]
 
     def resident_keys(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of a sequence's tokens in one layer, float32, shape ``[num_kv_heads, num_tokens, head_size]``."""

@@ -28,7 +28,13 @@ import torch
 import vllm
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from scripts.check_vllm import Sources
 from vllm_qfilters.config import KVCompressionConfig
@@ -60,7 +66,7 @@ TRAITS = {
     "shared_cache": ("layers that share a cache", None),
     "chunked": ("chunked local attention", None),
     "rswa": ("R-SWA", None),
-    "mla": ("MLA", None),
+    "mla": ("MLA", "tests/test_mla.py::test_engine_matches_hugging_face_with_the_same_rule"),
     "indexer": ("sparse indexer", None),
     "hybrid": (
         "states beside attention",
@@ -174,10 +180,14 @@ def check(traits: set[str]) -> None:
         rswa_window=WINDOW if "rswa" in traits else None,
         hf_text_config=SimpleNamespace(num_kv_shared_layers=10 if "shared_cache" in traits else 0),
     )
+    if "indexer" in traits:
+        model.hf_text_config.index_topk = 2048
     start: Any = SimpleNamespace(model_config=model)
     refuse(Start(policy, start), MODEL_REFUSALS)
     usual: dict[str, Any] = dict(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    specs = {"first": FullAttentionSpec(**usual)}
+    specs: dict[str, KVCacheSpec] = {"first": FullAttentionSpec(**usual)}
+    if "mla" in traits:
+        specs["first"] = MLAAttentionSpec(**{**usual, "num_kv_heads": 1})
     if "window" in traits:
         specs["window"] = SlidingWindowSpec(**usual, sliding_window=WINDOW)
     if "kv_shapes" in traits:  # of layers of either kind
@@ -186,8 +196,6 @@ def check(traits: set[str]) -> None:
         specs["narrow values"] = FullAttentionSpec(**usual, head_size_v=32)
     if "chunked" in traits:
         specs["chunked"] = FullAttentionSpec(**usual, attention_chunk_size=WINDOW)
-    if "indexer" in traits:
-        specs["indexer"] = MLAAttentionSpec(**{**usual, "num_kv_heads": 1})
     if "hybrid" in traits:
         kind = next((kind for trait, kind in STATES.items() if trait in traits), MambaAttentionBackendEnum.LINEAR)
         specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,), mamba_type=kind)

@@ -21,6 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tests.paged import Eviction, Geometry, Sequences
+from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat, Turns
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
 from vllm_qfilters.kernels.triton.distinctness import key_distinctness
@@ -134,6 +135,30 @@ def launch_all(has_fp8: bool) -> None:
         page_scores(cache.scores, torch.zeros(3, dtype=torch.int64), torch.zeros(2, heads), torch.ones(2, heads))
 
 
+def launch_latents() -> None:
+    """On a cache as DeepSeek-V3 has it, with all its query heads on one GPU."""
+    size, latent, heads = 576, 512, 128
+    geometry = Geometry(2, 8, 1, 64, size, torch.bfloat16, num_planes=0, has_values=False)
+    sequences = Sequences([Eviction(6 * 64, 64, 4, 64), Eviction(9 * 64, 128, 4, 64)], geometry, seed=0)
+    batch, num_blocks = sequences.batch, sequences.cache.num_blocks
+    planes = torch.zeros(2, num_blocks, 2, 1, 64)
+    cache = StridedCache(sequences.views, 2, has_values=False, planes=planes)
+    for num_tokens in (1, 8192):
+        key, slots = torch.zeros(num_tokens, 1, size, dtype=geometry.dtype), torch.zeros(num_tokens, dtype=torch.int64)
+        for stat in (TokenStat.VALUE_NORM, TokenStat.PROJECTION, TokenStat.RANDOM):
+            write_and_score(key, key[..., :latent], None, planes[0], slots, stat, torch.zeros(1, size))
+    copy_pages(cache, batch)
+    filters, factors = torch.zeros(1, 2, heads, size), torch.zeros(1, 2, heads, 8, size)
+    cos = torch.zeros(batch.num_sequences, 1, size).expand(-1, 2, -1)
+    turns = Turns(cos, cos, torch.zeros(1, size, dtype=torch.int64))
+    mean_softmax(score_resident(cache, batch, filters, factors, None, turns), batch, 2, 1, heads)
+    queries = torch.zeros(2, heads, 32, size, dtype=geometry.dtype)
+    observations = [Observation(0, queries, 0, is_question=True)]
+    observe(cache, batch, observations, cache.scores, Softmax(0.1), 7, 13, shared_by_heads=True)
+    scores = key_distinctness(cache, batch, 7)
+    compact(cache, batch, select_kept(scores, batch, 2, 1), 1)
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers per thread, bytes of shared memory per block and bytes of stack per thread, from the compiled
     kernel.
@@ -164,6 +189,7 @@ def main() -> None:
         driver.set_active(CompileOnlyDriver(capability))
         report[str(capability)] = {}
         launch_all(has_fp8=capability >= 89)
+        launch_latents()
     print(json.dumps(report))
 
 

@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import models
-from tests.engines import TEXT_ONLY, Engines, register_qwen_vl
+from tests.engines import TEXT_ONLY, Engines, MLAEngines, register_qwen_vl
 from tests.interpreted_runs import InterpretedRuns
 from vllm_qfilters import cpu
 from vllm_qfilters.kernels import IMPLEMENTATION
@@ -160,6 +160,25 @@ def qwen_vl_engines(tiny_qwen_vl, qwen_vl_filters):
     return Engines(tiny_qwen_vl, qwen_vl_filters[0], **TEXT_ONLY)
 
 
+@pytest.fixture(scope="session")
+def tiny_deepseek(tmp_path_factory):
+    """Folder of a model with MLA: see :func:`tests.models.make_tiny_deepseek`."""
+    return models.make_tiny_deepseek(tmp_path_factory.mktemp("tiny-deepseek"))
+
+
+@pytest.fixture(scope="session")
+def deepseek_filters(tiny_deepseek, tmp_path_factory):
+    """(path, Filters) made at random for ``tiny_deepseek``."""
+    path = tmp_path_factory.mktemp("filters") / "deepseek.safetensors"
+    kv_shape = 1, models.LATENT + models.ROTARY
+    return path, models.make_tiny_filters(path, model=tiny_deepseek, kv_shape=kv_shape)
+
+
+@pytest.fixture(scope="session")
+def deepseek_engines(tiny_deepseek, deepseek_filters):
+    return MLAEngines(tiny_deepseek, deepseek_filters[0])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_runs(request, tmp_path_factory):
     """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their
@@ -168,7 +187,7 @@ def interpreted_runs(request, tmp_path_factory):
     if not any(item.path.name == "test_gpu_engine.py" for item in request.session.items):
         yield None
         return
-    families = ("exaone", "qwen_vl")
+    families = ("exaone", "qwen_vl", "deepseek")
     names = (
         "tiny_model",
         "tiny_filters",

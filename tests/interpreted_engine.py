@@ -28,11 +28,14 @@ import triton.backends
 driver = types.SimpleNamespace(is_active=lambda: True)
 triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=driver)
 
+# With MLA vLLM then chooses AMX_MLA, whose place ours takes, and leaves prompts in chunks and prefixes switched on.
+torch.cpu._is_amx_tile_supported = lambda: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton writer asks for that of its cache
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, _custom_ops
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -45,7 +48,7 @@ from tests.paged import ForbiddenReads
 from tests.specialisations import recorded
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
-from vllm_qfilters.attention.scoring import BACKENDS
+from vllm_qfilters.attention.scoring import BACKENDS, MLA_BACKENDS
 from vllm_qfilters.commands.inspection.command import assemble
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
@@ -56,7 +59,7 @@ class InterpretedWorker(CompressedWorker, CPUWorker):
     """QFiltersGPUWorker, but for the device."""
 
     def __init__(self, *args, **kwargs) -> None:
-        register_triton(BACKENDS[AttentionBackendEnum.TRITON_ATTN])
+        register_triton({**BACKENDS, **MLA_BACKENDS})
         super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
@@ -68,9 +71,24 @@ class InterpretedWorker(CompressedWorker, CPUWorker):
         return super().compile_or_warm_up_model()
 
 
-def register_triton(backend: str) -> None:
-    """Serves attention with ``backend``, in place of the only one vLLM chooses on CPUs."""
-    register({AttentionBackendEnum.CPU_ATTN: backend})
+def register_triton(backends: dict) -> None:
+    """Serves attention with those of ``backends`` that are in Triton, in place of those vLLM chooses on CPUs."""
+    in_place_of = {
+        AttentionBackendEnum.CPU_ATTN: AttentionBackendEnum.TRITON_ATTN,
+        AttentionBackendEnum.AMX_MLA: AttentionBackendEnum.TRITON_MLA,
+    }
+    register({on_cpus: backends[in_triton] for on_cpus, in_triton in in_place_of.items()})
+
+
+def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale):
+    """vLLM's writer of latents, which is not built for CPUs."""
+    is_token = slot_mapping >= 0
+    slots, num_tokens = slot_mapping[is_token], slot_mapping.shape[0]
+    keys = torch.cat((kv_c[:num_tokens], k_pe[:num_tokens]), dim=-1)
+    kv_cache[slots // kv_cache.shape[1], slots % kv_cache.shape[1]] = keys[is_token]
+
+
+_custom_ops.concat_and_cache_mla = concat_and_cache_mla
 
 
 def keep_async_scheduling(check_and_update_config):
@@ -119,8 +137,12 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
         metadata = build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         if expected_lengths:
             lengths = expected_lengths.pop()
-            assert metadata.seq_lens.data_ptr() == resident_lengths.data_ptr()
-            assert metadata.seq_lens[: len(lengths)].tolist() == lengths and metadata.max_seq_len == max(lengths)
+            if isinstance(metadata, MLACommonMetadata):
+                assert lengths_with_mla(metadata, resident_lengths) == lengths
+            else:
+                assert metadata.seq_lens.data_ptr() == resident_lengths.data_ptr()
+                assert metadata.seq_lens[: len(lengths)].tolist() == lengths
+            assert metadata.max_seq_len == max(lengths)
             assert resident.seq_lens_cpu_upper_bound[: len(lengths)].tolist() == lengths  # FlashInfer plans with these
         return metadata
 
@@ -167,6 +189,19 @@ def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
     runner.prepare_attn = checked
 
 
+def lengths_with_mla(metadata: MLACommonMetadata, resident_lengths: torch.Tensor) -> list[int]:
+    """What the sequences that decode hold, which stand first, and those that read prompts."""
+    lengths = []
+    if metadata.decode is not None:
+        assert metadata.decode.seq_lens.data_ptr() == resident_lengths.data_ptr()
+        lengths += metadata.decode.seq_lens.tolist()
+    if metadata.prefill is not None:
+        new, context = metadata.prefill.query_lens_cpu.tolist(), metadata.prefill.chunked_context
+        held = [0] * len(new) if context is None else context.context_lens_list
+        lengths += [before + tokens for before, tokens in zip(held, new, strict=True)]
+    return lengths
+
+
 def runs_v2(worker: CPUWorker) -> bool:
     return isinstance(worker.model_runner, GPUModelRunner)
 
@@ -196,7 +231,7 @@ def run(
         options = kv_compression(**{**filters, **compression})
         options["worker_cls"] = f"{InterpretedWorker.__module__}.{InterpretedWorker.__name__}"
     else:
-        register_triton(AttentionBackendEnum.TRITON_ATTN.value)
+        register_triton({backend: backend.value for backend in (*BACKENDS, *MLA_BACKENDS)})
     warm_up, warmed_up = QFiltersGPUModelRunner.warm_up, set()
 
     def recorded_warm_up(runner):

@@ -17,6 +17,9 @@ LLM = dict(
     max_num_batched_tokens=128,
 )
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
+# Factors of random queries as wide as these would let last bits, which differ between kernels, decide.
+EVICTING_LATENTS = dict(EVICTING, rank=0)
+MLA = dict(LLM, block_size=16, num_gpu_blocks_override=64)  # pages of as many tokens as CPU_MLA has
 PAGES = dict(EVICTING, budget=128, granularity="page")
 STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
@@ -54,8 +57,8 @@ class InterpretedRuns:
 
     Args:
         folder: for the filters that runs calibrate.
-        tiny_model, tiny_filters, tiny_exaone, tiny_qwen_vl, exaone_filters, qwen_vl_filters: the fixtures of these
-            names.
+        tiny_model, tiny_filters, tiny_exaone, tiny_qwen_vl, exaone_filters, qwen_vl_filters, tiny_deepseek,
+            deepseek_filters: the fixtures of these names.
 
     Attributes:
         calibrated: by number of pipeline stages, where the engines leave their filters.
@@ -71,6 +74,8 @@ class InterpretedRuns:
         exaone_filters,
         tiny_qwen_vl,
         qwen_vl_filters,
+        tiny_deepseek,
+        deepseek_filters,
     ) -> None:
         self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
         calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
@@ -102,6 +107,19 @@ class InterpretedRuns:
                 model=str(tiny_qwen_vl),
             ),
             dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
+            dict(compression=None, llm=MLA, requests=SHORT, model=str(tiny_deepseek)),
+            dict(
+                compression=dict(EVICTING_LATENTS, budget=256, filters=str(deepseek_filters[0])),
+                llm=MLA,
+                requests=SHORT,
+                model=str(tiny_deepseek),
+            ),
+            dict(
+                compression=dict(EVICTING_LATENTS, filters=str(deepseek_filters[0])),
+                llm=dict(MLA, async_scheduling=True),
+                requests=[*BATCHES, *TURNS],
+                model=str(tiny_deepseek),
+            ),
             dict(compression=dict(EVICTING, prefix="resume"), llm=LLM, requests=SESSION),
             *(dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS),
         ]

@@ -12,6 +12,8 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Exaone4Config,
     Exaone4ForCausalLM,
     Gemma2Config,
@@ -236,6 +238,32 @@ def make_tiny_phi3(folder: pathlib.Path) -> pathlib.Path:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024, **factors}
     config = Phi3Config(**{**_shape(), "rope_parameters": rope}, original_max_position_embeddings=1024, pad_token_id=0)
     Phi3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+YARN = dict(
+    ROPE, rope_type="yarn", factor=16.0, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1.0,
+    mscale_all_dim=1.0,
+)  # fmt: skip
+LATENT, ROTARY = 512, 64  # elements of a key: others vLLM's attention on CPUs does not know
+
+
+def make_tiny_deepseek(folder: pathlib.Path) -> pathlib.Path:
+    """MLA: all heads share one key per token. All layers are dense, and RoPE is scaled, as in all that people serve:
+    where it is not, vLLM 0.32 on CPUs takes the heads of a query for tokens, and turns them by positions of others."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in _shape().items() if name != "head_dim"}
+    config = DeepseekV3Config(
+        **{**shape, "num_key_value_heads": NUM_HEADS, "rope_parameters": YARN},
+        kv_lora_rank=LATENT,
+        q_lora_rank=48,
+        qk_rope_head_dim=ROTARY,
+        qk_nope_head_dim=HEAD_SIZE,
+        v_head_dim=HEAD_SIZE,
+        first_k_dense_replace=NUM_LAYERS,
+        num_nextn_predict_layers=0,
+    )
+    DeepseekV3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
 
 

@@ -3,7 +3,8 @@ product.
 
 Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
 RoPE; SmolLM3, with layers without RoPE; Laguna, whose layers differ in their query heads, and in how much of them
-turns; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
+turns; DeepSeek-V3, whose cache holds a latent and a rotary part per token, which together stand for the key and the
+value of one KV head; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
 GPT-OSS, which has a sink beside its tokens; LFM2, Qwen3-Next, Qwen3.5 and Nemotron-H, with layers that keep a state in
 place of keys and values, of which nothing is evicted."""
 
@@ -109,7 +110,7 @@ def teacher_forced_logprobs(
                 if rule.whole_pages:
                     kept = evict_pages(model, cache, scores, filters, evicted // rule.block, sinks, rule)
                 else:
-                    kept, observed = evict(cache, scores, evicted, sinks, window, rule, observed, distinct)
+                    kept, observed = evict(model, cache, scores, evicted, sinks, window, rule, observed, distinct)
                 held = [
                     rows if kept_rows is None else rows.gather(1, kept_rows)
                     for rows, kept_rows in zip(held, kept, strict=True)
@@ -168,8 +169,14 @@ def _store_in_fp8(cache) -> None:
 
 
 def _kv_heads(model, layer: int) -> int:
+    if has_latents(model):
+        return 1
     differ = getattr(model.config, "is_heterogeneous", False)
     return (model.config.per_layer_config[layer] if differ else model.config).num_key_value_heads
+
+
+def has_latents(model) -> bool:
+    return getattr(model.config, "kv_lora_rank", None) is not None
 
 
 def _slides(model, layer: int) -> bool:
@@ -197,6 +204,9 @@ def _scale(model) -> float:
 
 def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """vectors: ``[..., len(positions), head_size]``."""
+    if has_latents(model):
+        latent, rotary = vectors.split((model.config.kv_lora_rank, model.config.qk_rope_head_dim), -1)
+        return torch.cat((latent, _turn(rotary, *model.model.rotary_emb(vectors, positions[None]))), -1)
     of_layer, family = (), model.config.model_type
     if (
         family == "nemotron_h"
@@ -218,8 +228,22 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
     if family == "gpt_oss":  # one number for both halves
         cos, sin = (torch.cat((part, part), -1) for part in (cos, sin))
     turned, still = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, -1)
-    return torch.cat((turned * cos[0] + torch.cat((-second, first), -1) * sin[0], still), -1)
+    return torch.cat((_turn(turned, cos, sin), still), -1)
+
+
+def _turn(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = vectors.chunk(2, -1)
+    return vectors * cos[0] + torch.cat((-second, first), -1) * sin[0]
+
+
+def in_order_of(model, vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors of a filters file, ``[..., head_size]``, as Hugging Face has the elements of queries: those of DeepSeek
+    that RoPE turns together stand side by side, and in Hugging Face's cache in two halves.
+    """
+    if not has_latents(model):
+        return vectors
+    latent, rotary = vectors.split((model.config.kv_lora_rank, model.config.qk_rope_head_dim), -1)
+    return torch.cat((latent, rotary[..., ::2], rotary[..., 1::2]), -1)
 
 
 def heads_of(model, layer: int) -> int:
@@ -256,6 +280,8 @@ def hook_queries(layer, see):
     hook.
     """
     attention = attention_of(layer)
+    if hasattr(attention, "kv_b_proj"):
+        return attention.q_b_proj.register_forward_hook(lambda _, __, out: see(_absorbed(attention, out[0])))
     if hasattr(attention, "q_layernorm"):
         return attention.q_layernorm.register_forward_hook(lambda _, __, out: see(out[0].transpose(0, 1)))
     if hasattr(attention, "q_norm"):
@@ -269,19 +295,41 @@ def hook_queries(layer, see):
     )
 
 
+def _absorbed(attention, queries: torch.Tensor) -> torch.Tensor:
+    """Queries of DeepSeek, ``[n, heads * size]``, as they attend to latents: ``[heads, n, head_size]``."""
+    config, num_heads = attention.config, attention.num_heads
+    queries = queries.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+    nope, rotary = queries.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+    to_keys = attention.kv_b_proj.weight.unflatten(0, (num_heads, -1))[:, : config.qk_nope_head_dim]
+    return torch.cat((nope @ to_keys, rotary[..., ::2], rotary[..., 1::2]), -1)
+
+
+def _head_size(model, layer) -> int:
+    if has_latents(model):
+        return model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    return attention_of(layer).head_dim
+
+
+def _keys_and_values(model, layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer of the cache holds, each ``[kv_heads, resident, size]``."""
+    keys, values = layer.keys[0].float(), layer.values[0].float()
+    return (torch.cat((keys, values), -1), keys) if has_latents(model) else (keys, values)
+
+
 class _Queries:
     """The last queries of the prompt, per layer ``[heads, n, head_size]`` before RoPE, while the model runs."""
 
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
-        sizes = [attention_of(layer).head_dim if attends(model, i) else 0 for i, layer in enumerate(model.model.layers)]
+        layers = model.model.layers
+        sizes = [_head_size(model, layer) if attends(model, i) else 0 for i, layer in enumerate(layers)]
         self.rows = [torch.zeros(heads_of(model, i), 0, size) for i, size in enumerate(sizes)]
 
     def __enter__(self):
         self.hooks = [
             hook_queries(layer, lambda queries, i=i: self._see(i, queries))
             for i, layer in enumerate(self.model.model.layers)
-            if attends(self.model, i)
+            if self.count and attends(self.model, i)
         ]
         return self
 
@@ -302,7 +350,8 @@ class _Queries:
                 means.append(None)
                 peaks.append(None)
                 continue
-            keys = layer.keys[0][:, : layer.keys.shape[2] - newer]
+            keys, _ = _keys_and_values(self.model, layer)
+            keys = keys[:, : keys.shape[1] - newer]
             num_kv_heads, seen, _ = keys.shape
             n = rows.shape[1]
             queries = rotate(self.model, index, rows, torch.arange(self.end - n, self.end)).unflatten(
@@ -329,14 +378,26 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
         if not rule.evicts_from(model, index):
             scores.append(None)
             continue
-        keys, values = layer.keys[0].float(), layer.values[0].float()  # [kv_heads, resident, head_size]
+        keys, values = _keys_and_values(model, layer)
+        if rule.method == "random":
+            drawn = torch.rand(len(cache.layers), *keys.shape[:2], generator=torch.Generator().manual_seed(position))
+            scores.append(drawn[index])
+            continue
+        if rule.method == "keydiff":
+            scores.append(unlikeness(keys, neighbours=0))
+            continue
+        if rule.method == "streaming":
+            scores.append(torch.zeros(keys.shape[:2]))
+            continue
         if rule.filter == "static":
-            scores.append(torch.einsum("hrd,hd->hr", keys, filters.filters[index]))
+            scores.append(torch.einsum("hrd,hd->hr", keys, in_order_of(model, filters.filters[index])))
             continue
         size = keys.shape[-1]
         num_heads = heads_of(model, index)
         group = num_heads // len(keys)
         rows = []
+        coming = torch.arange(position, position + 128)
+        turn = rotate(model, index, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
         for head, (mean, second) in enumerate(
             zip(
                 filters.query_mean_before_rope[index][:num_heads],
@@ -344,12 +405,8 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
                 strict=True,
             )
         ):
-            coming = torch.arange(position, position + 128)
-            turn = rotate(model, index, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
-            means = torch.einsum("d,dpe->pe", mean, turn)
+            means = torch.einsum("d,dpe->pe", in_order_of(model, mean), turn)
             future_mean = means.mean(0)
-            future_second = torch.einsum("dpe,df,fpg->eg", turn, second, turn) / 128
-            covariance = future_second - torch.outer(future_mean, future_mean)
             k = keys[head // group]
             if rule.filter == "rotary":
                 rows.append(k @ future_mean)
@@ -358,6 +415,8 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             variance = torch.zeros_like(logits)
             if rule.rank:
                 assert rule.rank == size, "the oracle knows the whole covariance or none"
+                future_second = torch.einsum("dpe,df,fpg->eg", turn, second, turn) / 128
+                covariance = future_second - torch.outer(future_mean, future_mean)
                 variance = torch.einsum("rd,de,re->r", k, covariance, k) * _scale(model) ** 2
             cap = soft_cap(model)
             if cap:  # the integrand is largest where the slope of the cap, times the variance, leads away from the mean
@@ -377,15 +436,16 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
     return scores
 
 
-def unlikeness(keys: torch.Tensor) -> torch.Tensor:
-    """Of ``[heads, tokens, size]``: how far a key turns away from the mean direction, averaged over 7 neighbours."""
+def unlikeness(keys: torch.Tensor, neighbours: int = 3) -> torch.Tensor:
+    """Of ``[heads, tokens, size]``: how far a key turns away from the mean direction, averaged over its neighbours to
+    either side."""
     unit = keys / keys.norm(dim=-1, keepdim=True)
     turned_away = -torch.nn.functional.cosine_similarity(unit, unit.mean(1, keepdim=True), dim=-1)
     tokens = turned_away.shape[1]
-    return torch.stack([turned_away[:, max(0, i - 3) : i + 4].mean(1) for i in range(tokens)], 1)
+    return torch.stack([turned_away[:, max(0, i - neighbours) : i + neighbours + 1].mean(1) for i in range(tokens)], 1)
 
 
-def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed, distinct: int):
+def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed, distinct: int):
     """Keeps the best of each head, in the places the product gives them, and of the rest the ``distinct`` ones most
     unlike the others; returns these, and ``observed`` of those kept."""
     kept_of_layers, kept_observed = [], []
@@ -394,9 +454,9 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
             kept_of_layers.append(None)
             kept_observed.append(None)
             continue
-        keys = layer.keys[0]
-        resident = keys.shape[1]
-        rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys.float())))
+        resident = layer.keys.shape[2]
+        keys, _ = _keys_and_values(model, layer)
+        rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys)))
         if rule.shared_by_heads:
             rows, others = (
                 ((values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False))
@@ -423,8 +483,10 @@ def evict(cache, scores, evicted: int, sinks: int, window: int, rule: Rule, obse
             else:  # order then matters to nobody here
                 kept.append(order[is_kept])
         kept_rows = torch.stack(kept)
-        kept_index = kept_rows[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
-        layer.keys, layer.values = layer.keys.gather(2, kept_index), layer.values.gather(2, kept_index)
+        kept_index = kept_rows[None, :, :, None]
+        layer.keys, layer.values = (
+            states.gather(2, kept_index.expand(-1, -1, -1, states.shape[-1])) for states in (layer.keys, layer.values)
+        )
         kept_of_layers.append(kept_rows)
         if observed is not None:
             kept_observed.append(observed[index].gather(1, kept_rows))

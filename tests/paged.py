@@ -85,10 +85,15 @@ class Geometry:
     dtype: torch.dtype = torch.float32
     layout: str = "LBHNC"
     num_planes: int = 2
+    has_values: bool = True
+
+    @property
+    def content(self) -> int:
+        return (1 + self.has_values) * self.head_size
 
     @property
     def page_bytes(self) -> int:
-        return self.num_kv_heads * self.block_size * (2 * self.head_size * self.dtype.itemsize + 4 * self.num_planes)
+        return self.num_kv_heads * self.block_size * (self.content * self.dtype.itemsize + 4 * self.num_planes)
 
     @property
     def cache_bytes(self) -> int:
@@ -103,7 +108,7 @@ def make_cache(
     # No pattern of such bytes is NaN in any dtype, so that equality means the same bits.
     buffer = torch.randint(1, 60, (geometry.cache_bytes,), generator=generator, dtype=torch.uint8).to(device)
     views = layer_views(buffer, geometry)
-    cache = StridedCache(views, geometry.num_planes)
+    cache = StridedCache(views, geometry.num_planes, has_values=geometry.has_values)
     cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
     return buffer, views, cache
 
@@ -111,7 +116,7 @@ def make_cache(
 def layer_views(buffer: torch.Tensor, geometry: Geometry) -> list[torch.Tensor]:
     """What vLLM gives to attention layers of a cache that lies in ``buffer``."""
     g = geometry
-    content = 2 * g.head_size
+    content = g.content
     page = g.page_bytes // g.dtype.itemsize
     in_page = {"NHC": (content, g.num_kv_heads * content, 1), "HNC": (g.block_size * content, content, 1)}[g.layout[2:]]
     layer_stride, block_stride = (g.num_blocks * page, page) if g.layout[0] == "L" else (page, g.num_layers * page)

@@ -89,6 +89,30 @@ PATCHED = {
 
 # Methods that subclasses of ours override; tests/test_compat.py finds those that are missing here.
 OVERRIDDEN = {
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
+    "vllm.v1.attention.backends.mla.amx_mla:AMXMLABackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.mla.amx_mla:AMXMLABackend.get_impl_cls": "",
+    "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl.do_kv_cache_update": (
+        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
+    ),
+    "vllm.v1.attention.backends.mla.amx_mla:AMXMLAMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend.get_impl_cls": "",
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.do_kv_cache_update": (
+        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
+    ),
+    "vllm.v1.attention.backends.mla.triton_mla:TritonMLABackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.mla.triton_mla:TritonMLABackend.get_impl_cls": "",
+    "vllm.v1.attention.backends.mla.triton_mla:TritonMLAImpl.do_kv_cache_update": (
+        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
+    ),
+    "vllm.v1.attention.backends.mla.triton_mla:TritonMLAMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
@@ -223,6 +247,10 @@ CALLED = {
     ),
     "vllm.entrypoints.llm:LLM.wait_for_completion": "self use_tqdm",
     "vllm.model_executor.models.utils:extract_layer_index": "layer_name num_attn_module",
+    "vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl": (
+        "self q k_c_normed k_pe kv_cache attn_metadata output output_scale output_block_scale quant_group_size "
+        "quant_scale_ue8m0 quant_col_major quant_tma_aligned q_dcp_replicated"
+    ),
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": "self app",
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": "self engine_client state args",
     "vllm.plugins:load_general_plugins": "",
@@ -282,10 +310,17 @@ ATTRIBUTES = [
     "vllm.v1.worker.gpu.block_table:BlockTables.slot_mapping_enabled",
     "vllm.v1.worker.gpu.block_table:BlockTables.slot_mappings",
     "vllm.v1.worker.gpu.block_table:BlockTables.cp_size",
+    "vllm.config.model:ModelConfig.is_hybrid",
     "vllm.config.model:ModelConfig.is_mm_prefix_lm",
     "vllm.config.model:ModelConfig.rswa_window",
+    "vllm.config.model:ModelConfig.use_mla",
     "vllm.config:VllmConfig.additional_config",
     "vllm.model_executor.layers.attention.attention:Attention.sliding_window",
+    *(
+        f"vllm.model_executor.layers.attention.mla_attention:MLAAttention.{name}"
+        for name in ("kv_cache_dtype", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "use_sparse")
+    ),
+    *(f"vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl.{name}" for name in ("_w_uk_packed", "_w_scale")),
     "vllm.v1.attention.selector:_cached_get_attn_backend",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.sliding_window",
     *(

@@ -12,6 +12,7 @@ from tests.interpreted_runs import (
     CALIBRATION,
     CROWD,
     EVICTING,
+    EVICTING_LATENTS,
     METHODS,
     ONE,
     PAGES,
@@ -31,7 +32,7 @@ from vllm_qfilters.filters.reader import load
 def runs(interpreted_runs):
     results = interpreted_runs.results()
     stages = [len(result["v2_stages"]) for result in results]
-    assert stages == [1] * 6 + [2] + [1] * (4 + len(METHODS))
+    assert stages == [1] * 6 + [2] + [1] * (7 + len(METHODS))
     assert all(all(result["v2_stages"]) for result in results)
     return results
 
@@ -49,7 +50,7 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
 
 def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
-    seen = [result for result in runs[1:] if len(result["v2_stages"]) == 1]
+    seen = [result for result in runs if "compactions" in result and len(result["v2_stages"]) == 1]
     assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
 
 
@@ -113,7 +114,7 @@ def test_a_turn_starts_behind_a_compressed_prefix(runs, engines):
 
 
 def test_a_session_goes_on_from_what_it_held(runs, engines):
-    result, options = runs[10], dict(EVICTING, prefix="resume")
+    result, options = runs[13], dict(EVICTING, prefix="resume")
     computed = len(SESSION[0][0]["prompt"]) + 27  # the last token of an answer never is
     assert [output["cached_tokens"] for output in result["outputs"]] == [0, computed // 32 * 32]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), SESSION, result)
@@ -129,6 +130,20 @@ def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
     result = runs[8]
     assert result["compactions"] >= 5
     assert_like_v1(qwen_vl_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
+
+
+def test_mla_with_a_budget_above_the_length_is_bit_identical_to_plain_vllm(runs):
+    """TRITON_MLA."""
+    plain, compressed = runs[10], runs[11]
+    assert compressed["outputs"] == plain["outputs"] and compressed["compactions"] == 0
+
+
+def test_mla_evicts_what_the_cpu_path_evicts(runs, deepseek_engines):
+    result = runs[12]
+    assert result["async_scheduling"] and result["compactions"] >= 8
+    assert [output["cached_tokens"] > 0 for output in result["outputs"]] == [False, False, True, False, True]
+    engine = deepseek_engines.get(num_blocks=64, max_model_len=512, max_batched=128, **EVICTING_LATENTS)
+    assert_like_v1(engine, [*BATCHES, *TURNS], result)
 
 
 def test_two_pipeline_stages_answer_as_one(runs):
@@ -167,7 +182,7 @@ def test_two_pipeline_stages_calibrate_as_one(runs, calibrated):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_evicts_what_it_evicts_on_cpus(method, runs, engines):
-    result = runs[11 + METHODS.index(method)]
+    result = runs[14 + METHODS.index(method)]
     assert result["compactions"] >= 2
     options = dict(EVICTING, method=method)
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), ONE, result)

@@ -7,8 +7,8 @@ import torch
 
 from tests.engines import BLOCK, tokens_and_logprobs
 from tests.marks import needs_fp8_caches
-from tests.models import HEAD_SIZE, layer_names, random_prompt, tiny_identity
-from tests.oracle import Rule, attends, hook_queries, rotate, teacher_forced_logprobs
+from tests.models import layer_names, random_prompt, tiny_identity
+from tests.oracle import Rule, attends, hook_queries, in_order_of, rotate, teacher_forced_logprobs
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, save
 
@@ -210,10 +210,10 @@ def test_calibration_sees_the_queries_of_every_layer_before_and_after_rope(engin
     assert_calibrates_like_hugging_face(engines.get(**CASES["rotary"][0]), hf_model)
 
 
-def assert_calibrates_like_hugging_face(engine, hf_model) -> None:
+def assert_calibrates_like_hugging_face(engine, hf_model, lengths: tuple[int, ...] = (300, 200)) -> None:
     """The statistics of the engine's own forward passes, against Hugging Face's on the same tokens."""
-    sequences = [random_prompt(300, seed=3), random_prompt(200, seed=4)]
-    found = engine.runner.calibrate_filters(sequences, "test", rank=HEAD_SIZE)
+    sequences = [random_prompt(length, seed=seed) for seed, length in enumerate(lengths, 3)]
+    found = engine.runner.calibrate_filters(sequences, "test", rank=engine.runner.layers[0].head_size)
     before = {i: [] for i in range(len(hf_model.model.layers)) if attends(hf_model, i)}
     hooks = [hook_queries(hf_model.model.layers[i], queries.append) for i, queries in before.items()]
     with torch.no_grad():
@@ -224,12 +224,13 @@ def assert_calibrates_like_hugging_face(engine, hf_model) -> None:
     for row, (index, queries) in enumerate(before.items()):
         whole = torch.cat(queries, 1)
         own = slice(whole.shape[0])
-        torch.testing.assert_close(found.query_mean_before_rope[row][own], whole.mean(1), atol=1e-4, rtol=1e-4)
+        mean = in_order_of(hf_model, found.query_mean_before_rope[row][own])
+        torch.testing.assert_close(mean, whole.mean(1), atol=1e-4, rtol=1e-4)
         num_queries = whole.shape[1]
         coming = whole.repeat_interleave(HORIZON, 1)  # each of them, at every position to come
         coming = rotate(hf_model, index, coming, torch.arange(HORIZON).repeat(num_queries))
         centred = coming - coming.mean(1, keepdim=True)
         covariance = centred.mT @ centred / (num_queries * HORIZON)
-        factors = found.query_factors[row][own]
+        factors = in_order_of(hf_model, found.query_factors[row][own])
         torch.testing.assert_close(factors.mT @ factors, covariance, atol=1e-3, rtol=1e-3)
         assert not found.query_mean_before_rope[row][len(whole) :].any()

@@ -33,11 +33,12 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
         ("gpt-oss-20b", "sliding windows, attention sinks", "accepted"),
         ("Qwen3-Next", "states beside attention, gated delta nets", "accepted"),  # by its class
         ("Qwen3.5 4B", "M-RoPE, states beside attention, gated delta nets", "accepted"),  # by classes below its own
-        ("Kimi-Linear", "MLA, states beside attention", "refused"),
         ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("gemma-4-31B", "sliding windows, KV heads that differ", "accepted"),
         ("Inkling", "sliding windows, KV heads that differ, attention layers of its own", "refused"),
-        ("DeepSeek-R1", "MLA", "refused"),
+        ("DeepSeek-R1", "MLA", "accepted"),
+        ("V3.2", "MLA, sparse indexer", "refused"),
+        ("Kimi-Linear", "MLA, states beside attention", "refused"),
         ("plamo-2-translate", "keys and values of one shape", "not in vLLM"),
     ],
 )

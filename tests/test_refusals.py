@@ -149,6 +149,7 @@ def supported_config() -> SimpleNamespace:
         ec_transfer_config=None,
         kv_events_config=None,
         speculative_config=None,
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_rope_kvcache_cat_mla=False)),
         use_v2_model_runner=False,
     )  # fmt: skip
 
@@ -158,7 +159,6 @@ def supported_config() -> SimpleNamespace:
     [
         ("model_config.runner_type", "pooling", "pooling models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
-        ("model_config.use_mla", True, r"MLA \(latent attention\) models"),
         ("model_config.hf_text_config", Gemma3nTextConfig(), r"models whose layers share one KV cache \(Gemma 3n\)"),
         (
             "model_config.hf_text_config",
@@ -190,6 +190,44 @@ def test_what_is_not_supported_is_refused_by_name(name, value, reason):
     *path, attribute = name.split(".")
     setattr(getattr(config, path[0]) if path else config, attribute, value)
     with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
+        check_supported(compression, config)
+
+
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("model_config.is_hybrid", True, r"MLA \(latent attention\) models that have states beside their attention"),
+        (
+            "model_config.hf_text_config",
+            SimpleNamespace(index_topk=2048),
+            r"MLA \(latent attention\) models whose attention goes by a sparse indexer",
+        ),
+        ("cache_config.cache_dtype", "fp8", "--kv-cache-dtype fp8 with MLA; use auto"),
+        (
+            "compilation_config.pass_config",
+            SimpleNamespace(fuse_rope_kvcache_cat_mla=True),
+            "the compiler pass that fuses RoPE and the write of keys with MLA",
+        ),
+    ],
+)
+def test_what_mla_is_not_supported_with_is_refused_by_name(name, value, reason):
+    config, compression = supported_config(), policy_of(method="keydiff", interval=32, chunk=128)
+    config.model_config.use_mla = True
+    check_supported(compression, config)
+    part, attribute = name.split(".")
+    setattr(getattr(config, part), attribute, value)
+    with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
+        check_supported(compression, config)
+
+
+@pytest.mark.parametrize("method", ["knorm", "lagkv", "cur"])
+def test_methods_that_need_keys_and_values_of_heads_are_refused_with_mla(method):
+    config, compression = supported_config(), policy_of(method=method, interval=32, chunk=128)
+    config.model_config.use_mla = True
+    reason = (
+        f"method '{method}' with MLA .* choose among qfilters, streaming, keydiff, random, random_once, snapkv, tova"
+    )
+    with pytest.raises(ValueError, match=reason):
         check_supported(compression, config)
 
 

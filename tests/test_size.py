@@ -58,6 +58,12 @@ def run(capsys, *argv):
     return capsys.readouterr().out
 
 
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "max_position_embeddings": 32_768,
+}  # fmt: skip
+
+
 def cells(printed, length, budget):
     """Pages that a sequence holds while it decodes, and how many fit."""
     (line,) = [line for line in printed.splitlines() if re.match(rf" *{length:,} +{budget} ", line)]
@@ -127,6 +133,18 @@ def test_what_goes_beside_the_cache_comes_off_it(folder_of, capsys):
     assert "not cut yet take 2 MiB." in quarter
 
 
+def test_latents(folder_of, capsys):
+    """DeepSeek-V3: a key per token and layer, whatever the number of heads and ranks, and token stats beside the
+    cache."""
+    printed = [
+        run(capsys, folder_of({**QWEN, **DEEPSEEK}), "--memory", "80GiB", "--weights", "8GiB", "-tp", ranks)
+        for ranks in (1, 8)
+    ]
+    assert all("61 layers of full attention, latents of 576" in each for each in printed)
+    assert all("A token takes 68.62 KiB with plain vLLM and with compression" in each for each in printed)
+    assert cells(printed[0], 32_768, "plain vLLM")[0] == cells(printed[1], 32_768, "plain vLLM")[0] == 2048
+
+
 def test_a_plot(folder_of, capsys, tmp_path):
     path = tmp_path / "sizes.png"
     printed = run(capsys, folder_of(QWEN), "--memory", "8GiB", "-o", path)
@@ -140,7 +158,7 @@ def test_a_plot(folder_of, capsys, tmp_path):
         ({}, ["--memory", "8GiB", "--length", "40000"], "--length 40000: the model reads 32768 tokens at most"),
         ({}, ["--memory", "8GiB", "--budget", "10"], "budget=10: at least"),
         ({}, ["--memory", "8GiB", "--block-size", "48", "--kv-compression-config.interval", "64"], "not a multiple"),
-        ({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, ["--memory", "8GiB"], "MLA"),
+        (DEEPSEEK, ["--memory", "8GiB", "--kv-compression", "knorm"], "method 'knorm' with MLA"),
         ({"quantization_config": {"quant_method": "fp8"}}, ["--memory", "8GiB"], "quantised by fp8 .* give --weights"),
     ],
 )
@@ -169,7 +187,7 @@ def test_what_is_no_size(text):
 
 
 def test_a_pool_that_cannot_read_a_prompt_fits_none():
-    layers = Layers(num_full=2, num_sliding=0, window=0, num_kv_heads=1, head_size=8, element_bytes=2)
+    layers = Layers(num_full=2, num_sliding=0, window=0, num_kv_heads=1, head_size=8, value_size=8, element_bytes=2)
     assert PlainPool(layers, 16, 512).held(100) == Held(7, 7)
     assert fitting(Held(7, 7), 8) == 1 and fitting(Held(7, 7), 7) == 0 and fitting(Held(7, 8), 8) == 0
     limits = resolve(KVCompressionConfig(method="streaming", budget=512)).request_limits(None, 5000)
@@ -179,7 +197,7 @@ def test_a_pool_that_cannot_read_a_prompt_fits_none():
 
 def test_groups_are_padded_like_vllms():
     """13 and 12 layers: two groups of 13; 10 and 52: one of full attention and six, the last padded, of windows."""
-    shape = dict(window=1024, num_kv_heads=1, head_size=8, element_bytes=2)
+    shape = dict(window=1024, num_kv_heads=1, head_size=8, value_size=8, element_bytes=2)
     held = PlainPool(Layers(num_full=13, num_sliding=12, **shape), 16, 2048).held(100_000)
     assert held == Held(6250 + 65, 6250 + 193)
     held = PlainPool(Layers(num_full=10, num_sliding=52, **shape), 16, 2048).held(100_000)

@@ -36,7 +36,6 @@ class TritonOps:
         key_scale: torch.Tensor | None = None,
         value_scale: torch.Tensor | None = None,
     ) -> None:
-        assert cache is not None, "the write of token stats is fused with that of keys and values"
         write_and_score(key, value, cache, planes, slot_mapping, stat, filters, seed, key_scale, value_scale)
 
     def gather(self, plane: torch.Tensor, batch: CompactionBatch) -> torch.Tensor:

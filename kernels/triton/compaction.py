@@ -45,20 +45,23 @@ def _copy_pages_kernel(
 
 def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
     """Makes private copies of pages that may not be written, planes included, and enters them in the block table."""
-    num_copies, num_words = batch.copied_pages.shape[0], cache.words.shape[2]
+    num_copies, tile = batch.copied_pages.shape[0], 2048
     if num_copies == 0:
         return
-    tile = 2048
-    _copy_pages_kernel[(num_copies, cache.num_layers, triton.cdiv(num_words, tile))](
-        cache.words,
-        batch.block_table,
-        batch.copied_pages,
-        num_words,
-        batch.block_table.stride(0),
-        cache.words.stride(0),
-        cache.words.stride(1),
-        TILE=tile,
-    )
+    for words in (cache.words, cache.words_beside):
+        if words is None:
+            continue
+        num_words = words.shape[2]
+        _copy_pages_kernel[(num_copies, cache.num_layers, triton.cdiv(num_words, tile))](
+            words,
+            batch.block_table,
+            batch.copied_pages,
+            num_words,
+            batch.block_table.stride(0),
+            words.stride(0),
+            words.stride(1),
+            TILE=tile,
+        )
     row, place, page = batch.copied_pages.unbind(1)
     batch.block_table[row, place] = page.to(batch.block_table.dtype)
 
@@ -116,7 +119,7 @@ def _pair_moves_kernel(
 
 @triton.jit(do_not_specialize=["num_layers", "block_table_stride"])
 def _move_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     planes_ptr,  # [num_layers, num_blocks, num_planes, num_kv_heads, block_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
@@ -136,7 +139,7 @@ def _move_kernel(
     planes_block_stride,
     planes_plane_stride,
     planes_head_stride,
-    CONTENT: tl.constexpr,  # 2 * head_size
+    CONTENT: tl.constexpr,  # elements of a key and a value, or of a key that stands alone
     NUM_PLANES: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -248,7 +251,7 @@ def compact(cache: StridedCache, batch: CompactionBatch, is_kept: torch.Tensor, 
         *cache.planes.stride()[:4],
         CONTENT=key_values.shape[4],
         NUM_PLANES=cache.planes.shape[2],
-        PLANES=triton.next_power_of_2(cache.planes.shape[2]),
+        PLANES=triton.next_power_of_2(max(1, cache.planes.shape[2])),
         BLOCK_SIZE=cache.block_size,
         TILE=tile,
         ELEMENTS=triton.next_power_of_2(key_values.shape[4]),

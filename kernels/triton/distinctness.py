@@ -57,7 +57,7 @@ def _load_keys(
 
 @triton.jit(do_not_specialize=["block_table_stride"])
 def _anchor_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
@@ -87,7 +87,7 @@ def _anchor_kernel(
 
 @triton.jit(do_not_specialize=["block_table_stride"])
 def _distinctness_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
@@ -158,7 +158,7 @@ def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> 
     )
     distinctness = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     dims = triton.next_power_of_2(cache.head_size)
-    tile = max(16, 8192 // dims)
+    tile = max(8, 8192 // dims)
     strides = cache.num_kv_heads, batch.block_table.stride(0), *key_values.stride()[:4]
     constants = {
         "HEAD_SIZE": cache.head_size,

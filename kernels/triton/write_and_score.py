@@ -14,6 +14,7 @@ _VALUE_NORM: tl.constexpr = tl.constexpr(TokenStat.VALUE_NORM.value)
 _NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 
 MOST_TOKENS_OF_SMALL_TILES = 512
+LARGEST_OF_LARGE_TILES = 256  # elements of a key: registers for as many
 NUMBERS_OF_TOKENS = (1, MOST_TOKENS_OF_SMALL_TILES + 1)  # one of each size of tile
 
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,8 +25,8 @@ _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 )
 def _write_and_score_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
-    value_ptr,  # [num_tokens, num_kv_heads, head_size]
-    cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    value_ptr,  # [num_tokens, num_kv_heads, value_size]
+    cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]; not read unless WRITES
     planes_ptr,  # [num_blocks, num_planes, num_kv_heads, block_size]
     filters_ptr,  # [num_kv_heads, head_size]
     slots_ptr,  # [num_tokens]
@@ -44,6 +45,8 @@ def _write_and_score_kernel(
     planes_plane_stride,
     planes_head_stride,
     HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    WRITES: tl.constexpr,  # keys and values too
     BLOCK_SIZE: tl.constexpr,
     SCORE: tl.constexpr,
     NUM_PLANES: tl.constexpr,
@@ -64,18 +67,19 @@ def _write_and_score_kernel(
     key_at = key_ptr + token[:, None] * key_token_stride + head * key_head_stride + dim[None, :]
     value_at = value_ptr + token[:, None] * value_token_stride + head * value_head_stride + dim[None, :]
     key = tl.load(key_at, mask=mask, other=0.0)
-    value = tl.load(value_at, mask=mask, other=0.0)
+    value = tl.load(value_at, mask=is_token[:, None] & (dim < VALUE_SIZE)[None, :], other=0.0)
 
-    row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
-    at = row[:, None] + dim[None, :]
-    if FP8_MAX > 0:
-        quantised_key = tl.clamp(key.to(tl.float32) / tl.load(key_scale_ptr), -FP8_MAX, FP8_MAX)
-        quantised_value = tl.clamp(value.to(tl.float32) / tl.load(value_scale_ptr), -FP8_MAX, FP8_MAX)
-        tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(at, key, mask=mask)
-        tl.store(at + HEAD_SIZE, value, mask=mask)
+    if WRITES:
+        row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
+        at = row[:, None] + dim[None, :]
+        if FP8_MAX > 0:
+            quantised_key = tl.clamp(key.to(tl.float32) / tl.load(key_scale_ptr), -FP8_MAX, FP8_MAX)
+            quantised_value = tl.clamp(value.to(tl.float32) / tl.load(value_scale_ptr), -FP8_MAX, FP8_MAX)
+            tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=mask)
+            tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(at, key, mask=mask)
+            tl.store(at + HEAD_SIZE, value, mask=mask)
 
     if SCORE > 0:
         key = key.to(tl.float32)
@@ -100,7 +104,7 @@ def _write_and_score_kernel(
 def write_and_score(
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
+    cache: torch.Tensor | None,
     planes: torch.Tensor,
     slot_mapping: torch.Tensor,
     stat: TokenStat,
@@ -114,9 +118,9 @@ def write_and_score(
 
     Args:
         key, value: shape ``[num_tokens, num_kv_heads, head_size]``, elements of a head side by side; tokens beyond
-            ``slot_mapping`` are padding.
+            ``slot_mapping`` are padding. Values may be smaller than keys where none are written.
         cache: one layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or
-            fp8.
+            fp8; None where vLLM has written keys and values.
         planes: of that layer, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
         slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
         stat: what to store in the first plane; computed before quantising.
@@ -125,27 +129,26 @@ def write_and_score(
         key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
     """
     num_tokens, (num_kv_heads, head_size) = slot_mapping.shape[0], key.shape[1:]
-    num_blocks, cache_heads, block_size, content = cache.shape
-    assert (cache_heads, content) == (num_kv_heads, 2 * head_size), (
-        f"cache {tuple(cache.shape)} for keys {tuple(key.shape)}"
-    )
-    assert value.shape[1:] == key.shape[1:], f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
-    assert key.stride(2) == value.stride(2) == cache.stride(3) == planes.stride(3) == 1, (
-        "innermost dimensions must be dense"
-    )
-    num_planes = planes.shape[1]
-    assert planes.shape == (num_blocks, num_planes, num_kv_heads, block_size) and planes.dtype == torch.float32
-    is_fp8 = cache.dtype in _FP8_DTYPES
-    assert is_fp8 or cache.dtype == key.dtype == value.dtype, (
-        f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
-    )
+    num_blocks, num_planes, _, block_size = planes.shape
+    assert planes.shape[2] == num_kv_heads and planes.dtype == torch.float32
+    assert key.stride(2) == value.stride(2) == planes.stride(3) == 1, "innermost dimensions must be dense"
+    is_fp8 = cache is not None and cache.dtype in _FP8_DTYPES
+    if cache is not None:
+        assert cache.shape == (num_blocks, num_kv_heads, block_size, 2 * head_size) and cache.stride(3) == 1, (
+            f"cache {tuple(cache.shape)} for keys {tuple(key.shape)}"
+        )
+        assert value.shape[1:] == key.shape[1:], f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
+        assert is_fp8 or cache.dtype == key.dtype == value.dtype, (
+            f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
+        )
     assert not is_fp8 or key_scale.numel() == value_scale.numel() == 1, "an fp8 cache needs one scale each"
     assert stat != TokenStat.PROJECTION or (filters.shape == key.shape[1:] and filters.is_contiguous()), (
         "a filter per KV head"
     )
     if num_tokens == 0:
         return
-    tile = 4 if num_tokens <= MOST_TOKENS_OF_SMALL_TILES else 16
+    is_small = num_tokens <= MOST_TOKENS_OF_SMALL_TILES or head_size > LARGEST_OF_LARGE_TILES
+    tile = 4 if is_small else 16
     _write_and_score_kernel[(triton.cdiv(num_tokens, tile), num_kv_heads)](
         key,
         value,
@@ -161,15 +164,15 @@ def write_and_score(
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        cache.stride(0),
-        cache.stride(1),
-        cache.stride(2),
+        *((0, 0, 0) if cache is None else cache.stride()[:3]),
         *planes.stride()[:3],
         HEAD_SIZE=head_size,
+        VALUE_SIZE=value.shape[2],
+        WRITES=cache is not None,
         BLOCK_SIZE=block_size,
         SCORE=int(stat),
         NUM_PLANES=num_planes,
-        FP8_MAX=torch.finfo(cache.dtype).max if is_fp8 else 0.0,
+        FP8_MAX=torch.finfo(cache.dtype).max if cache is not None and is_fp8 else 0.0,
         TILE=tile,
         DIMS=triton.next_power_of_2(head_size),
     )

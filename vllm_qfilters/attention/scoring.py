@@ -17,6 +17,9 @@ BACKENDS = {
     AttentionBackendEnum.TRITON_ATTN: "vllm_qfilters.attention.backends.triton_attn.QFiltersTritonAttentionBackend",
     AttentionBackendEnum.FLASHINFER: "vllm_qfilters.attention.backends.flashinfer.QFiltersFlashInferBackend",
 }
+MLA_BACKENDS = {
+    AttentionBackendEnum.TRITON_MLA: "vllm_qfilters.attention.backends.triton_mla.QFiltersTritonMLABackend",
+}
 
 
 class StatsWriter(Protocol):

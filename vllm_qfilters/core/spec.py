@@ -15,8 +15,8 @@ class QFiltersSpec(FullAttentionSpec):
     """Attention whose sequences hold a bounded number of tokens: full attention, or, where layers of both kinds are in
     one group as with ``--disable-hybrid-kv-cache-manager``, with a sliding window among the last of them.
 
-    Each page carries what the scores of its tokens are made of behind its keys and values (``page_size_padded``): it is
-    counted in the size of the cache, and allocated, shared and freed with the page.
+    Each page carries what the scores of its tokens are made of, if anything, behind its keys and values
+    (``page_size_padded``): it is counted in the size of the cache, and allocated, shared and freed with the page.
 
     Attributes:
         max_resident_tokens: most tokens one sequence holds at any time.
@@ -36,6 +36,8 @@ class QFiltersSpec(FullAttentionSpec):
         """
         values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(AttentionSpec)}
         made = cls(**{**values, "block_size": block_size}, max_resident_tokens=max_resident_tokens)
+        if num_planes == 0:
+            return made
         plane_bytes = made.num_kv_heads * block_size * PLANE_BYTES
         return dataclasses.replace(made, page_size_padded=made.unpadded_page_size_bytes + num_planes * plane_bytes)
 

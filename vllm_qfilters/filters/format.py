@@ -68,10 +68,14 @@ class ModelIdentity:
         kinds = LayerKinds.of(model_config)
         if kinds.num_states:
             num_layers = kinds.num_full + kinds.num_sliding
+        if model_config.use_mla:
+            num_kv_heads = 1  # which all query heads share
         if len(kv_shapes(config)) > 1:
             num_layers = kinds.num_full
             ((num_kv_heads, head_size),) = kv_shapes(config, with_windows=False)
-        rope = getattr(config, "rope_parameters", None) or {}
+        rope = dict(getattr(config, "rope_parameters", None) or {})
+        if str(rope.get("rope_type")).startswith("deepseek_"):  # vLLM's name for it, once the model is loaded
+            rope["rope_type"] = "yarn"
         first_trained_on = rope.get("original_max_position_embeddings")
         return cls(
             name=str(model_config.model),
@@ -80,7 +84,7 @@ class ModelIdentity:
             num_heads=most_query_heads(config),
             num_kv_heads=num_kv_heads,
             head_size=head_size,
-            rope=json.loads(json.dumps(dict(rope), default=str, sort_keys=True)),
+            rope=json.loads(json.dumps(rope, default=str, sort_keys=True)),
             revision=str(getattr(model_config.hf_config, "_commit_hash", None) or model_config.revision or ""),
             has_long_rope=rope.get("rope_type") == "longrope" and model_config.max_model_len > first_trained_on,
         )

@@ -59,24 +59,25 @@ class Rotation:
     Args:
         rotary_emb: vLLM's RotaryEmbedding, or None for a model without one (``R_t`` is then the identity).
         head_size: elements per head.
+        first: of the elements that are rotated.
     """
 
-    def __init__(self, rotary_emb: torch.nn.Module | RotaryTable | None, head_size: int) -> None:
+    def __init__(self, rotary_emb: torch.nn.Module | RotaryTable | None, head_size: int, first: int = 0) -> None:
         self.head_size = head_size
         self._rotary_emb = rotary_emb
         partner = torch.arange(head_size)
         self._sign = torch.zeros(head_size)  # of the sine; 0 where nothing is rotated
         self._frequency = torch.zeros(head_size, dtype=torch.int64)  # in the table of cosines and sines
         if rotary_emb is not None:
-            rotated = partner[: rotary_emb.rotary_dim]
+            rotated = partner[first : first + rotary_emb.rotary_dim]
             if rotary_emb.is_neox_style:
-                first, second = rotated.chunk(2)
+                one, other = rotated.chunk(2)
             else:
-                first, second = rotated[::2], rotated[1::2]
+                one, other = rotated[::2], rotated[1::2]
             partner = partner.clone()
-            partner[first], partner[second] = second, first
-            self._sign[first], self._sign[second] = -1.0, 1.0
-            self._frequency[first] = self._frequency[second] = torch.arange(first.shape[0])
+            partner[one], partner[other] = other, one
+            self._sign[one], self._sign[other] = -1.0, 1.0
+            self._frequency[one] = self._frequency[other] = torch.arange(one.shape[0])
         self.partner = partner
 
     @property

@@ -19,6 +19,7 @@ from vllm_qfilters.filters.format import ModelIdentity, kv_shapes
 from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.versions import base_model_gets_last_adapter
+from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.policy import Policy
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -58,12 +59,16 @@ class Start:
 
     @property
     def has_fp8_caches(self) -> bool:
+        if self.model.use_mla:
+            return False
         if self.is_on_cpu:
             return cpu.has_fp8_caches()
         return bool(current_platform.is_cuda() and current_platform.has_device_capability(89))
 
     @property
     def why_no_fp8_caches(self) -> str:
+        if self.model.use_mla:
+            return " with MLA"
         if not self.is_on_cpu or self.has_fp8_caches:
             return ""
         return f" on this CPU ({cpu.isa()}): fp8 caches need AVX-512 or AMX"
@@ -76,6 +81,10 @@ class Start:
     def has_unsupported_cache_dtype(self) -> bool:
         dtype = self.cache.cache_dtype
         return is_quantized_kv_cache(dtype) and not (self.has_fp8_caches and dtype in FP8_CACHE_DTYPES)
+
+    @property
+    def latent_methods(self) -> str:
+        return ", ".join(name for name, entry in METHODS.items() if entry.reads_latents)
 
 
 class Refusal(NamedTuple):
@@ -97,10 +106,18 @@ MODEL_REFUSALS = (
     ),
     Refusal(lambda start: start.model.is_encoder_decoder, "encoder-decoder models"),
     Refusal(
-        lambda start: start.model.is_hybrid and start.model.use_mla,
-        "models that keep states beside latent attention (Kimi-Linear)",
+        lambda start: start.model.use_mla and start.model.is_hybrid,
+        "MLA (latent attention) models that have states beside their attention (Kimi-Linear, Ling 2.6)",
     ),
-    Refusal(lambda start: start.model.use_mla, "MLA (latent attention) models"),
+    Refusal(
+        lambda start: start.model.use_mla and hasattr(start.model.hf_text_config, "index_topk"),
+        "MLA (latent attention) models whose attention goes by a sparse indexer (DeepSeek V3.2 and V4, GLM-5)",
+    ),
+    Refusal(
+        lambda start: start.model.use_mla and not start.policy.entry.reads_latents,
+        "method '{start.policy.method}' with MLA (latent attention) models, whose cache has no keys and values of "
+        "heads; choose among {start.latent_methods}",
+    ),
     Refusal(
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
@@ -190,6 +207,11 @@ REFUSALS = (
     Refusal(
         lambda start: start.parallel.data_parallel_size > 1 and start.model.is_moe,
         "data parallelism of mixture-of-experts models, whose engines step together; use --data-parallel-size 1",
+    ),
+    Refusal(
+        lambda start: start.model.use_mla and start.config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla,
+        "the compiler pass that fuses RoPE and the write of keys with MLA, which would leave no token stats; set "
+        "--compilation-config.pass_config.fuse_rope_kvcache_cat_mla to false",
     ),
     Refusal(lambda start: start.parallel.use_ubatching, "microbatches; drop --enable-dbo"),
     Refusal(

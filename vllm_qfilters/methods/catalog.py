@@ -25,6 +25,7 @@ class Entry:
         keeps_distinct: what a prompt holds beyond its budget while it is read are the keys most unlike the others.
         observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
         follows_decoding: the queries of generated tokens are kept likewise, for every cut.
+        reads_latents: also works on caches of latents, whose keys have no values beside them (MLA).
     """
 
     summary: str
@@ -39,6 +40,11 @@ class Entry:
     keeps_distinct: bool = False
     observed_queries: Callable[[int], int] = lambda observed: 0
     follows_decoding: bool = False
+    reads_latents: bool = False
+
+
+def _no_stats(observed: int) -> int:
+    return 0
 
 
 _QFILTERS = "what the model's queries, known from calibration, will attend to (Q-Filters, arXiv 2503.02812)"
@@ -53,6 +59,7 @@ _EXPECTED = Entry(
     expects_attention=True,
     keeps_distinct=True,
     observed_queries=lambda observed: observed,
+    reads_latents=True,
 )
 
 QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
@@ -69,6 +76,7 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
         needs_filters=True,
         needs_query_statistics=True,
         keeps_distinct=True,
+        reads_latents=True,
     ),
     "static": Entry(
         _QFILTERS,
@@ -77,6 +85,7 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
         needs_filters=True,
         scores_are_final=True,
         keeps_distinct=True,
+        reads_latents=True,
     ),
 }
 
@@ -85,31 +94,54 @@ METHODS: Mapping[str, Entry] = {
     "streaming": Entry(
         "the first `sinks` tokens and the most recent ones (StreamingLLM, arXiv 2309.17453)",
         "streaming:Streaming",
+        stats=_no_stats,
         scores_are_final=True,
         recent_only=True,
+        reads_latents=True,
     ),
     "knorm": Entry("keys of small norm first (arXiv 2406.11430)", "knorm:KeyNorm", scores_are_final=True),
-    "keydiff": Entry("keys unlike the mean of the sequence's keys first (arXiv 2504.15364)", "keydiff:KeyDiff"),
-    "random": Entry("tokens drawn at random, anew at every cut (arXiv 2609.03430)", "random:Random"),
+    "keydiff": Entry(
+        "keys unlike the mean of the sequence's keys first (arXiv 2504.15364)",
+        "keydiff:KeyDiff",
+        stats=_no_stats,
+        reads_latents=True,
+    ),
+    "random": Entry(
+        "tokens drawn at random, anew at every cut (arXiv 2609.03430)",
+        "random:Random",
+        stats=_no_stats,
+        reads_latents=True,
+    ),
     "random_once": Entry(
         "tokens drawn at random, each once, when it is written: the floor every method must beat",
         "random_once:RandomOnce",
         scores_are_final=True,
+        reads_latents=True,
     ),
     "snapkv": Entry(
         "what the last 32 queries attend to (SnapKV, arXiv 2404.14469)",
         "snapkv:SnapKV",
         observed_queries=lambda observed: 32,
         follows_decoding=True,
+        reads_latents=True,
     ),
     "tova": Entry(
         "what the last query attends to (TOVA, arXiv 2401.06104)",
         "tova:Tova",
         observed_queries=lambda observed: 1,
         follows_decoding=True,
+        reads_latents=True,
     ),
-    "lagkv": Entry("tokens that vary most, measured by the ones that follow (LagKV, arXiv 2504.04704)", "lagkv:LagKV"),
-    "cur": Entry("large keys times large values, through fresh random projections (CUR, arXiv 2606.03928)", "cur:Cur"),
+    "lagkv": Entry(
+        "tokens that vary most, measured by the ones that follow (LagKV, arXiv 2504.04704)",
+        "lagkv:LagKV",
+        stats=_no_stats,
+    ),
+    "cur": Entry(
+        "large keys times large values, through fresh random projections (CUR, arXiv 2606.03928)",
+        "cur:Cur",
+        stats=_no_stats,
+    ),
 }
 
 OPTIONS_OF_SOME = frozenset().union(*(entry.options for entry in (*METHODS.values(), *QFILTERS.values())))

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_qfilters.attention import register
-from vllm_qfilters.attention.scoring import BACKENDS
+from vllm_qfilters.attention.scoring import BACKENDS, MLA_BACKENDS
 from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
 
@@ -18,7 +18,7 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 class QFiltersGPUWorker(CompressedWorker, Worker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        register(BACKENDS)
+        register({**BACKENDS, **MLA_BACKENDS})
         super().__init__(vllm_config, *args, **kwargs)
 
     def _make_model_runner(self) -> QFiltersGPUModelRunner:

@@ -20,16 +20,24 @@ from vllm.distributed import (
     get_world_group,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+)
 from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_qfilters.attention import FP8_DTYPES, in_its_dtype
+from vllm_qfilters.attention.latent import watch_queries, with_heads, write_keys
 from vllm_qfilters.attention.queries import QueryRecorder
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec, beside_compressed, in_equal_pages
 from vllm_qfilters.filters.bank import FilterBank
@@ -121,7 +129,12 @@ class CompressedModelRunner:
 
     def kv_caches_in_their_dtype(self) -> list[torch.Tensor]:
         """The caches of ``layers``, fp8 ones as fp8 instead of bytes."""
-        return [in_its_dtype(layer.kv_cache, self.cache_config.cache_dtype) for layer in self.layers]
+        return [in_its_dtype(with_heads(layer.kv_cache), self.cache_config.cache_dtype) for layer in self.layers]
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the cache holds latents (MLA)."""
+        return isinstance(self.layers[0], MLAAttention)
 
     def key_scales(self) -> torch.Tensor | None:
         """What keys in an fp8 cache are to be multiplied by, float32, shape ``[num_layers]``; None for other caches."""
@@ -159,6 +172,9 @@ class CompressedModelRunner:
         for num_tokens in self.ops.warm_up_tokens if layer.impl.write_stats is not None else ():
             keys = torch.zeros(num_tokens, layer.num_kv_heads, layer.head_size, dtype=dtype, device=self.device)
             nowhere = torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device)
+            if self.has_latents:
+                write_keys(layer, keys, with_heads(layer.kv_cache), nowhere)
+                continue
             layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, nowhere)
         if self.page_scorer is not None:
             self.page_scorer.warm_up()
@@ -257,7 +273,7 @@ class CompressedModelRunner:
                     "backend "
                     "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
                 )
-            made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self.compression.num_planes)
+            made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self._planes_in_pages(spec))
             kernel_block_size = select_common_block_size(block_size, [backend], [made[name]])
             if kernel_block_size != block_size:
                 if self.compression.beside.num_states:  # whose size the pages have
@@ -272,6 +288,20 @@ class CompressedModelRunner:
                 )
         self.compression.check_block_size(block_size)
         return in_equal_pages(made)
+
+    def _planes_in_pages(self, spec: AttentionSpec) -> int:
+        """Those of latents are memory of their own: see :meth:`planes_beside`."""
+        return 0 if type(spec) is MLAAttentionSpec else self.compression.num_planes
+
+    def planes_beside(self) -> torch.Tensor | None:
+        """Token stats of a cache of latents, whose pages must lie one behind the other; None for other caches.
+
+        Shape ``[num_layers, num_blocks, num_planes, 1, block_size]``, float32.
+        """
+        if not self.has_latents:
+            return None
+        sizes = len(self.layers), self.kv_cache_config.num_blocks, self.compression.num_planes
+        return torch.zeros(*sizes, 1, self.cache_config.block_size, device=self.device)
 
     def _is_compressed(self, spec: KVCacheSpec) -> bool:
         return is_compressed(self.compression, spec)
@@ -288,11 +318,14 @@ class CompressedModelRunner:
         of_one_shape = [group for group in groups if _kv_shape(group) == _kv_shape(groups[self.group])]
         names = sorted((name for group in of_one_shape for name in group.layer_names), key=extract_layer_index)
         self.calibrated_layers = [by_name[name] for name in names]
-        if self.layers[0].impl.alibi_slopes is not None:
+        if not self.has_latents and self.layers[0].impl.alibi_slopes is not None:
             raise ValueError(
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
             )
         self.bind_cache()
+        if self.has_latents:
+            for layer in self.layers:
+                watch_queries(layer)
         for index, attn_groups in enumerate(self.attn_groups):
             for builder in (builder for group in attn_groups for builder in group.metadata_builders):
                 builder.lengths, builder.group = self.lengths, index
@@ -360,11 +393,12 @@ class CompressedModelRunner:
             modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
             head_size, num_positions = self.layers[0].head_size, self.model_config.max_model_len + HORIZON
             none, possible, of_layers = Rotation(None, head_size), {}, []
+            first = self.layers[0].kv_lora_rank if self.has_latents else 0
             for layer in self.calibrated_layers:
                 rotary_emb = _rotary_emb(modules, layer.layer_name)
                 if rotary_emb not in possible:
                     tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
-                    possible[rotary_emb] = [*(Rotation(table, head_size) for table in tables), none]
+                    possible[rotary_emb] = [*(Rotation(table, head_size, first) for table in tables), none]
                 of_layers.append(possible[rotary_emb])
             self._rotations = rotations_in_use(self, self.calibrated_layers, of_layers)
         return self._rotations

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_qfilters.attention.latent import write_keys
 from vllm_qfilters.kernels import CPU_OPS, PagedCache, probe_page_layout
 from vllm_qfilters.kernels.layout import WriteCache
 from vllm_qfilters.plan import RequestCompaction
@@ -21,6 +23,8 @@ from vllm_qfilters.worker.runner import CompressedModelRunner
 
 def cache_writer(layer: torch.nn.Module, dtype: torch.dtype) -> WriteCache:
     """How an attention layer writes its cache, for :func:`probe_page_layout`; dtype: of the model."""
+    if isinstance(layer, MLAAttention):
+        return lambda key, value, kv_cache, slot_mapping: write_keys(layer, key, kv_cache, slot_mapping)
 
     def write_cache(key, value, kv_cache, slot_mapping):
         # Into an fp8 cache vLLM writes what is left after a division by a scale, as bytes, and cuts off what does not
@@ -48,8 +52,14 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     def bind_cache(self) -> None:
         first, kv_caches = self.layers[0], self.kv_caches_in_their_dtype()
         write_cache = cache_writer(first, self.dtype)
-        layout = probe_page_layout(write_cache, self.cache_config.block_size, first.head_size, kv_caches[0].dtype)
-        self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales())
+        layout = probe_page_layout(
+            write_cache,
+            self.cache_config.block_size,
+            first.head_size,
+            kv_caches[0].dtype,
+            value_size=0 if self.has_latents else None,
+        )
+        self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales(), self.planes_beside())
         self.lengths = ResidentLengths(self.compressed_groups)
         self._shift_slots()
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
+from vllm_qfilters.attention.latent import LatentAttention
 from vllm_qfilters.attention.queries import query_bytes
-from vllm_qfilters.attention.scoring import BACKENDS, ScoringAttention
-from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.attention.scoring import BACKENDS, MLA_BACKENDS, ScoringAttention
+from vllm_qfilters.core.spec import PLANE_BYTES, QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.plan import RequestCompaction
@@ -37,16 +39,20 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         return self.input_buffers.positions
 
     def compaction_bytes(self, cache_bytes: int) -> int:
-        """Most memory that compaction takes beside a cache of ``cache_bytes``. Before the cache exists."""
-        if self.compression.evicts_whole_pages:
-            return 0
+        """Most memory that compaction, and token stats that are not in pages, take beside a cache of ``cache_bytes``.
+        Before the cache exists."""
         specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, QFiltersSpec)}
         layers = [self.compilation_config.static_forward_context[name] for name in specs]
         layer, spec = layers[0], next(iter(specs.values()))
         num_heads = max(layer.num_heads for layer in layers)
         cached_tokens = cache_bytes // (len(specs) * spec.page_size_bytes) * spec.block_size
         longest = self.compression.max_compacted_tokens(self.model_config.max_model_len, spec.block_size)
-        return workspace_bytes(
+        planes = 0
+        if isinstance(layer, MLAAttention):
+            planes = cached_tokens * len(specs) * self.compression.num_planes * PLANE_BYTES
+        if self.compression.evicts_whole_pages:
+            return planes
+        return planes + workspace_bytes(
             num_layers=len(specs),
             num_heads=num_heads if self.compression.expects_attention else layer.num_kv_heads,
             num_kv_heads=layer.num_kv_heads,
@@ -61,13 +67,20 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
 
     def bind_cache(self) -> None:
         for layer in self.layers:
-            if not isinstance(layer.impl, ScoringAttention):
+            if not isinstance(layer.impl, ScoringAttention | LatentAttention):
+                supported = MLA_BACKENDS if self.has_latents else BACKENDS
                 raise ValueError(
                     f"KV compression does not work with attention backend {layer.get_attn_backend().get_name()}: use "
-                    f"--attention-backend with one of {', '.join(backend.name for backend in BACKENDS)}"
+                    f"--attention-backend with one of {', '.join(backend.name for backend in supported)}"
                 )
         check_cuda_graphs(self.compression, self.cudagraph_manager.cudagraph_mode)
-        self.cache = StridedCache(self.kv_caches_in_their_dtype(), self.compression.num_planes, self.key_scales())
+        self.cache = StridedCache(
+            self.kv_caches_in_their_dtype(),
+            self.compression.num_planes,
+            self.key_scales(),
+            has_values=not self.has_latents,
+            planes=self.planes_beside(),
+        )
         self.lengths = DeviceResidentLengths(self.compressed_groups, self.max_num_reqs, self.device)
         self.block_tables.compute_slot_mappings = functools.partial(
             self.lengths.compute_slot_mappings, self.block_tables

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from vllm.model_executor.layers.attention import MLAAttention
 
 from vllm_qfilters.kernels.ops import Softmax, in_groups_of
 
@@ -24,13 +25,15 @@ def softmax_of(layers: Sequence[torch.nn.Module], device: torch.device) -> Softm
             )
     group_sizes = [layer.num_heads // layer.num_kv_heads for layer in layers]
     sinks = None
-    if any(layer.impl.sinks is not None for layer in layers):
+    if not isinstance(first, MLAAttention) and any(layer.impl.sinks is not None for layer in layers):
         sinks = torch.stack([_sinks(layer, max(group_sizes), device) for layer in layers])
     differ = min(group_sizes) < max(group_sizes)
     return Softmax(scale, soft_cap, sinks, torch.tensor(group_sizes, device=device) if differ else None)
 
 
 def _scale_and_cap(layer: torch.nn.Module) -> tuple[float, float]:
+    if isinstance(layer, MLAAttention):
+        return float(layer.impl.scale), 0.0
     return float(layer.impl.scale), float(layer.impl.logits_soft_cap or 0)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from vllm.config import CUDAGraphMode
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
@@ -59,7 +60,7 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
             )
         if not is_compressed(config, spec):
             continue
-        if spec.head_size_v != spec.head_size:
+        if spec.head_size_v != spec.head_size and type(spec) is not MLAAttentionSpec:
             raise ValueError(
                 "KV compression does not support values of another size than keys (MiMo-V2): those of "
                 f"{name} have {spec.head_size_v} and {spec.head_size} elements"
@@ -89,7 +90,11 @@ def check_layers(layers: Mapping[str, object]) -> None:
         ValueError: names the first layer that does not.
     """
     for name, layer in layers.items():
-        if not isinstance(layer, Attention):
+        if isinstance(layer, MLAAttention) and layer.use_sparse:
+            raise ValueError(
+                f"KV compression does not support MLA layers that attend to what an indexer chooses, as {name} does"
+            )
+        if not isinstance(layer, Attention | MLAAttention):
             raise ValueError(
                 f"KV compression does not support models with attention layers of their own (Inkling), as {name} is one"
             )
@@ -103,7 +108,7 @@ def _check_attention(config: Policy, name: str, spec: KVCacheSpec, max_model_len
                 f"KV compression keeps the {window} tokens that the model's configuration "
                 f"gives as its sliding window, but {name} has one of {spec.sliding_window}"
             )
-    elif type(spec) is not FullAttentionSpec:
+    elif not (type(spec) is FullAttentionSpec or type(spec) is MLAAttentionSpec):
         raise ValueError(
             f"KV compression supports full attention and sliding windows, but {name} has a {type(spec).__name__}"
         )

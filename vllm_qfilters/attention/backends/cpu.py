@@ -93,4 +93,8 @@ class QFiltersCPUAttentionBackend(CPUAttentionBackend):
         return QFiltersCPUAttentionMetadataBuilder
 
 
-BACKENDS = {AttentionBackendEnum.CPU_ATTN: f"{__name__}.{QFiltersCPUAttentionBackend.__name__}"}
+BACKENDS = {
+    AttentionBackendEnum.CPU_ATTN: f"{__name__}.{QFiltersCPUAttentionBackend.__name__}",
+    AttentionBackendEnum.CPU_MLA: "vllm_qfilters.attention.backends.cpu_mla.QFiltersCPUMLABackend",
+    AttentionBackendEnum.AMX_MLA: "vllm_qfilters.attention.backends.cpu_mla.QFiltersAMXMLABackend",
+}

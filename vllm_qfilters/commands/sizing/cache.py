@@ -27,7 +27,8 @@ class Layers:
         num_sliding: that attend to a sliding window.
         window: tokens that those attend to, the query's own among them.
         num_kv_heads: of a layer on this device.
-        head_size: elements of a key, and of a value.
+        head_size: elements of a key.
+        value_size: elements of a value; 0 where a latent is both (MLA).
         element_bytes: of the cache's dtype.
     """
 
@@ -36,6 +37,7 @@ class Layers:
     window: int
     num_kv_heads: int
     head_size: int
+    value_size: int
     element_bytes: int
 
     @property
@@ -44,7 +46,7 @@ class Layers:
 
     def token_bytes(self, num_planes: int = 0) -> int:
         """Bytes of one token in one layer: key, value and ``num_planes`` token stats of each KV head."""
-        return self.num_kv_heads * (2 * self.head_size * self.element_bytes + 4 * num_planes)
+        return self.num_kv_heads * ((self.head_size + self.value_size) * self.element_bytes + 4 * num_planes)
 
 
 class PlainPool:

@@ -148,7 +148,7 @@ class _Sizes:
         self._options = KVCompressionConfig.from_dict(engine_args.additional_config[ADDITIONAL_CONFIG_KEY])
         self._block_size = engine_args.block_size or BLOCK_SIZE
         try:
-            self.model_config = _model_config(engine_args)
+            self.model_config = _model_config(engine_args, self._options)
             self._policy = self._resolve(self._options)
             self._policy.check_block_size(self._block_size)
         except (ValueError, OSError) as error:
@@ -157,7 +157,7 @@ class _Sizes:
         step_tokens = engine_args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self._is_large]
         self._plain = PlainPool(self._layers, self._block_size, step_tokens)
         self._compressed = CompressedPool(
-            self._layers, self._block_size, self._policy.num_planes, self._policy.beside, step_tokens
+            self._layers, self._block_size, self._planes_in_pages, self._policy.beside, step_tokens
         )
         self._beside = None if args.memory is None else self._reckon_beside(args.weights)
 
@@ -188,13 +188,18 @@ class _Sizes:
             kinds += f"{' and ' if kinds else ''}{layers.num_sliding} with a sliding window of {layers.window:,}"
         parallel = self._engine_args.tensor_parallel_size * self._engine_args.pipeline_parallel_size
         where = f", on each of {parallel} devices" if parallel > 1 else ""
-        planes = self._policy.num_planes
+        planes = self._planes_in_pages
+        heads = f"{layers.num_kv_heads} KV heads" if layers.value_size else "latents"
+        of_compression = " and with compression"
+        if planes:
+            of_compression = (
+                f", {show(layers.number * layers.token_bytes(planes))} with compression, whose {planes} token stats "
+                "per KV head lie beside key and value"
+            )
         lines = [
-            f"{self._engine_args.model}: {kinds}, {layers.num_kv_heads} KV heads of {layers.head_size}{where}; "
-            f"pages of {self._block_size} tokens",
-            f"A token takes {show(layers.number * layers.token_bytes())} with plain vLLM, "
-            f"{show(layers.number * layers.token_bytes(planes))} with compression, whose {planes} token stats per KV "
-            "head lie beside key and value",
+            f"{self._engine_args.model}: {kinds}, {heads} of {layers.head_size}{where}; pages of {self._block_size} "
+            "tokens",
+            f"A token takes {show(layers.number * layers.token_bytes())} with plain vLLM{of_compression}",
         ]
         if layers.num_full and layers.num_sliding:
             full, sliding = (count * layers.token_bytes() for count in (layers.num_full, layers.num_sliding))
@@ -227,6 +232,11 @@ class _Sizes:
         """Pages of the pool, vLLM's null block among them."""
         pool = self._compressed if is_compressed else self._plain
         return self._cache_bytes(is_compressed) // pool.page_bytes
+
+    @property
+    def _planes_in_pages(self) -> int:
+        """Token stats; those of latents lie beside the cache."""
+        return self._policy.num_planes if self._layers.value_size else 0
 
     def _row(self, length: int, budget: int | float | None, held: Held, page_bytes: int) -> Row:
         return Row(length, budget, held, page_bytes, fitting(held, self.num_pages(budget is not None)))
@@ -281,6 +291,8 @@ class _Sizes:
                 cached_tokens=cached_tokens,
                 query_bytes=in_layer,
             )
+        if not layers.value_size:
+            compaction += cached_tokens * num_layers * 4 * policy.num_planes
         return Beside(whole // devices, compaction, num_layers * in_layer)
 
 
@@ -357,15 +369,13 @@ def show(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 10 * power):.4g} {unit}"
 
 
-def _model_config(engine_args: "EngineArgs") -> "ModelConfig":
-    """vLLM's, of a supported model. Neither tokenizer nor weights are looked at."""
+def _model_config(engine_args: "EngineArgs", options: KVCompressionConfig) -> "ModelConfig":
+    """vLLM's, of a model that is supported with these options. Neither tokenizer nor weights are looked at."""
     from vllm_qfilters.frontend.support import MODEL_REFUSALS, Start, refuse
 
     engine_args.skip_tokenizer_init = True
     model_config = engine_args.create_model_config()
-    refuse(
-        Start(resolve(KVCompressionConfig(), model_config), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS
-    )
+    refuse(Start(resolve(options, model_config), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS)
     return model_config
 
 
@@ -383,8 +393,9 @@ def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
         num_full=cdiv(num_full, stages),
         num_sliding=cdiv(num_sliding, stages),
         window=window,
-        num_kv_heads=max(1, model_config.get_total_num_kv_heads() // parallel),
+        num_kv_heads=1 if model_config.use_mla else max(1, model_config.get_total_num_kv_heads() // parallel),
         head_size=model_config.get_head_size(),
+        value_size=0 if model_config.use_mla else model_config.get_head_size(),
         element_bytes=1 if cache_dtype.startswith("fp8") else _bytes(model_config.dtype),
     )
 
