@@ -24,11 +24,16 @@ class Differences:
 
 
 # Oldest first.
+MLA_IMPLS = ("amx_mla:AMXMLAImpl", "cpu_mla:CPUMLAImpl", "triton_mla:TritonMLAImpl")
+WRITES_LATENTS = [f"vllm.v1.attention.backends.mla.{impl}.do_kv_cache_update" for impl in MLA_IMPLS]
+LATENT = "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
+
 DIFFERENCES = {
     (0, 32): Differences(
         imported=["vllm.entrypoints.serve.utils.api_utils:cli_env_setup"],
         overridden={
             "vllm.v1.core.sched.async_scheduler:AsyncScheduler._get_local_prefix_cache_hit": "self request",
+            **dict.fromkeys(WRITES_LATENTS, LATENT),
         },
         called={
             "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables": (
@@ -43,6 +48,7 @@ DIFFERENCES = {
                 "self request max_cache_hit_length"
             ),
             "vllm.v1.outputs:AsyncModelRunnerOutput.get_kv_connector_output": "self",
+            **dict.fromkeys(WRITES_LATENTS, f"{LATENT} skip_scale"),
         },
         called={
             # Leaves out pages below the window of a SlidingWindowSpec, by positions: no cache of ours has such a spec.
@@ -94,22 +100,13 @@ OVERRIDDEN = {
     ),
     "vllm.v1.attention.backends.mla.amx_mla:AMXMLABackend.get_builder_cls": "",
     "vllm.v1.attention.backends.mla.amx_mla:AMXMLABackend.get_impl_cls": "",
-    "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl.do_kv_cache_update": (
-        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
-    ),
     "vllm.v1.attention.backends.mla.amx_mla:AMXMLAMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
     "vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend.get_builder_cls": "",
     "vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend.get_impl_cls": "",
-    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.do_kv_cache_update": (
-        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
-    ),
     "vllm.v1.attention.backends.mla.triton_mla:TritonMLABackend.get_builder_cls": "",
     "vllm.v1.attention.backends.mla.triton_mla:TritonMLABackend.get_impl_cls": "",
-    "vllm.v1.attention.backends.mla.triton_mla:TritonMLAImpl.do_kv_cache_update": (
-        "self kv_c_normed k_pe kv_cache slot_mapping kv_cache_dtype k_scale"
-    ),
     "vllm.v1.attention.backends.mla.triton_mla:TritonMLAMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),

@@ -41,9 +41,11 @@ class LatentAttention:
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
+        *skip_scale: bool,
     ) -> None:
+        # skip_scale: from vLLM 0.33 on.
         super().do_kv_cache_update(  # type: ignore[misc]
-            kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale
+            kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *skip_scale
         )
         if self.write_stats is not None:
             key, value = joined(kv_c_normed, k_pe), kv_c_normed.unsqueeze(1)
