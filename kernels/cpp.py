@@ -13,6 +13,18 @@ from vllm_qfilters.kernels.reference import pool_neighbours, take_out_pages
 
 LIBRARY = importlib.resources.files("vllm_qfilters") / "_C.so"
 OPERATORS = torch.ops.vllm_qfilters
+# By operator, as of these sources.
+NUM_ARGUMENTS = {
+    "score_and_store": 4,
+    "store_value_norms": 3,
+    "fill_holes": 9,
+    "select_kept": 4,
+    "mean_standardised": 3,
+    "page_scores": 4,
+    "expected_attention": 9,
+    "observed_attention": 8,
+    "key_distinctness": 5,
+}
 
 
 def load() -> bool:
@@ -24,6 +36,7 @@ def load() -> bool:
     try:
         torch.ops.load_library(LIBRARY)
         _register_fakes()
+        _check_arguments()
     except (OSError, RuntimeError) as error:
         reason = f"the C++ ones do not load, reinstall to rebuild them: {error.__cause__ or error}"
         warnings.warn(f"PyTorch kernels are used; {reason}", stacklevel=2)
@@ -61,6 +74,14 @@ def _register_fakes() -> None:
         "vllm_qfilters::key_distinctness",
         lambda pages, key_offsets, page_table, num_tokens, pool: _fake_attention(pages, num_tokens, torch.empty(0)),
     )
+
+
+def _check_arguments() -> None:
+    """RuntimeError: the library is of other sources, where an operator takes other arguments."""
+    for name, expected in NUM_ARGUMENTS.items():
+        found = len(getattr(OPERATORS, name).default._schema.arguments)
+        if found != expected:
+            raise RuntimeError(f"{name} takes {found} arguments, not {expected}")
 
 
 def _fake_attention(pages: torch.Tensor, num_tokens: int, queries: torch.Tensor) -> torch.Tensor:

@@ -156,7 +156,7 @@ def qwen_vl_filters(tiny_qwen_vl, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qwen_vl_engines(tiny_qwen_vl, qwen_vl_filters):
-    register_qwen_vl()
+    register_qwen_vl("qwen2_5_vl", "qwen3_vl")
     return Engines(tiny_qwen_vl, qwen_vl_filters[0], **TEXT_ONLY)
 
 

@@ -105,9 +105,16 @@ class MLAEngines(Engines):
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}  # engine arguments of models with images
 
 
-def register_qwen_vl() -> None:
-    """Of Qwen2.5-VL, Qwen3-VL and Qwen3.5, for which vLLM imports names of torchvision that nothing asks for while
-    prompts are text: beside a PyTorch for CPUs there is none on PyPI.
+QWEN_VL = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+}
+
+
+def register_qwen_vl(*modules: str) -> None:
+    """Of :data:`QWEN_VL`, for which vLLM imports names of torchvision that nothing asks for while prompts are text:
+    beside a PyTorch for CPUs there is none on PyPI.
     """
     if is_torchvision_available():  # Transformers remembers the answer
         return
@@ -118,13 +125,9 @@ def register_qwen_vl() -> None:
         setattr(stand_ins[parent], child, stand_ins[name])
     sys.modules.update(stand_ins)
     try:
-        for module, name in (
-            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
-            ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
-            ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
-        ):
-            module = importlib.import_module(f"vllm.model_executor.models.{module}")
-            ModelRegistry.register_model(name, getattr(module, name))
+        for module in modules:
+            implementation = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), QWEN_VL[module])
+            ModelRegistry.register_model(QWEN_VL[module], implementation)
     finally:
         for name in stand_ins:
             del sys.modules[name]

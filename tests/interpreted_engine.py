@@ -241,7 +241,7 @@ def run(
 
     QFiltersGPUModelRunner.warm_up = recorded_warm_up
     if "limit_mm_per_prompt" in llm:
-        register_qwen_vl()
+        register_qwen_vl("qwen2_5_vl")
     engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")

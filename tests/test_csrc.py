@@ -302,6 +302,7 @@ def hole_arguments(cache) -> list:
         pytest.param(5, torch.zeros(3, 2, 48, dtype=torch.bool), "fewer tokens survive", id="too-few-kept"),
         pytest.param(5, torch.ones(2, 2, 48, dtype=torch.bool), "for the layers and heads", id="flags-of-other-layers"),
         pytest.param(2, torch.zeros(8, 8, dtype=torch.int64), "for 16 slots", id="other-layout"),
+        pytest.param(3, torch.zeros(16, 0, dtype=torch.int64), "must cover the pages", id="values-left-out"),
         pytest.param(0, torch.zeros(3, 6, 2, 256, dtype=torch.float64), "1, 2 or 4 bytes", id="eight-bytes"),
     ],
 )
@@ -587,3 +588,14 @@ def test_the_package_works_without_the_library(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    cpp._check_arguments()
+    monkeypatch.setitem(cpp.NUM_ARGUMENTS, "key_distinctness", 4)
+    with pytest.raises(RuntimeError, match="key_distinctness takes 5 arguments, not 4"):
+        cpp._check_arguments()
+    monkeypatch.setattr(cpp, "_register_fakes", lambda: None)  # which are there
+    with pytest.warns(UserWarning, match="key_distinctness takes 5 arguments, not 4"):
+        assert not cpp.load()

@@ -75,7 +75,7 @@ def options_of(name: str, case: str) -> dict:
 @pytest.fixture(scope="module", autouse=True)
 def operators():
     states.stand_in()
-    register_qwen_vl()
+    register_qwen_vl("qwen3_5")
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 @pytest.mark.parametrize(
     "name, value, options, reason",
     [
-        ("model_config.use_mla", True, {}, "models that keep states beside latent attention"),
+        ("model_config.use_mla", True, {}, "MLA .* models that have states beside their attention"),
         ("speculative_config", SimpleNamespace(method="ngram"), {}, "speculative decoding of models that keep states"),
         ("parallel_config.pipeline_parallel_size", 2, {}, "pipeline parallelism of models that keep states"),
         ("scheduler_config.disable_hybrid_kv_cache_manager", True, {}, "in one KV cache group; drop --disable-hybrid"),

@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from tests.marks import needs_fp8_caches
@@ -19,6 +20,7 @@ from tests.models import random_prompt
 from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
+from vllm_qfilters.frontend import support
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
@@ -218,6 +220,18 @@ def test_what_mla_is_not_supported_with_is_refused_by_name(name, value, reason):
     setattr(getattr(config, part), attribute, value)
     with pytest.raises(ValueError, match=f"KV compression does not support {reason}"):
         check_supported(compression, config)
+
+
+def test_mla_on_gpus_needs_a_backend_that_is_not_the_default_there(monkeypatch):
+    config, compression = supported_config(), policy_of(method="keydiff", interval=32, chunk=128)
+    config.model_config.use_mla = True
+    monkeypatch.setattr(support.current_platform, "is_cuda", lambda: True)
+    for backend in (None, AttentionBackendEnum.FLASH_ATTN_MLA):
+        config.attention_config = SimpleNamespace(backend=backend)
+        with pytest.raises(ValueError, match="MLA .* on GPUs .*; use --attention-backend TRITON_MLA"):
+            check_supported(compression, config)
+    config.attention_config.backend = AttentionBackendEnum.TRITON_MLA
+    check_supported(compression, config)
 
 
 @pytest.mark.parametrize("method", ["knorm", "lagkv", "cur"])

@@ -298,37 +298,40 @@ class LeavingFirst:
     def __init__(self, block_pool: BlockPool) -> None:
         self._queue = block_pool.free_block_queue
         # Behind it the next page is put. With its key: with another one it is elsewhere in the queue by now.
-        self._last: tuple[KVCacheBlock, bytes | None] = self._queue.fake_free_list_head, None
-        self._found: dict[int, tuple[bytes, int]] = {}  # by page: its key, and how many requests found it
+        self._marker: tuple[KVCacheBlock, bytes | None] = self._queue.fake_free_list_head, None
+        # By page: its key, and how many requests found it.
+        self._found: list[tuple[bytes | None, int]] = [(None, 0)] * len(block_pool.blocks)
 
     def add(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Lets pages that were freed just now leave in this order, but for those that two requests have found."""
-        for block in blocks:
+        for block in {block.block_id: block for block in blocks}.values():  # two sequences may have given up one
             key = block.block_hash
             if key is not None and not block.ref_cnt and not block.is_null and self._times_found(block) < 2:
                 self._queue.remove(block)
                 self._put_behind(self._place(), block)
-                self._last = block, key
+                self._marker = block, key
 
     def note_found(self, blocks: Iterable[KVCacheBlock]) -> None:
         """A request starts with these pages. Call before they leave the queue."""
-        found = {}
+        found = set()
         for block in blocks:
             if block.block_hash is not None:
-                found[block.block_id] = block.block_hash, self._times_found(block) + 1
-        self._found |= found
-        last, _ = self._last
+                self._found[block.block_id] = block.block_hash, self._times_found(block) + 1
+                found.add(block.block_id)
+        head = self._queue.fake_free_list_head
+        last, _ = self._marker
         while last.block_id in found and last.prev_free_block is not None:
             last = last.prev_free_block
-            self._last = last, last.block_hash
+            # One without a key may be anywhere by the next time.
+            self._marker = (last, last.block_hash) if last.block_hash is not None else (head, None)
 
     def _times_found(self, block: KVCacheBlock) -> int:
-        key, times = self._found.get(block.block_id, (None, 0))
+        key, times = self._found[block.block_id]
         return times if key == block.block_hash else 0
 
     def _place(self) -> KVCacheBlock:
         """The page, or the head of the queue, behind which the next one goes."""
-        last, key = self._last
+        last, key = self._marker
         if last.next_free_block is None or last.block_hash != key:
             last = self._queue.fake_free_list_head
         while (behind := last.next_free_block) is not None and behind.block_hash is None and behind.block_id >= 0:

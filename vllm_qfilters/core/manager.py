@@ -54,7 +54,7 @@ class QFiltersManager(FullAttentionManager):
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
-        self._superseded: list[KVCacheBlock] = []  # those of them that hold nothing a follow-up prompt would go on from
+        self._superseded: list[KVCacheBlock] = []  # those of them that leave the prefix cache first
         self.prefixes = CompressedPrefixes(self.block_pool, self.block_size, self.kv_cache_group_id)
         self.resumes = False  # requests go on from what earlier ones held at their end; set by the scheduler
         self._standings: dict[str, _Standing] = {}
@@ -115,7 +115,7 @@ class QFiltersManager(FullAttentionManager):
         self._found = None if found is None else (request.request_id, found)
         return found
 
-    def start_elsewhere(self) -> None:
+    def forget_found(self) -> None:
         """The request looked at last does not start behind the prefix that was found."""
         self._found = None
 
@@ -368,10 +368,11 @@ class QFiltersManager(FullAttentionManager):
         )
 
     def _give_back(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:
-        """Lets :meth:`release` return pages that a sequence loses at a cut. A prompt that ends later is read again
-        from there on, and what its last cut left is of more use than they are."""
+        """Lets :meth:`release` return pages that a sequence loses at a cut. If a later cut, or the end, leaves what a
+        follow-up prompt goes on from, that is of more use than they are."""
         self._released.extend(blocks)
-        if self.resumes or request.num_computed_tokens < request.num_prompt_tokens:
+        is_reading = request.num_computed_tokens < request.num_prompt_tokens
+        if self.resumes or (is_reading and self._shares_prefixes(self.limits[request.request_id])):
             self._superseded.extend(blocks)
 
     def _keep_prefix(self, request: Request) -> None:

@@ -379,7 +379,7 @@ class QFiltersScheduler(AsyncScheduler):
         if prefix is not None:
             if num_tokens < prefix.position:
                 return self._hit_behind(request, prefix)
-            self.block_manager.start_elsewhere()
+            self.block_manager.forget_found()
         limits = self.block_manager.limits.get(request.request_id)
         if limits is not None and limits.elastic:
             blocks, num_tokens = self._hit_with_room(request, blocks, num_tokens)

@@ -10,6 +10,7 @@ from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SpeculativeCon
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
@@ -139,6 +140,15 @@ MODEL_REFUSALS = (
 )
 REFUSALS = (
     *MODEL_REFUSALS,
+    Refusal(
+        lambda start: (
+            start.model.use_mla
+            and current_platform.is_cuda()
+            and start.config.attention_config.backend is not AttentionBackendEnum.TRITON_MLA
+        ),
+        "MLA (latent attention) models on GPUs with the attention backend that vLLM chooses there; use "
+        "--attention-backend TRITON_MLA",
+    ),
     Refusal(lambda start: start.config.kv_transfer_config is not None, "KV connectors; drop --kv-transfer-config"),
     Refusal(
         lambda start: start.config.ec_transfer_config is not None,
