@@ -5,6 +5,9 @@ no part of what is tested.
 - RoPE takes the heads of queries of three dimensions, which LFM2 has alone, for tokens.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_next.modeling_qwen3_next import (
@@ -20,10 +23,16 @@ from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name
 _gated_delta_net_of_vllm, _rotate_of_vllm = gdn_attention.cpu_gdn_attention_core, _custom_ops.rotary_embedding
 
 
-def stand_in() -> None:
-    """For all engines of this process that start from now on."""
+@contextlib.contextmanager
+def stood_in() -> Iterator[None]:
+    """For all engines of this process."""
     gdn_attention.cpu_gdn_attention_core = gated_delta_net
     _custom_ops.rotary_embedding = rotate
+    try:
+        yield
+    finally:
+        gdn_attention.cpu_gdn_attention_core = _gated_delta_net_of_vllm
+        _custom_ops.rotary_embedding = _rotate_of_vllm
 
 
 def gated_delta_net(

@@ -74,8 +74,9 @@ def options_of(name: str, case: str) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def operators():
-    states.stand_in()
     register_qwen_vl("qwen3_5")
+    with states.stood_in():
+        yield
 
 
 @pytest.fixture(scope="module")

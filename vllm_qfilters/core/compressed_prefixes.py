@@ -299,8 +299,9 @@ class LeavingFirst:
         self._queue = block_pool.free_block_queue
         # Behind it the next page is put. With its key: with another one it is elsewhere in the queue by now.
         self._marker: tuple[KVCacheBlock, bytes | None] = self._queue.fake_free_list_head, None
-        # By page: its key, and how many requests found it.
-        self._found: list[tuple[bytes | None, int]] = [(None, 0)] * len(block_pool.blocks)
+        # By page: its key when a request found it last, and how many did.
+        self._found: list[bytes | None] = [None] * len(block_pool.blocks)
+        self._times: list[int] = [0] * len(block_pool.blocks)
 
     def add(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Lets pages that were freed just now leave in this order, but for those that two requests have found."""
@@ -316,7 +317,8 @@ class LeavingFirst:
         found = set()
         for block in blocks:
             if block.block_hash is not None:
-                self._found[block.block_id] = block.block_hash, self._times_found(block) + 1
+                self._times[block.block_id] = self._times_found(block) + 1
+                self._found[block.block_id] = block.block_hash
                 found.add(block.block_id)
         head = self._queue.fake_free_list_head
         last, _ = self._marker
@@ -326,8 +328,7 @@ class LeavingFirst:
             self._marker = (last, last.block_hash) if last.block_hash is not None else (head, None)
 
     def _times_found(self, block: KVCacheBlock) -> int:
-        key, times = self._found[block.block_id]
-        return times if key == block.block_hash else 0
+        return self._times[block.block_id] if self._found[block.block_id] == block.block_hash else 0
 
     def _place(self) -> KVCacheBlock:
         """The page, or the head of the queue, behind which the next one goes."""
