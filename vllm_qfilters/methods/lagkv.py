@@ -10,16 +10,17 @@ class LagKV(PerSequence):
 
     Behind the sinks the tokens are cut into partitions of ``LAG``. Keys and values of one are scaled by the minimum and
     maximum, per channel, of the next one; the standard deviation over channels, a softmax over the partition, and the
-    sum of both for keys and values make the score. The last partition has no next one and scores highest: it is the
-    paper's window. The paper keeps the same share of every partition, here the best of all partitions stay. Needs no
-    attention weights. Cost: one read of cached keys and values per cut, in PyTorch.
+    sum of both for keys and values make the score. The last partition has no next one and scores highest, later tokens
+    more than earlier ones: it is the paper's window. The paper keeps the same share of every partition, here the best
+    of all partitions stay. Needs no attention weights. Cost: one read of cached keys and values per cut, in PyTorch.
     """
 
     LAG = 128  # tokens, the paper's L
 
     def scores_of_layer(self, keys: torch.Tensor, values: torch.Tensor, sinks: int, seed: int) -> torch.Tensor:
         num_kv_heads, num_tokens, _ = keys.shape
-        scores = torch.full((num_kv_heads, num_tokens), 2.0, device=keys.device)  # more than two softmaxes add up to
+        # From 2 to 3: more than two softmaxes add up to.
+        scores = 2 + torch.arange(num_tokens, device=keys.device).div(num_tokens).repeat(num_kv_heads, 1)
         num_partitions = (num_tokens - sinks) // self.LAG
         if num_partitions < 2:
             return scores
