@@ -20,7 +20,8 @@ PINNED    := requirements/cuda.in
 OVERRIDES := --overrides requirements/overrides-demo.txt
 endif
 # What this machine is fast in: bfloat16, or float32 on CPUs without a matrix product of it. Asked once the package is installed.
-DTYPE = $(shell $(BIN)/python -m vllm_qfilters.cpu)
+# Before 4.4 make exports nothing to what `shell` runs.
+DTYPE = $(shell PYTHONPATH=$(PYTHONPATH) $(BIN)/python -m vllm_qfilters.cpu)
 
 # ISA=avx2: a CPU that has more passes for one without AVX-512 and AMX, to see what users of such CPUs see.
 ifeq ($(ISA),avx2)

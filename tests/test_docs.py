@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -294,3 +295,9 @@ def test_the_results_page_has_every_file_and_no_folder_of_the_machine(measured):
 def test_a_page_cannot_mark_a_part_that_nobody_makes():
     with pytest.raises(ValueError, match="'plots'"):
         fill_in(README, {"results": ""})
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="make has not installed the package")
+def test_a_machine_that_passes_for_another_is_served_in_what_that_is_fast_in():
+    told = subprocess.run(["make", "-n", "serve", "ISA=avx2"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "serving in float32" in told.stdout
