@@ -243,13 +243,13 @@ class StridedCache(_Planes):
             the cache.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
         words: the pages with the planes in them, bit by bit: shape ``[num_layers, num_blocks, page bytes / 4]``, int32.
-        words_beside: planes that are memory of their own, likewise; None: they lie in the pages.
+        words_of_planes: planes that are memory of their own, likewise; None: they lie in the pages.
 
     Raises:
         ValueError: the views are not laid out like that.
     """
 
-    _BY_LAYER = (*_Planes._BY_LAYER, "key_values", "words", "words_beside")
+    _BY_LAYER = (*_Planes._BY_LAYER, "key_values", "words", "words_of_planes")
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ class StridedCache(_Planes):
         layer_stride = _layer_stride(kv_caches)
         self.key_values = first.as_strided((self.num_layers, *first.shape), (layer_stride, *first.stride()))
         super().__init__(_planes(first, self.num_layers, layer_stride, num_planes) if planes is None else planes)
-        self.words_beside = None if planes is None else planes.view(torch.int32).flatten(2)
+        self.words_of_planes = None if planes is None else planes.view(torch.int32).flatten(2)
         num_planes = num_planes if planes is None else 0
         element_size = first.element_size()
         num_bytes = self.num_kv_heads * self.block_size * (content * element_size + 4 * num_planes)
@@ -297,7 +297,7 @@ class StridedCache(_Planes):
 
     def copy_pages(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copies whole pages, planes included, in every layer. source, destination: page ids, shape ``[n]``."""
-        for words in (self.words, self.words_beside):
+        for words in (self.words, self.words_of_planes):
             if words is not None:
                 words[:, destination] = words[:, source]
 

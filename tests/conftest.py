@@ -85,10 +85,19 @@ def model_with_tokenizer(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_filters(tmp_path_factory):
-    """(path, Filters) made at random for ``tiny_model``."""
-    path = tmp_path_factory.mktemp("filters") / "tiny.safetensors"
-    return path, models.make_tiny_filters(path)
+def make_filters(tmp_path_factory):
+    """Of a name and arguments of :func:`tests.models.make_tiny_filters`: (path, Filters) made at random."""
+
+    def make(name: str, **options):
+        path = tmp_path_factory.mktemp("filters") / f"{name}.safetensors"
+        return path, models.make_tiny_filters(path, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_filters(make_filters):
+    return make_filters("tiny")
 
 
 @pytest.fixture(scope="session")
@@ -112,10 +121,8 @@ def tiny_exaone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exaone_filters(tiny_exaone, tmp_path_factory):
-    """(path, Filters) made at random for ``tiny_exaone``."""
-    path = tmp_path_factory.mktemp("filters") / "exaone.safetensors"
-    return path, models.make_tiny_filters(path, model=tiny_exaone)
+def exaone_filters(tiny_exaone, make_filters):
+    return make_filters("exaone", model=tiny_exaone)
 
 
 @pytest.fixture(scope="session")
@@ -130,10 +137,8 @@ def tiny_laguna(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def laguna_filters(tiny_laguna, tmp_path_factory):
-    """(path, Filters) made at random for ``tiny_laguna``."""
-    path = tmp_path_factory.mktemp("filters") / "laguna.safetensors"
-    return path, models.make_tiny_filters(path, model=tiny_laguna, num_heads=max(models.LAGUNA_HEADS))
+def laguna_filters(tiny_laguna, make_filters):
+    return make_filters("laguna", model=tiny_laguna, num_heads=max(models.LAGUNA_HEADS))
 
 
 @pytest.fixture(scope="session")
@@ -148,10 +153,8 @@ def tiny_qwen_vl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def qwen_vl_filters(tiny_qwen_vl, tmp_path_factory):
-    """(path, Filters) made at random for ``tiny_qwen_vl``."""
-    path = tmp_path_factory.mktemp("filters") / "qwen-vl.safetensors"
-    return path, models.make_tiny_filters(path, model=tiny_qwen_vl)
+def qwen_vl_filters(tiny_qwen_vl, make_filters):
+    return make_filters("qwen-vl", model=tiny_qwen_vl)
 
 
 @pytest.fixture(scope="session")
@@ -167,11 +170,8 @@ def tiny_deepseek(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def deepseek_filters(tiny_deepseek, tmp_path_factory):
-    """(path, Filters) made at random for ``tiny_deepseek``."""
-    path = tmp_path_factory.mktemp("filters") / "deepseek.safetensors"
-    kv_shape = 1, models.LATENT + models.ROTARY
-    return path, models.make_tiny_filters(path, model=tiny_deepseek, kv_shape=kv_shape)
+def deepseek_filters(tiny_deepseek, make_filters):
+    return make_filters("deepseek", model=tiny_deepseek, kv_shape=(1, models.LATENT + models.ROTARY))
 
 
 @pytest.fixture(scope="session")

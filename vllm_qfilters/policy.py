@@ -410,16 +410,14 @@ def _unread_options(config: KVCompressionConfig, entry: Entry, filter: str | Non
     unread = sorted(catalog.OPTIONS_OF_SOME - entry.options)
     reasons = {name: _unread_by_method(name, config, entry, filter) for name in unread}
     if config.scope == "decode":
-        reasons["prompt_share"] = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
-    elif config.granularity == "page":
-        reasons["prompt_share"] = (
-            "granularity 'page', which evicts pages by score wherever they are: drop it, or choose"
-        )
-        reasons["prompt_share"] += " granularity 'layer' or 'head'"
-    if config.scope == "decode":
         whole = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
-        reasons |= dict.fromkeys(("prefill", "chunk", "prefill_interval"), whole)
-    elif config.prefill == "full":
+        return reasons | dict.fromkeys(("prompt_share", "prefill", "chunk", "prefill_interval"), whole)
+    if config.granularity == "page":
+        reasons["prompt_share"] = (
+            "granularity 'page', which evicts pages by score wherever they are: drop it, or choose granularity 'layer' "
+            "or 'head'"
+        )
+    if config.prefill == "full":
         whole = "prefill 'full', which reads prompts whole: drop it, or choose prefill 'chunked'"
         reasons |= dict.fromkeys(("chunk", "prefill_interval"), whole)
     return reasons

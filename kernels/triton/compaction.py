@@ -48,7 +48,7 @@ def copy_pages(cache: StridedCache, batch: CompactionBatch) -> None:
     num_copies, tile = batch.copied_pages.shape[0], 2048
     if num_copies == 0:
         return
-    for words in (cache.words, cache.words_beside):
+    for words in (cache.words, cache.words_of_planes):
         if words is None:
             continue
         num_words = words.shape[2]

@@ -39,6 +39,12 @@ class _Standing:
     is_own: bool
 
 
+def reads_prompt(request: Request) -> bool:
+    """Whether a request still reads its prompt. One that was preempted reads what it had generated as well: it is cut
+    there where it was cut before."""
+    return request.num_computed_tokens < request.num_prompt_tokens
+
+
 class QFiltersManager(FullAttentionManager):
     """Counts pages by resident tokens, and takes whole pages out of a sequence.
 
@@ -125,7 +131,7 @@ class QFiltersManager(FullAttentionManager):
         What it held while its prompt was read, and what was never cut, is in the prefix cache anyway.
         """
         request_id, evicted = request.request_id, self.evicted.get(request.request_id, 0)
-        if not self.resumes or not evicted or request.num_computed_tokens < request.num_prompt_tokens:
+        if not self.resumes or not evicted or reads_prompt(request):
             return
         # What is computed behind the last token that was known lies in the pages behind.
         held = min(request.num_computed_tokens, request.num_tokens - 1) - evicted
@@ -255,7 +261,7 @@ class QFiltersManager(FullAttentionManager):
         """How many of ``evicted_tokens`` a sequence evicts in one go: what is left to evict of its prompt, if anything
         is, goes before generated tokens do."""
         limits, evicted = self.limits[request.request_id], self.evicted.get(request.request_id, 0)
-        if request.num_computed_tokens < request.num_prompt_tokens:
+        if reads_prompt(request):
             return evicted_tokens
         of_prompt = limits.prompt_surplus(request.num_prompt_tokens, evicted, self.block_size)
         return min(evicted_tokens, of_prompt or evicted_tokens)
@@ -350,7 +356,6 @@ class QFiltersManager(FullAttentionManager):
         is_out = indices if isinstance(indices, range) else frozenset(indices)
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
-        is_reading = request.num_computed_tokens < request.num_prompt_tokens
         self._keep_prefix(request)
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         self.all_evicted += evicted_tokens
@@ -364,15 +369,14 @@ class QFiltersManager(FullAttentionManager):
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,
             shared_pages_out=tuple(shared) if limits.private_window else (),
-            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if is_reading else 0,
+            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if reads_prompt(request) else 0,
         )
 
     def _give_back(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:
         """Lets :meth:`release` return pages that a sequence loses at a cut. If a later cut, or the end, leaves what a
         follow-up prompt goes on from, that is of more use than they are."""
         self._released.extend(blocks)
-        is_reading = request.num_computed_tokens < request.num_prompt_tokens
-        if self.resumes or (is_reading and self._shares_prefixes(self.limits[request.request_id])):
+        if self.resumes or (reads_prompt(request) and self._shares_prefixes(self.limits[request.request_id])):
             self._superseded.extend(blocks)
 
     def _keep_prefix(self, request: Request) -> None:
@@ -380,7 +384,7 @@ class QFiltersManager(FullAttentionManager):
         request_id, cut = request.request_id, request.num_computed_tokens
         limits, standing = self.limits[request_id], self._standings.pop(request_id, None)
         follows_from_tokens = standing is not None or request_id not in self.evicted
-        is_of_prompt = self._shares_prefixes(limits) and cut < request.num_prompt_tokens
+        is_of_prompt = self._shares_prefixes(limits) and reads_prompt(request)
         if self.enable_caching and is_of_prompt and follows_from_tokens:
             is_own = self.prefixes.add(request, limits, cut, self._blocks_by_group(request_id))
             # Pages behind those of another sequence are not for its own cut's.
@@ -396,7 +400,7 @@ class QFiltersManager(FullAttentionManager):
             blocks: those of its pages that are about to be written to or to be taken out.
         """
         standing, limits = self._standings.get(request.request_id), self.limits[request.request_id]
-        is_last = request.num_computed_tokens >= request.num_prompt_tokens
+        is_last = not reads_prompt(request)
         if standing is None or not standing.is_own or is_last or limits.keeps_prefix(standing.cut, self.block_size):
             return
         # The window may still stand in pages of earlier prefixes.

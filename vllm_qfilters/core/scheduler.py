@@ -31,7 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_qfilters.budget import RequestLimits, cdiv
 from vllm_qfilters.config import EVICT_PRESSURE, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
 from vllm_qfilters.core.compressed_prefixes import CompressedPrefix
-from vllm_qfilters.core.manager import QFiltersManager
+from vllm_qfilters.core.manager import QFiltersManager, reads_prompt
 from vllm_qfilters.core.page_manager import PageManager
 from vllm_qfilters.core.spec import QFiltersPageSpec, QFiltersSpec
 from vllm_qfilters.messages import QFiltersModelRunnerOutput, QFiltersSchedulerOutput
@@ -51,12 +51,6 @@ def _awaits_last_token(request: Request) -> bool:
     ``Scheduler.schedule``, schedules no other step for it, and an eviction would serve nobody."""
     known_tokens = request.num_computed_tokens + 2 - request.num_output_placeholders
     return request.num_output_placeholders > 0 and known_tokens >= request.num_prompt_tokens + request.max_tokens
-
-
-def _reads_prompt(request: Request) -> bool:
-    """Whether a request still reads its prompt. One that was preempted reads what it had generated as well: it is cut
-    there where it was cut before."""
-    return request.num_computed_tokens < request.num_prompt_tokens
 
 
 def _started_behind(output: SchedulerOutput) -> int:
@@ -338,10 +332,10 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None or limits.elastic:
             return 0
-        if _reads_prompt(request) and not limits.is_prefill_cut(request.num_computed_tokens):
+        if reads_prompt(request) and not limits.is_prefill_cut(request.num_computed_tokens):
             return 0
         evicted_tokens = limits.evicted_tokens(
-            self.block_manager.resident_tokens(request), _reads_prompt(request), self.block_manager.block_size
+            self.block_manager.resident_tokens(request), reads_prompt(request), self.block_manager.block_size
         )
         if evicted_tokens and self._sits_out(request, evicted_tokens):
             self._sitting_out.add(request.request_id)
@@ -353,7 +347,7 @@ class QFiltersScheduler(AsyncScheduler):
         limits = self.block_manager.limits.get(request.request_id)
         if limits is None or limits.elastic:
             return sys.maxsize
-        if not _reads_prompt(request):
+        if not reads_prompt(request):
             return limits.budget + self.block_manager.evicted.get(request.request_id, 0)
         to_next_cut = limits.tokens_to_next_cut(request.num_computed_tokens)
         end = request.num_prompt_tokens

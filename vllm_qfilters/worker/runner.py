@@ -276,24 +276,24 @@ class CompressedModelRunner:
             made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self._planes_in_pages(spec))
             kernel_block_size = select_common_block_size(block_size, [backend], [made[name]])
             if kernel_block_size != block_size:
-                if self.compression.beside.num_states:  # whose size the pages have
-                    raise ValueError(
-                        f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
-                        f"{kernel_block_size} tokens at most, but those as large as the model's states have "
-                        f"{block_size}: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+                remedy = f": use --block-size {kernel_block_size} instead of {block_size}"
+                if self.compression.beside.num_states:
+                    remedy = (
+                        f", but those as large as the model's states have {block_size}: use --attention-backend "
+                        "FLASH_ATTN or TRITON_ATTN"
                     )
                 raise ValueError(
                     f"KV compression cannot split pages, and attention backend {backend.get_name()} reads pages of "
-                    f"{kernel_block_size} tokens at most: use --block-size {kernel_block_size} instead of {block_size}"
+                    f"{kernel_block_size} tokens at most{remedy}"
                 )
         self.compression.check_block_size(block_size)
         return in_equal_pages(made)
 
     def _planes_in_pages(self, spec: AttentionSpec) -> int:
-        """Those of latents are memory of their own: see :meth:`planes_beside`."""
+        """Those of latents are memory of their own: see :meth:`separate_planes`."""
         return 0 if type(spec) is MLAAttentionSpec else self.compression.num_planes
 
-    def planes_beside(self) -> torch.Tensor | None:
+    def separate_planes(self) -> torch.Tensor | None:
         """Token stats of a cache of latents, whose pages must lie one behind the other; None for other caches.
 
         Shape ``[num_layers, num_blocks, num_planes, 1, block_size]``, float32.

@@ -59,7 +59,9 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             kv_caches[0].dtype,
             value_size=0 if self.has_latents else None,
         )
-        self.cache = PagedCache(kv_caches, layout, self.compression.num_planes, self.key_scales(), self.planes_beside())
+        self.cache = PagedCache(
+            kv_caches, layout, self.compression.num_planes, self.key_scales(), self.separate_planes()
+        )
         self.lengths = ResidentLengths(self.compressed_groups)
         self._shift_slots()
 

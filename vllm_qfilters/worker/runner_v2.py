@@ -79,7 +79,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             self.compression.num_planes,
             self.key_scales(),
             has_values=not self.has_latents,
-            planes=self.planes_beside(),
+            planes=self.separate_planes(),
         )
         self.lengths = DeviceResidentLengths(self.compressed_groups, self.max_num_reqs, self.device)
         self.block_tables.compute_slot_mappings = functools.partial(
