@@ -6,8 +6,8 @@
 The parts run one after the other: the cases decode, throughput and follow_up, ``--rounds`` times each, and the tasks
 of ``vllm-qfilters eval``, which have as many observations as they have texts and prompts. What is finished waits in
 build/, where git does not see it, so that the tree stays clean: the same command goes on after an interruption, and
-measures again what another commit or another machine had finished. A file whose parts are finished is copied to
-benchmarks/results/, and the plots are drawn from them.
+measures again what another commit or another machine had finished. Once no part is missing, the files are copied to
+benchmarks/results/, so that all are of one commit, and the plots are drawn from them.
 """
 
 import argparse
@@ -269,7 +269,8 @@ def main() -> int:
 
 
 def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """Runs the parts that are asked for, and copies their files to the results; returns the exit status."""
+    """Runs the parts that are asked for, and copies all files to the results if no part is missing; returns the exit
+    status."""
     run = describe_run()
     is_clean = run["commit"] is not None and not run["commit"].endswith(CHANGES)
     if not (is_clean or arguments.allow_dirty or arguments.dry_run):
@@ -284,11 +285,14 @@ def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     status = run_parts([part for part in parts if part.name in arguments.only], progress, run["commit"])
     if status:
         return status
+    missing = [part.name for part in parts if not progress.is_finished(part)]
+    if missing:
+        print(f"Finished parts are in {staged}; {arguments.output} gets all files once these are: {', '.join(missing)}")
+        return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
     for file in dict.fromkeys(part.file for part in parts):
-        if all(progress.is_finished(part) for part in parts if part.file == file):
-            shutil.copyfile(staged / file, arguments.output / file)
-            print(f"Results in {arguments.output / file}")
+        shutil.copyfile(staged / file, arguments.output / file)
+        print(f"Results in {arguments.output / file}")
     return 0
 
 

@@ -343,10 +343,13 @@ def test_readme_discards_what_was_measured_while_the_tree_changed(parts, monkeyp
     assert parts.started == ["streaming", "passkey4096", "passkey8000", "generation"], "they share a file"
 
 
-def test_readme_copies_no_file_of_which_parts_are_missing(parts, monkeypatch, tmp_path):
+def test_readme_copies_files_once_no_part_is_missing(parts, monkeypatch, tmp_path, capsys):
+    """A file among the results is a change of the tree, which would keep other parts from being measured."""
     assert run_readme(monkeypatch, tmp_path, "--only", "loss", "decode") == 0
-    assert parts.started == ["decode", "streaming"]
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"readme-decode.json", "readme-decode.png"}
+    assert parts.started == ["decode", "streaming"] and not (tmp_path / "results").exists()
+    assert "once these are: throughput, follow_up, needles-4096, needles-8000, generation" in capsys.readouterr().out
+    assert run_readme(monkeypatch, tmp_path) == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | PLOTS
 
 
 def test_the_plots_of_readme_are_drawn_alike_each_time(parts, monkeypatch, tmp_path):

@@ -217,7 +217,8 @@ def measured(tmp_path):
     """A folder with made-up files of results for README, of one commit."""
 
     def step(ms: float) -> dict:
-        return {"contexts": {"2048": {"mean_step_ms": 9.0}, "7000": {"mean_step_ms": ms}}, "mean_step_ms": ms}
+        longest = {"mean_step_ms": ms, "ttft_s": ms / 20}
+        return {"contexts": {"2048": {"mean_step_ms": 9.0}, "7000": longest}, **longest}
 
     variants = ("plain", "qfilters 2048", "streaming 2048")
     decode = [
@@ -263,6 +264,7 @@ def test_the_table_of_readme_is_made_from_the_files_of_results(measured):
     made = readme.results(results.read(measured))
     assert "|M, budget 2,048|plain vLLM|qfilters|StreamingLLM|" in made
     assert "|ms per step, 8 sequences of 7,000 tokens|80|45|**40**|" in made, "medians, the best is bold"
+    assert "|s to the first token, prompt of 7,000|4.00|2.25|**2.00**|" in made
     assert f"|0.500|**1.25**|{NOT_MEASURED}|" in made
     assert f"|**0**|0.100|{NOT_MEASURED}|" in made
     assert "of 2, prompts of 8,000|**2**|**2**|1|" in made, "0.256 of 8,000 tokens is the budget"
@@ -282,7 +284,7 @@ def test_readme_warns_of_numbers_from_changed_trees_and_single_rounds(measured):
 
 def test_what_is_not_measured_is_said(tmp_path):
     made = readme.results([])
-    assert made.count(NOT_MEASURED) == 3 * 6 and "ms per step" in made
+    assert made.count(NOT_MEASURED) == 3 * 7 and "ms per step" in made
     assert readme.plots(tmp_path, "results") == f"Plots: {NOT_MEASURED}."
 
 

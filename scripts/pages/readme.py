@@ -25,6 +25,7 @@ _TASKS = {  # what a task of `vllm-qfilters eval` is, with the tokens of its pro
 HISTORY = 30_000  # tokens of a conversation, as an example
 _MISSING_ROWS = (
     "ms per step",
+    "seconds to the first token",
     "requests per second",
     "loss above the full cache's",
     "hidden numbers found",
@@ -214,6 +215,9 @@ def _case_rows(files: Sequence[File], budget: int) -> list[Row]:
         for context in (max(options["contexts"]), min(options["contexts"])):
             label = f"ms per step, {options['sequences']} sequences of {number(context)} tokens"
             rows.append(Row(label, _medians(decode, "mean_step_ms", variants, context)))
+        longest = max(options["contexts"])
+        label = f"s to the first token, prompt of {number(longest)}"
+        rows.append(Row(label, _medians(decode, "ttft_s", variants, longest)))
     if throughput is not None:
         options = throughput.values["options"]
         label = f"requests per second, cache of {options['cache']:.0%} of the demand"
