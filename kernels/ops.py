@@ -99,6 +99,17 @@ def in_groups_of(size: int, heads: torch.Tensor, num_kv_heads: int, dim: int = 0
     return torch.cat((by_kv_head, heads.new_zeros(shape)), dim=dim + 1).flatten(dim, dim + 1)
 
 
+def joined_heads(layers: Sequence[torch.Tensor], num_kv_heads: int, dim: int = 0) -> torch.Tensor:
+    """Query heads of layers that attend to the same keys, as if they were those of one layer.
+
+    Args:
+        layers: with their heads along dimension ``dim``, those of one KV head side by side, as in what is returned.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    return torch.cat([heads.unflatten(dim, (num_kv_heads, -1)) for heads in layers], dim + 1).flatten(dim, dim + 1)
+
+
 class Queries(Protocol):
     """A tensor, or what becomes one: queries of all layers wait in the memory of the host until they are looked from.
 

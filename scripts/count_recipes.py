@@ -63,7 +63,10 @@ TRAITS = {
     ),
     "own_attention": ("attention layers of its own", None),
     "narrow_values": ("values narrower than keys", None),
-    "shared_cache": ("layers that share a cache", None),
+    "shared_cache": (
+        "layers that share a cache",
+        "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
+    ),
     "chunked": ("chunked local attention", None),
     "rswa": ("R-SWA", None),
     "mla": ("MLA", "tests/test_mla.py::test_engine_matches_hugging_face_with_the_same_rule"),
@@ -174,14 +177,16 @@ def check(traits: set[str]) -> None:
     policy = dataclasses.replace(resolve(KVCompressionConfig()), beside=beside)
     model = SimpleNamespace(
         runner_type="generate",
+        architecture="",
         is_encoder_decoder=False,
         is_hybrid="hybrid" in traits,
         use_mla="mla" in traits,
         rswa_window=WINDOW if "rswa" in traits else None,
-        hf_text_config=SimpleNamespace(num_kv_shared_layers=10 if "shared_cache" in traits else 0),
+        hf_text_config=SimpleNamespace(),
     )
     if "indexer" in traits:
         model.hf_text_config.index_topk = 2048
+        model.hf_text_config.sparse_attention_config = None if model.use_mla else {"sparse_index_dim": 128}
     start: Any = SimpleNamespace(model_config=model)
     refuse(Start(policy, start), MODEL_REFUSALS)
     usual: dict[str, Any] = dict(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)

@@ -19,6 +19,8 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
@@ -158,21 +160,51 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def make_tiny_gemma4(folder: pathlib.Path) -> pathlib.Path:
-    """The last layer attends to everything, with one KV head twice as large as the two of the others, which have a
-    sliding window; values are keys before their norm."""
+def make_tiny_gemma3n(folder: pathlib.Path) -> pathlib.Path:
+    """The third layer attends to everything, the two before have a sliding window; the last two layers attend to the
+    keys and values of the last one of their kind."""
     torch.manual_seed(0)
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
-    rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
-    config = Gemma4TextConfig(
-        **{**_shape(), "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}, "tie_word_embeddings": True},
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    shape = {**_shape(), "num_hidden_layers": len(layer_types), "tie_word_embeddings": True}
+    config = Gemma3nTextConfig(
+        **{**shape, "rope_parameters": GEMMA_ROPE},
         pad_token_id=0,
         sliding_window=SLIDING_WINDOW,
         layer_types=layer_types,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        laurel_rank=16,
+    )
+    model = Gemma3nForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:  # logits are not scaled
+        layer.self_attn.q_norm.weight.data *= 0.2
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_gemma4(folder: pathlib.Path, num_sharing: int = 0) -> pathlib.Path:
+    """The third layer attends to everything, with one KV head twice as large as the two of the others, which have a
+    sliding window; values are keys before their norm.
+
+    Args:
+        num_sharing: layers behind these, up to two, which attend to the keys and values of the last one of their kind.
+    """
+    torch.manual_seed(0)
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
+    shape = {**_shape(), "num_hidden_layers": NUM_LAYERS + num_sharing, "tie_word_embeddings": True}
+    config = Gemma4TextConfig(
+        **{**shape, "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}},
+        pad_token_id=0,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=layer_types[: NUM_LAYERS + num_sharing],
+        num_kv_shared_layers=num_sharing,
         global_head_dim=2 * HEAD_SIZE,
         num_global_key_value_heads=1,
         attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16 if num_sharing else 0,
     )
     model = Gemma4ForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:  # logits are not scaled

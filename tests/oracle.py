@@ -34,7 +34,7 @@ class Rule:
     spares_windows: bool = True  # layers with a sliding window evict nothing, if others have none
 
     def evicts_from(self, model, layer: int) -> bool:
-        has_other_layers = not all(_slides(model, i) for i in range(len(model.model.layers)))
+        has_other_layers = not all(_slides(model, i) for i in with_caches(model))
         is_spared = self.spares_windows and has_other_layers and _slides(model, layer)
         return attends(model, layer) and not is_spared
 
@@ -71,7 +71,7 @@ def teacher_forced_logprobs(
     logprobs, residents = [], []
     position = 0
     seen = _Queries(model, rule.observed)
-    held = [torch.zeros(_kv_heads(model, i), 0, dtype=torch.int64) for i in range(len(model.model.layers))]
+    held = [torch.zeros(_kv_heads(model, i), 0, dtype=torch.int64) for i in with_caches(model)]
     first = next(i for i in range(len(held)) if rule.evicts_from(model, i))
     observed, is_observed_after_prompt = None, False
     with torch.no_grad(), seen:
@@ -189,6 +189,11 @@ def _slides(model, layer: int) -> bool:
 STATES = ("conv", "linear_attention")  # names of layers that keep one
 
 
+def with_caches(model) -> range:
+    """Indices of layers; later ones attend to what the last of these of their kind holds (Gemma 4 E2B)."""
+    return range(len(model.model.layers) - (getattr(model.config, "num_kv_shared_layers", None) or 0))
+
+
 def attends(model, layer: int) -> bool:
     types = getattr(model.config, "layer_types", None)
     return not types or types[layer] in ("full_attention", "sliding_attention")
@@ -214,7 +219,7 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         or (family == "smollm3" and not model.config.no_rope_layers[layer])
     ):
         return vectors
-    if family in ("gemma3_text", "gemma4_text", "laguna"):
+    if family in ("gemma3_text", "gemma3n_text", "gemma4_text", "laguna"):
         of_layer = (model.config.layer_types[layer],)
     if (
         "vl" in family or family == "qwen3_5_text"
@@ -247,8 +252,25 @@ def in_order_of(model, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def heads_of(model, layer: int) -> int:
+    """That attend to the keys of a layer."""
     by_layer = getattr(model.config, "num_attention_heads_per_layer", None)
-    return by_layer[layer] if by_layer else model.config.num_attention_heads
+    return len(attending_to(model, layer)) * (by_layer[layer] if by_layer else model.config.num_attention_heads)
+
+
+def attending_to(model, layer: int) -> list[int]:
+    """Indices of the layers that attend to the keys of a layer, in order."""
+    num_layers, own = len(model.model.layers), with_caches(model)
+    if num_layers == len(own):
+        return [layer]
+    types = model.config.layer_types
+    of_kind = [i for i in range(num_layers) if types[i] == types[layer]]
+    is_last = layer == max(i for i in of_kind if i in own)
+    return [layer, *(i for i in of_kind if is_last and i not in own)]
+
+
+def joined(model, layer: int, heads: list[torch.Tensor]) -> torch.Tensor:
+    """Vectors ``[heads, ...]`` of layers that attend to the keys of one: those of each KV head side by side."""
+    return torch.cat([each.unflatten(0, (_kv_heads(model, layer), -1)) for each in heads], 1).flatten(0, 1)
 
 
 def soft_cap(model) -> float:
@@ -268,6 +290,7 @@ def with_sink(model, layer: int, logits: torch.Tensor) -> torch.Tensor:
 
 BY_TOKEN = (
     "LagunaAttention",
+    "Gemma3nTextAttention",
     "Gemma4TextAttention",
     "Qwen3VLTextAttention",
     "Qwen3NextAttention",
@@ -321,15 +344,17 @@ class _Queries:
 
     def __init__(self, model, count: int) -> None:
         self.model, self.count, self.is_prompt, self.end = model, count, True, 0
-        layers = model.model.layers
+        layers = [model.model.layers[i] for i in with_caches(model)]
         sizes = [_head_size(model, layer) if attends(model, i) else 0 for i, layer in enumerate(layers)]
         self.rows = [torch.zeros(heads_of(model, i), 0, size) for i, size in enumerate(sizes)]
+        self.seen: list[list[torch.Tensor]] = [[] for _ in layers]
 
     def __enter__(self):
         self.hooks = [
-            hook_queries(layer, lambda queries, i=i: self._see(i, queries))
-            for i, layer in enumerate(self.model.model.layers)
+            hook_queries(self.model.model.layers[attending], lambda queries, i=i: self._see(i, queries))
+            for i in with_caches(self.model)
             if self.count and attends(self.model, i)
+            for attending in attending_to(self.model, i)
         ]
         return self
 
@@ -339,7 +364,11 @@ class _Queries:
 
     def _see(self, layer: int, queries: torch.Tensor) -> None:
         if self.is_prompt and self.count:
-            self.rows[layer] = torch.cat((self.rows[layer], queries), 1)[:, -self.count :]
+            self.seen[layer].append(queries)
+            if len(self.seen[layer]) == len(attending_to(self.model, layer)):
+                queries = joined(self.model, layer, self.seen[layer])
+                self.rows[layer] = torch.cat((self.rows[layer], queries), 1)[:, -self.count :]
+                self.seen[layer] = []
 
     def attention(self, cache, rule: Rule, newer: int) -> list[torch.Tensor]:
         """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7

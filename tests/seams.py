@@ -229,6 +229,7 @@ OVERRIDDEN = {
 # Functions and methods called, of those a release may well change.
 CALLED = {
     "vllm.config.model:ModelConfig.get_sliding_window": "self",
+    "vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.all_reduce": "self in_tensor out_tensor op stream",
     "vllm.entrypoints.llm:LLM.collective_rpc": "self method timeout args kwargs",
     "vllm.entrypoints.llm:LLM.enqueue": (
         "self prompts sampling_params lora_request priority use_tqdm tokenization_kwargs mm_processor_kwargs"
@@ -290,6 +291,8 @@ CALLED = {
         "self idx_mapping query_start_loc positions num_tokens_padded out"
     ),
     "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write": "self index start x",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model": "self profile_only",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_dummy_attn": "self input_batch valid_state_slots",
     "vllm.v1.worker.utils:select_common_block_size": "kv_manager_block_size backends kv_cache_specs",
 }
 
@@ -312,7 +315,9 @@ ATTRIBUTES = [
     "vllm.config.model:ModelConfig.rswa_window",
     "vllm.config.model:ModelConfig.use_mla",
     "vllm.config:VllmConfig.additional_config",
+    "vllm.model_executor.layers.attention.attention:Attention.kv_sharing_target_layer_name",
     "vllm.model_executor.layers.attention.attention:Attention.sliding_window",
+    "vllm.config.cache:CacheConfig.kv_sharing_fast_prefill",
     *(
         f"vllm.model_executor.layers.attention.mla_attention:MLAAttention.{name}"
         for name in ("kv_cache_dtype", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "use_sparse")

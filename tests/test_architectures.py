@@ -3,10 +3,12 @@ everywhere, and filters turn as the queries of each layer do."""
 
 import dataclasses
 import functools
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from vllm.distributed import parallel_state
 from vllm.exceptions import VLLMValidationError
@@ -15,7 +17,7 @@ from vllm.model_executor.layers import rotary_embedding
 from tests import models
 from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
 from tests.marks import needs_avx512
-from tests.models import HEAD_SIZE, SLIDING_WINDOW, random_prompt
+from tests.models import HEAD_SIZE, NUM_HEADS, SLIDING_WINDOW, random_prompt
 from tests.oracle import teacher_forced_logprobs
 from tests.run_engine import run_engine
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
@@ -38,10 +40,14 @@ FAMILIES = {
     "smollm3": models.make_tiny_smollm3,
     "gemma2": models.make_tiny_gemma2,
     "gpt_oss": models.make_tiny_gpt_oss,
+    "gemma3n": models.make_tiny_gemma3n,
     "gemma4": models.make_tiny_gemma4,
+    "gemma4_sharing": functools.partial(models.make_tiny_gemma4, num_sharing=2),
 }
-# Of models whose other layers have other heads.
-COMPRESSED = {"gemma4": dict(layers=[2], kv_shape=(1, 2 * HEAD_SIZE))}
+# What else is said of the filters that are made for them.
+GEMMA4 = dict(layers=[2], kv_shape=(1, 2 * HEAD_SIZE))
+SHARING = dict(num_heads=2 * NUM_HEADS)  # of two layers
+FILTERS = {"gemma4": GEMMA4, "gemma4_sharing": GEMMA4 | SHARING, "gemma3n": SHARING}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines, tiny_l
                 FAMILIES[name](tmp_path_factory.mktemp(name)),
                 tmp_path_factory.mktemp("filters") / f"{name}.safetensors",
             )
-            filters = models.make_tiny_filters(path, model=folder, **COMPRESSED.get(name, {}))
+            filters = models.make_tiny_filters(path, model=folder, **FILTERS.get(name, {}))
             engines = Engines(folder, path)
             if name == "gpt_oss" and parallel_state._EP is None:
                 # vLLM makes the group that experts are spread over with the first engine of a process, where that has
@@ -90,8 +96,11 @@ def options_of(case: str) -> dict:
         ("gemma2", "expected-head-covariance"),
         ("gemma2", "expected-layer"),
         ("gpt_oss", "expected-layer"),
+        ("gemma3n", "expected-layer"),
         ("gemma4", "expected-layer"),
         ("gemma4", "static-layer"),
+        ("gemma4_sharing", "expected-layer"),
+        ("gemma4_sharing", "page"),
     ],
 )
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
@@ -109,6 +118,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
         ("gemma", [True] * 3),
         ("smollm3", [True, True, False]),
         ("laguna", [True] * 3),
+        ("gemma3n", [True] * 3),
     ],
 )
 def test_calibration_sees_how_queries_turn(name, has_rope, family):
@@ -127,7 +137,9 @@ def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
     with pytest.raises(
         ValueError, match=r"cannot tell how the queries of model.layers.0.self_attn.attn turn .* filter 'static'"
     ):
-        rotations_in_use(runner, runner.calibrated_layers, [[wrong, Rotation(None, HEAD_SIZE)]] * 3)
+        rotations_in_use(
+            runner, [[layer] for layer in runner.calibrated_layers], [[wrong, Rotation(None, HEAD_SIZE)]] * 3
+        )
 
 
 @pytest.mark.parametrize("max_model_len, is_long", [(1024, False), (2048, True)])
@@ -198,6 +210,17 @@ def test_attention_sinks(tmp_path, monkeypatch):
         for prompt, answer in zip(prompts, run_engine(model, requests, options, **llm), strict=True):
             expected, _ = teacher_forced_logprobs(hf_model, prompt, answer["token_ids"], made, rule)
             torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
+
+
+def test_layers_that_share_a_cache(tmp_path, monkeypatch):
+    """Gemma 4 E2B: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, llm = models.make_tiny_gemma4(tmp_path / "model", num_sharing=2), dict(LLM, dtype="bfloat16")
+    plain = run_engine(model, REQUESTS, None, **llm)
+    assert run_engine(model, REQUESTS, dict(budget=1536), **llm) == plain
+    (cached,) = (tmp_path / "cache" / "qfilters").iterdir()
+    with safe_open(cached, "pt") as file:
+        assert json.loads(file.metadata()["layers"]) == ["model.layers.2.self_attn.attn"]
 
 
 @pytest.mark.parametrize("method", [pytest.param("awq", marks=needs_avx512), "compressed-tensors"])

@@ -8,7 +8,17 @@ import torch
 from tests.engines import BLOCK, tokens_and_logprobs
 from tests.marks import needs_fp8_caches
 from tests.models import layer_names, random_prompt, tiny_identity
-from tests.oracle import Rule, attends, hook_queries, in_order_of, rotate, teacher_forced_logprobs
+from tests.oracle import (
+    Rule,
+    attending_to,
+    attends,
+    hook_queries,
+    in_order_of,
+    joined,
+    rotate,
+    teacher_forced_logprobs,
+    with_caches,
+)
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, save
 
@@ -214,15 +224,19 @@ def assert_calibrates_like_hugging_face(engine, hf_model, lengths: tuple[int, ..
     """The statistics of the engine's own forward passes, against Hugging Face's on the same tokens."""
     sequences = [random_prompt(length, seed=seed) for seed, length in enumerate(lengths, 3)]
     found = engine.runner.calibrate_filters(sequences, "test", rank=engine.runner.layers[0].head_size)
-    before = {i: [] for i in range(len(hf_model.model.layers)) if attends(hf_model, i)}
-    hooks = [hook_queries(hf_model.model.layers[i], queries.append) for i, queries in before.items()]
+    before = {i: {j: [] for j in attending_to(hf_model, i)} for i in with_caches(hf_model) if attends(hf_model, i)}
+    hooks = [
+        hook_queries(hf_model.model.layers[j], queries.append)
+        for attending in before.values()
+        for j, queries in attending.items()
+    ]
     with torch.no_grad():
         for sequence in sequences:
             hf_model(torch.tensor([sequence]))
     for hook in hooks:
         hook.remove()
-    for row, (index, queries) in enumerate(before.items()):
-        whole = torch.cat(queries, 1)
+    for row, (index, attending) in enumerate(before.items()):
+        whole = joined(hf_model, index, [torch.cat(queries, 1) for queries in attending.values()])
         own = slice(whole.shape[0])
         mean = in_order_of(hf_model, found.query_mean_before_rope[row][own])
         torch.testing.assert_close(mean, whole.mean(1), atol=1e-4, rtol=1e-4)

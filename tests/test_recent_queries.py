@@ -60,6 +60,28 @@ def test_the_last_queries_of_prompts_are_kept_in_whatever_steps_they_come():
     assert all(computed[r] >= prompt[r] for r in prompt)
 
 
+def test_what_was_kept_before_a_step_that_was_not_seen_is_dropped():
+    """A replayed CUDA graph shows no queries: those before and after it do not lie side by side."""
+    recorder, computed, prompt = make_recorder(), {"1": 0}, {"1": 20}
+    run_step(recorder, {"1": 4}, computed, prompt)
+    recorder.skip_step()
+    computed["1"] += 1
+    run_step(recorder, {"1": 3}, computed, prompt)
+    found = recorder.get("1")
+    assert found.end == 8 and found.queries.shape == (NUM_LAYERS, HEADS, 3, SIZE)
+
+
+def test_queries_of_layers_that_share_a_cache_are_kept_as_of_one_layer():
+    """Those of each KV head side by side; a layer that shares nothing is filled up with zeros."""
+    recorder = QueryRecorder(2, NUM_QUERIES, 8, SIZE, torch.float32, CPU, num_kv_heads=2, num_attending=[1, 2])
+    recorder.start_step(["1"], [1], [0], [9])
+    for layer, first in ((0, 0), (1, 10), (1, 20)):
+        heads = torch.arange(first, first + 4, dtype=torch.float32)
+        recorder.record(layer, heads[None, :, None].expand(1, 4, SIZE))
+    kept = recorder.get("1").queries.to(CPU)[:, :, 0, 0]
+    assert kept.tolist() == [[0, 1, 0, 0, 2, 3, 0, 0], [10, 11, 20, 21, 12, 13, 22, 23]]
+
+
 @pytest.mark.parametrize("scales", [(0.5,), (0.5, 4.0)], ids=["per tensor", "per KV head"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_queries_that_vllm_has_quantised_are_kept_as_the_model_made_them(dtype, scales):

@@ -35,9 +35,11 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
         ("Qwen3.5 4B", "M-RoPE, states beside attention, gated delta nets", "accepted"),  # by classes below its own
         ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("gemma-4-31B", "sliding windows, KV heads that differ", "accepted"),
+        ("gemma-4-E2B", "sliding windows, KV heads that differ, layers that share a cache", "accepted"),
         ("Inkling", "sliding windows, KV heads that differ, attention layers of its own", "refused"),
         ("DeepSeek-R1", "MLA", "accepted"),
         ("V3.2", "MLA, sparse indexer", "refused"),
+        ("MiniMax-M3", "sparse indexer", "refused"),
         ("Kimi-Linear", "MLA, states beside attention", "refused"),
         ("plamo-2-translate", "keys and values of one shape", "not in vLLM"),
     ],
@@ -45,6 +47,10 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
 def test_families_come_from_the_registry_and_the_file(name, family, word, recipes):
     (recipe,) = [recipe for recipe in recipes if recipe.name == name]
     assert (recipe.family, count_recipes.verdict(recipe).word) == (family, word)
+
+
+def test_every_recipe_is_accepted_by_a_test_or_refused_by_words(recipes):
+    assert {count_recipes.verdict(recipe).word for recipe in recipes} == {"accepted", "refused", "not in vLLM"}
 
 
 def test_a_class_that_a_plugin_registered_is_known_by_itself(recipes, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig
+from transformers import Gemma4TextConfig, LlamaConfig
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
@@ -139,14 +139,14 @@ def supported_config() -> SimpleNamespace:
     """
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None,
+            runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None, architecture="Llama",
             original_max_model_len=4096, max_model_len=4096, is_moe=True, is_hybrid=False, hf_text_config=LlamaConfig(),
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
             use_ubatching=False, worker_cls=CPU_WORKER_CLS, data_parallel_size=1,
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=32, kv_sharing_fast_prefill=False),
         kv_transfer_config=None,
         ec_transfer_config=None,
         kv_events_config=None,
@@ -161,14 +161,15 @@ def supported_config() -> SimpleNamespace:
     [
         ("model_config.runner_type", "pooling", "pooling models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
-        ("model_config.hf_text_config", Gemma3nTextConfig(), r"models whose layers share one KV cache \(Gemma 3n\)"),
         (
             "model_config.hf_text_config",
             Gemma4TextConfig(num_hidden_layers=6),
             r"models whose layers differ in the number or the size of their KV heads, unless those",
         ),
+        ("model_config.architecture", "FlintForCausalLM", r"models that write keys and values themselves, .*: Flint"),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
+        ("cache_config.kv_sharing_fast_prefill", True, "prompts that stop before the layers without a KV cache"),
         ("kv_transfer_config", SimpleNamespace(), "KV connectors; drop --kv-transfer-config"),
         ("ec_transfer_config", SimpleNamespace(), "encoder-cache connectors; drop --ec-transfer-config"),
         ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV cache events; drop --kv-events-config"),

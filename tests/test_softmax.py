@@ -103,14 +103,14 @@ def layer_of(num_heads: int, scale: float = 0.125, soft_cap: float | None = None
 def test_the_softmax_of_layers_that_differ():
     """Sinks stand where their query heads do."""
     sinks = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
-    softmax = softmax_of([layer_of(2, sinks=sinks), layer_of(4)], torch.device("cpu"))
+    softmax = softmax_of([[layer_of(2, sinks=sinks)], [layer_of(4)]], torch.device("cpu"))
     assert (softmax.scale, softmax.soft_cap, softmax.group_sizes.tolist()) == (0.125, 0.0, [1, 2])
     assert softmax.sinks[0, [0, 2]].tolist() == [1, 2] and bool((softmax.sinks[1] == float("-inf")).all())
-    softmax = softmax_of([layer_of(4, soft_cap=50.0)] * 2, torch.device("cpu"))
+    softmax = softmax_of([[layer_of(4, soft_cap=50.0)]] * 2, torch.device("cpu"))
     assert softmax == Softmax(0.125, 50.0)
 
 
 @pytest.mark.parametrize("other", [layer_of(4, scale=0.5), layer_of(4, soft_cap=30.0)])
 def test_layers_that_scale_or_cap_differently_are_refused(other):
     with pytest.raises(ValueError, match="one scale and one soft cap .* layer of 4 has .* layer of 2 .*knorm"):
-        softmax_of([layer_of(2), other], torch.device("cpu"))
+        softmax_of([[layer_of(2)], [other]], torch.device("cpu"))

@@ -24,6 +24,8 @@ class LayerKinds(NamedTuple):
     num_sliding: layers that attend to a sliding window.
     num_states: layers that keep a state of the sequence, of one size whatever its length.
     window: tokens that a sliding window reaches, the query's own among them; 0 if there is none.
+
+    Layers that attend to what earlier ones hold, and hold nothing themselves (Gemma 4 E2B), do not count.
     """
 
     num_full: int
@@ -47,8 +49,15 @@ class LayerKinds(NamedTuple):
             num_states = sum(kind in _STATE for kind in types) or len(types)  # of layers that are of two kinds
             return cls(num_full, num_sliding, num_states, window if num_sliding else 0)
         total = len(types) if types else model_config.get_total_num_hidden_layers()
+        total -= num_sharing_layers(config)
+        types = types[:total] if types else None
         num_sliding = 0 if not window else types.count("sliding_attention") if types else total
         return cls(total - num_sliding, num_sliding, 0, window if num_sliding else 0)
+
+
+def num_sharing_layers(hf_text_config: Any) -> int:
+    """The last layers of a model that have no KV cache: they attend to that of the last one of their kind before."""
+    return getattr(hf_text_config, "num_kv_shared_layers", None) or 0
 
 
 def layers_per_group(counts: Sequence[int]) -> int:

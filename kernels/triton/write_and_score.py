@@ -73,8 +73,11 @@ def _write_and_score_kernel(
         row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
         at = row[:, None] + dim[None, :]
         if FP8_MAX > 0:
-            quantised_key = tl.clamp(key.to(tl.float32) / tl.load(key_scale_ptr), -FP8_MAX, FP8_MAX)
-            quantised_value = tl.clamp(value.to(tl.float32) / tl.load(value_scale_ptr), -FP8_MAX, FP8_MAX)
+            # Rounded as vLLM's kernel does, which divides exactly; the operator / does not on GPUs.
+            scaled_key = tl.div_rn(key.to(tl.float32), tl.load(key_scale_ptr))
+            scaled_value = tl.div_rn(value.to(tl.float32), tl.load(value_scale_ptr))
+            quantised_key = tl.clamp(scaled_key, -FP8_MAX, FP8_MAX)
+            quantised_value = tl.clamp(scaled_value, -FP8_MAX, FP8_MAX)
             tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=mask)
             tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=mask)
         else:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import MLAAttention
 
 from vllm_qfilters.attention.queries import QueryRecorder
 from vllm_qfilters.attention.scoring import StatsWriter
-from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.filters.statistics import JoinedLayers
 
 
 class LatentAttention:
@@ -31,7 +31,7 @@ class LatentAttention:
         self.write_stats: StatsWriter | None = None
         self.index = 0
         self.recorder: QueryRecorder | None = None
-        self.statistics: LayerStatistics | QuerySpread | None = None
+        self.statistics: JoinedLayers | None = None
 
     def do_kv_cache_update(
         self,

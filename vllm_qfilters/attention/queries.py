@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_qfilters.kernels.ops import in_groups_of
+from vllm_qfilters.kernels.ops import in_groups_of, joined_heads
 from vllm_qfilters.methods.base import RecentQueries
 
 
@@ -83,12 +83,13 @@ class QueryRecorder:
     follows decoding when their sequence ends.
 
     Args:
-        num_layers, num_heads, head_size: of this rank; query heads of the layer that has the most.
+        num_layers, num_heads, head_size: of this rank; query heads of the cache that the most attend to.
         num_queries: kept of each prompt, at most.
         dtype: of the model.
         device: the queries are computed on.
         follows_decoding: the queries of generated tokens are kept too.
         num_kv_heads: of this rank; behind the query heads of each, zeros are kept where a layer has fewer.
+        num_attending: by layer, how many layers attend to its keys; one each if empty.
     """
 
     def __init__(
@@ -101,12 +102,15 @@ class QueryRecorder:
         device: torch.device,
         follows_decoding: bool = False,
         num_kv_heads: int = 1,
+        num_attending: Sequence[int] = (),
     ) -> None:
         self.num_queries = num_queries
         self._num_layers, self._shape, self._dtype = num_layers, (num_heads, head_size), dtype
         self._is_pinned = device.type == "cuda"
         self._follows_decoding = follows_decoding
         self._num_kv_heads = num_kv_heads
+        self._num_attending = num_attending or [1] * num_layers
+        self._attending: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # what was seen of a layer's
         self._sequences: dict[str, _Sequence] = {}
         self._ignored: set[str] = set()
         self._tokens: list[int] = []  # of the step, whose queries are kept
@@ -151,6 +155,8 @@ class QueryRecorder:
                 after_last = start + end - position
                 self._tokens += range(after_last - num_new, after_last)
                 sequence = self._sequences.setdefault(req_id, _Sequence())
+                if sequence.end < position:  # a step between was not seen
+                    sequence.pieces = []
                 sequence.end, sequence.num_prompt_tokens = end, num_prompt
                 kept.append((sequence, num_new))
             start += num_tokens
@@ -163,10 +169,10 @@ class QueryRecorder:
     def record(
         self, layer: int, query: torch.Tensor, dequantise: Callable[[torch.Tensor], torch.Tensor] = lambda query: query
     ) -> None:
-        """Keeps what was announced of a step.
+        """Keeps what was announced of a step, once the last layer is seen that attends to the same keys.
 
         Args:
-            layer: index of the attention layer.
+            layer: index of the attention layer that has them.
             query: of its tokens after RoPE, shape ``[num_tokens, num_heads, head_size]``.
             dequantise: makes of some tokens' query, where it is in fp8, what the model made.
         """
@@ -176,8 +182,13 @@ class QueryRecorder:
             indices = torch.tensor(self._tokens, pin_memory=query.is_cuda)
             self._indices = indices.to(query.device, non_blocking=True)
         bits = query.view(torch.uint8) if query.element_size() == 1 else query  # PyTorch need not index fp8
-        kept = dequantise(bits.index_select(0, self._indices).view(query.dtype)).to(self._dtype)
+        attending = self._attending[layer]
+        attending.append(dequantise(bits.index_select(0, self._indices).view(query.dtype)).to(self._dtype))
+        if len(attending) < self._num_attending[layer]:
+            return
+        kept = joined_heads(attending, self._num_kv_heads, dim=1)
         kept = in_groups_of(self._shape[0] // self._num_kv_heads, kept, self._num_kv_heads, dim=1)
+        attending.clear()
         for block in self._blocks:
             block.queries[layer].copy_(kept[block.first : block.first + block.count], non_blocking=True)
 

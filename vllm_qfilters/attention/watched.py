@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.filters.statistics import JoinedLayers
 
 
 def dequantised(layer: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ class WatchedAttention:
         super().__init__(*args, **kwargs)
         self.index = 0
         self.recorder: QueryRecorder | None = None
-        self.statistics: LayerStatistics | QuerySpread | None = None
+        self.statistics: JoinedLayers | None = None
 
     def of_layer(self, attn_metadata: Any) -> Any:
         """What is this layer's of the metadata of the layers that share its cache."""
@@ -49,8 +49,8 @@ class WatchedAttention:
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         *args: Any,
@@ -58,7 +58,13 @@ class WatchedAttention:
     ) -> torch.Tensor:
         if self.statistics is not None and attn_metadata is not None:
             num_tokens = attn_metadata.num_actual_tokens
-            self.statistics.observe(dequantised(layer, query[:num_tokens]), key[:num_tokens])
+            keys = None if key is None else key[:num_tokens]  # None: those of another layer
+            self.statistics.observe(dequantised(layer, query[:num_tokens]), keys)
+        if key is None and layer.kv_sharing_target_layer_name is None:
+            raise ValueError(
+                f"KV compression does not support layers that write keys past their attention backend, as "
+                f"{layer.layer_name} does"
+            )
         if self.recorder is not None:
             self.recorder.record(self.index, query, functools.partial(dequantised, layer))
         return super().forward(layer, query, key, value, kv_cache, self.of_layer(attn_metadata), *args, **kwargs)

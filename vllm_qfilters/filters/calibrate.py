@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_qfilters.filters.bank import query_factors
 from vllm_qfilters.filters.format import STORED_RANK, Filters, ModelIdentity
 from vllm_qfilters.filters.rotary import Rotation
-from vllm_qfilters.filters.statistics import LayerStatistics, QuerySpread
+from vllm_qfilters.filters.statistics import JoinedLayers, LayerStatistics, QuerySpread
 from vllm_qfilters.groups import PAGES_OF_STATE
 from vllm_qfilters.kernels.ops import in_groups_of
 
@@ -58,7 +58,7 @@ def fitting(runner: GPUModelRunner, num_tokens: int) -> int:
 
 def calibrate(
     runner: GPUModelRunner,
-    layers: Sequence[torch.nn.Module],
+    layers: Sequence[Sequence[torch.nn.Module]],
     rotations: Sequence[Rotation],
     sequences: Sequence[Sequence[int]],
     description: str,
@@ -68,8 +68,8 @@ def calibrate(
 
     Args:
         runner: an idle model runner whose cache exists.
-        layers: its attention layers, in order.
-        rotations: of each.
+        layers: its attention layers with a KV cache, in order, each followed by those that attend to it as well.
+        rotations: of each cache's.
         sequences: token ids; each is run from position 0.
         description: goes into the file as ``calibration``.
         rank: factors of the covariance per query head, at most ``head_size``.
@@ -78,8 +78,14 @@ def calibrate(
         The filters of the whole model, also on a rank that holds some of its layers or heads.
     """
     statistics = [
-        LayerStatistics(layer.num_heads, layer.num_kv_heads, layer.head_size, rotation, runner.positions)
-        for layer, rotation in zip(layers, rotations, strict=True)
+        LayerStatistics(
+            sum(layer.num_heads for layer in attending),
+            attending[0].num_kv_heads,
+            attending[0].head_size,
+            rotation,
+            runner.positions,
+        )
+        for attending, rotation in zip(layers, rotations, strict=True)
     ]
     is_first_rank = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
     total = sum(len(sequence) for sequence in sequences)
@@ -90,15 +96,15 @@ def calibrate(
         for sequence in sequences:
             for num_tokens in _run(runner, list(sequence)):
                 progress.update(num_tokens)
-    names = [layer.layer_name for layer in layers]
+    names = [attending[0].layer_name for attending in layers]
     num_kv_heads = ModelIdentity.from_model_config(runner.model_config).num_kv_heads
     return make_filters(names, statistics, num_kv_heads, description, rank)
 
 
 def rotations_in_use(
-    runner: GPUModelRunner, layers: Sequence[torch.nn.Module], possible: Sequence[Sequence[Rotation]]
+    runner: GPUModelRunner, layers: Sequence[Sequence[torch.nn.Module]], possible: Sequence[Sequence[Rotation]]
 ) -> list[Rotation]:
-    """How the queries of each layer do turn with their position.
+    """How the queries of each layer, and of those that attend to its keys, do turn with their position.
 
     Models leave RoPE out in some layers, where an embedding stands beside the attention all the same, and some
     embeddings do not say which elements they turn together. So it is looked at, not assumed: where one token is
@@ -107,7 +113,7 @@ def rotations_in_use(
 
     Args:
         runner: an idle model runner whose cache exists.
-        layers: its attention layers, in order.
+        layers: as of :func:`calibrate`.
         possible: of each layer; of those that explain its queries as well, the first.
 
     Raises:
@@ -120,7 +126,7 @@ def rotations_in_use(
             pass
     has_rotary = any("rotary" in type(module).__name__.lower() for module in runner.model.modules())
     group, in_use = get_tp_group(), []
-    for layer, rotations, spread in zip(layers, possible, spreads, strict=True):
+    for (layer, *_), rotations, spread in zip(layers, possible, spreads, strict=True):
         by_rank = group.all_gather(spread.relative()[None].to(group.device), dim=0)
         least, index = by_rank.mean(0).min(0)  # ranks agree
         if has_rotary and least > MOST_SPREAD:
@@ -214,15 +220,17 @@ def measure_scores(
 
 @contextlib.contextmanager
 def _watched_by(
-    layers: Sequence[torch.nn.Module], watchers: Sequence[LayerStatistics] | Sequence[QuerySpread]
+    layers: Sequence[Sequence[torch.nn.Module]], watchers: Sequence[LayerStatistics] | Sequence[QuerySpread]
 ) -> Iterator[None]:
-    """Meanwhile each watcher sees the queries and keys of its layer."""
-    for layer, watcher in zip(layers, watchers, strict=True):
-        layer.impl.statistics = watcher
+    """Meanwhile each watcher sees the queries and keys of its layers."""
+    for attending, watcher in zip(layers, watchers, strict=True):
+        joined = JoinedLayers(watcher, len(attending), attending[0].num_kv_heads)
+        for layer in attending:
+            layer.impl.statistics = joined
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in (layer for attending in layers for layer in attending):
             layer.impl.statistics = None
 
 

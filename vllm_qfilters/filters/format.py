@@ -12,6 +12,7 @@ another one (measured). Versions 1 and 2 stacked the layers, and had second mome
 are read.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_qfilters.groups import LayerKinds
+from vllm_qfilters.groups import LayerKinds, num_sharing_layers
 
 FORMAT = "vllm-qfilters"
 VERSION = 3
@@ -40,9 +41,10 @@ class ModelIdentity:
     Attributes:
         name: as the user gave it: a repository or a folder. Informative; a moved model keeps its filters.
         architecture: of the model, e.g. LlamaForCausalLM.
-        num_layers, num_kv_heads, head_size: of the attention layers of the whole model, not of one rank; where those
-            with a sliding window have other KV heads than those of full attention (Gemma 4), of the latter.
-        num_heads: likewise; of the layer that has the most.
+        num_layers, num_kv_heads, head_size: of the attention layers of the whole model that have a KV cache, not of one
+            rank; where those with a sliding window have other KV heads than those of full attention (Gemma 4), of the
+            latter.
+        num_heads: likewise; of the layer whose keys the most attend to.
         rope: the rotary parameters of its configuration.
         revision: the commit of its repository; empty for a folder. Informative, like the name.
         has_long_rope: of the two tables of longrope, positions turn by the long one, as they do where ``max_model_len``
@@ -66,7 +68,7 @@ class ModelIdentity:
         num_layers, num_kv_heads = model_config.get_total_num_hidden_layers(), model_config.get_total_num_kv_heads()
         head_size = model_config.get_head_size()
         kinds = LayerKinds.of(model_config)
-        if kinds.num_states:
+        if kinds.num_states or num_sharing_layers(config):
             num_layers = kinds.num_full + kinds.num_sliding
         if model_config.use_mla:
             num_kv_heads = 1  # which all query heads share
@@ -108,10 +110,19 @@ def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, 
 
 
 def most_query_heads(hf_text_config: Any) -> int:
-    """Of a layer. Where they differ (Laguna, Step-3.5), the configuration has one number for all, and others beside."""
-    by_layer = getattr(hf_text_config, "num_attention_heads_per_layer", None) or ()
-    others = getattr(hf_text_config, "attention_other_setting", None) or {}
-    return max(hf_text_config.num_attention_heads, others.get("num_attention_heads", 0), *by_layer)
+    """That attend to the keys of one layer. Where layers differ in them (Laguna, Step-3.5), the configuration has one
+    number for all, and others beside. Where later layers attend to the same keys (Gemma 4 E2B), theirs count too."""
+    config = hf_text_config
+    by_layer = getattr(config, "num_attention_heads_per_layer", None) or ()
+    others = getattr(config, "attention_other_setting", None) or {}
+    of_layer = max(config.num_attention_heads, others.get("num_attention_heads", 0), *by_layer)
+    num_sharing = num_sharing_layers(config)
+    if not num_sharing:
+        return of_layer
+    by_kind = collections.Counter(config.layer_types[-num_sharing:])
+    if len(kv_shapes(config)) > 1:  # filters are of full attention alone
+        return of_layer * (1 + by_kind["full_attention"])
+    return of_layer * (1 + max(by_kind.values()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_qfilters.filters.rotary import Rotation
+from vllm_qfilters.kernels.ops import joined_heads
 
 
 class Moments:
@@ -39,10 +40,10 @@ class Moments:
 
 
 class LayerStatistics:
-    """What calibration learns of one attention layer.
+    """What calibration learns of one attention layer and of those that attend to its keys as well.
 
     Args:
-        num_heads: query heads on this rank.
+        num_heads: query heads on this rank, of all layers that attend to its keys.
         num_kv_heads: KV heads on this rank.
         head_size: elements per head.
         rotation: of the layer.
@@ -69,6 +70,30 @@ class LayerStatistics:
         self.query_before_rope.add(self.rotation.unrotate(query, self._positions[: query.shape[0]]))
         self.query_after_rope.add(query)
         self.key_after_rope.add(key.to(torch.float32))
+
+
+class JoinedLayers:
+    """Shows one watcher the queries of all layers that attend to the same keys, as if one layer had made them.
+
+    Args:
+        watcher: of them.
+        num_layers: of which each observes once in every step.
+        num_kv_heads: on this rank.
+    """
+
+    def __init__(self, watcher: "LayerStatistics | QuerySpread", num_layers: int, num_kv_heads: int) -> None:
+        self._watcher, self._num_layers, self._num_kv_heads = watcher, num_layers, num_kv_heads
+        self._queries: list[torch.Tensor] = []
+        self._key: torch.Tensor | None = None
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor | None) -> None:
+        """See :meth:`LayerStatistics.observe`. The first layer alone has a key."""
+        self._queries.append(query)
+        self._key = self._key if key is None else key
+        if len(self._queries) == self._num_layers:
+            assert self._key is not None, "the layer that has the cache runs first"
+            self._watcher.observe(joined_heads(self._queries, self._num_kv_heads, dim=1), self._key)
+            self._queries, self._key = [], None
 
 
 class QuerySpread:

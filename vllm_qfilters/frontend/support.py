@@ -27,6 +27,8 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 # Keys of a request's extra arguments that begin like ours and are vLLM's.
 _KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+# They choose to by the name of a backend, which ours share with vLLM's, and do not ask the backend (vLLM 0.33).
+WRITES_ITS_CACHE = frozenset({"BeamForCausalLM", "FlintForCausalLM"})
 BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
 
@@ -115,9 +117,18 @@ MODEL_REFUSALS = (
         "MLA (latent attention) models whose attention goes by a sparse indexer (DeepSeek V3.2 and V4, GLM-5)",
     ),
     Refusal(
+        lambda start: bool(getattr(start.model.hf_text_config, "sparse_attention_config", None)),
+        "models some of whose layers attend to what an indexer chooses (MiniMax M3)",
+    ),
+    Refusal(
         lambda start: start.model.use_mla and not start.policy.entry.reads_latents,
         "method '{start.policy.method}' with MLA (latent attention) models, whose cache has no keys and values of "
         "heads; choose among {start.latent_methods}",
+    ),
+    Refusal(
+        lambda start: start.model.architecture in WRITES_ITS_CACHE,
+        "models that write keys and values themselves, past vLLM's attention backends (Beam, Flint): {start.model."
+        "architecture}",
     ),
     Refusal(
         lambda start: start.model.rswa_window is not None,
@@ -133,10 +144,6 @@ MODEL_REFUSALS = (
         "and are in a KV cache group of their own; drop --disable-hybrid-kv-cache-manager and use "
         "--pipeline-parallel-size 1",
     ),
-    Refusal(
-        lambda start: getattr(start.model.hf_text_config, "num_kv_shared_layers", 0) > 0,
-        "models whose layers share one KV cache (Gemma 3n)",
-    ),
 )
 REFUSALS = (
     *MODEL_REFUSALS,
@@ -148,6 +155,10 @@ REFUSALS = (
         ),
         "MLA (latent attention) models on GPUs with the attention backend that vLLM chooses there; use "
         "--attention-backend TRITON_MLA",
+    ),
+    Refusal(
+        lambda start: start.cache.kv_sharing_fast_prefill,
+        "prompts that stop before the layers without a KV cache of their own; drop --kv-sharing-fast-prefill",
     ),
     Refusal(lambda start: start.config.kv_transfer_config is not None, "KV connectors; drop --kv-transfer-config"),
     Refusal(

@@ -13,5 +13,11 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Written to ``values``, which is contiguous."""
     if get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+        group, op = get_tp_group(), torch.distributed.ReduceOp.MAX
+        # PyTorch's group would set up an NCCL communicator of its own here, beside the memory that vLLM has measured.
+        nccl = getattr(group.device_communicator, "pynccl_comm", None)
+        if nccl is not None and not nccl.disabled:
+            nccl.all_reduce(values, values, op=op)
+        else:
+            torch.distributed.all_reduce(values, op, group=group.device_group)
     return values

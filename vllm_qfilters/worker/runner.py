@@ -60,6 +60,7 @@ from vllm_qfilters.messages import QFiltersSchedulerOutput
 from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.policy import Policy
+from vllm_qfilters.worker.caches import layers_by_cache, num_query_heads
 from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_ranks
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
@@ -79,6 +80,7 @@ class CompressedModelRunner:
         layers: attention layers that are compressed, in order, once the cache exists.
         calibrated_layers: attention layers whose keys have the shape of theirs, in order; those with a sliding window
             are among them also where they are not compressed, so that filters serve either way.
+        attending: by the name of each layer with a KV cache of its own, that layer and those that attend to it as well.
         group: KV cache group of ``layers``.
         ops: operators on the cache, once it exists.
         cache: keys, values and token stats of ``layers``, once they exist.
@@ -99,6 +101,7 @@ class CompressedModelRunner:
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []
         self.calibrated_layers: list[torch.nn.Module] = []
+        self.attending: dict[str, list[torch.nn.Module]] = {}
         self.group = 0
         self.recorder: QueryRecorder | None = None
         self.page_scorer: PageScorer | None = None
@@ -183,10 +186,13 @@ class CompressedModelRunner:
             self.compactor.warm_up(recent)
 
     def _method(self, filters: Filters | None) -> Method:
+        softmax = PLAIN_SOFTMAX
+        if self.compression.scores_by_queries:
+            softmax = softmax_of(self._attending_to(self.layers), self.device)
         model = Model(
             cache=self.cache,
             ops=self.ops,
-            softmax=softmax_of(self.layers, self.device) if self.compression.scores_by_queries else PLAIN_SOFTMAX,
+            softmax=softmax,
             shared_by_heads=self.compression.heads_keep_the_same,
             max_over_ranks=max_over_ranks,
             static_filters=lambda: filters.filters,
@@ -196,8 +202,11 @@ class CompressedModelRunner:
 
     @property
     def most_query_heads(self) -> int:
-        """Of a layer on this rank."""
-        return max(layer.num_heads for layer in self.layers)
+        """That attend to the cache of one of ``layers``, on this rank."""
+        return max(map(num_query_heads, self._attending_to(self.layers)))
+
+    def _attending_to(self, layers: Iterable[torch.nn.Module]) -> list[list[torch.nn.Module]]:
+        return [self.attending[layer.layer_name] for layer in layers]
 
     def apply_plan(self, scheduler_output: SchedulerOutput) -> None:
         """Evicts what the scheduler planned. Call before vLLM updates its requests: it appends new pages at the end of
@@ -255,8 +264,6 @@ class CompressedModelRunner:
         self.compression = self.compression.for_block_size(self.cache_config.block_size)
         check_specs(self.compression, specs, self.model_config.max_model_len)
         layers = self.compilation_config.static_forward_context
-        if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
-            raise ValueError("KV compression does not support models whose layers share one KV cache")
         block_size = self.cache_config.block_size
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
         max_resident_tokens = self.compression.max_resident_tokens(self.model_config.max_model_len, block_size)
@@ -270,8 +277,7 @@ class CompressedModelRunner:
             if backend.get_name() == "FLASHINFER" and not has_one_window:
                 raise ValueError(
                     "KV compression keeps layers with and without a sliding window in one cache, for which attention "
-                    "backend "
-                    "FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
+                    "backend FLASHINFER plans one window: use --attention-backend FLASH_ATTN or TRITON_ATTN"
                 )
             made[name] = spec_cls.from_attention(spec, block_size, max_resident_tokens, self._planes_in_pages(spec))
             kernel_block_size = select_common_block_size(block_size, [backend], [made[name]])
@@ -313,11 +319,13 @@ class CompressedModelRunner:
         groups = kv_cache_config.kv_cache_groups
         self.group = compressed_group(self.compression, groups)
         by_name = self.compilation_config.static_forward_context
-        self.layers = [by_name[name] for name in groups[self.group].layer_names]
-        check_layers(dict(zip(groups[self.group].layer_names, self.layers, strict=True)))
+        self.attending = layers_by_cache(by_name)
+        names = [name for name in groups[self.group].layer_names if name in self.attending]
+        self.layers = [by_name[name] for name in names]
+        check_layers(dict(zip(names, self.layers, strict=True)))
         of_one_shape = [group for group in groups if _kv_shape(group) == _kv_shape(groups[self.group])]
-        names = sorted((name for group in of_one_shape for name in group.layer_names), key=extract_layer_index)
-        self.calibrated_layers = [by_name[name] for name in names]
+        calibrated = {name for group in of_one_shape for name in group.layer_names} & self.attending.keys()
+        self.calibrated_layers = [by_name[name] for name in sorted(calibrated, key=extract_layer_index)]
         if not self.has_latents and self.layers[0].impl.alibi_slopes is not None:
             raise ValueError(
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
@@ -348,6 +356,7 @@ class CompressedModelRunner:
                 self.device,
                 self.compression.entry.follows_decoding,
                 self.layers[0].num_kv_heads,
+                [len(attending) for attending in self._attending_to(self.layers)],
             )
             if self._is_first_rank and self.device.type == "cuda":
                 most = self.recorder.sequence_bytes * self.scheduler_config.max_num_seqs
@@ -357,8 +366,9 @@ class CompressedModelRunner:
                     format_gib(most),
                     self.scheduler_config.max_num_seqs,
                 )
-        for index, layer in enumerate(self.layers):
-            layer.impl.index, layer.impl.recorder = index, self.recorder
+        for index, attending in enumerate(self._attending_to(self.layers)):
+            for layer in attending:
+                layer.impl.index, layer.impl.recorder = index, self.recorder
         if self.compression.evicts_whole_pages and self.compression.needs_scores:
             self.page_scorer = self._page_scorer(filters)
         self.warm_up()
@@ -383,7 +393,8 @@ class CompressedModelRunner:
 
     def calibrate_filters(self, sequences: list[list[int]], description: str, rank: int = STORED_RANK) -> Filters:
         """See :func:`vllm_qfilters.filters.calibrate.calibrate`; the cache must not be in use."""
-        return calibrate(self, self.calibrated_layers, self.rotations(), sequences, description, rank)
+        layers = self._attending_to(self.calibrated_layers)
+        return calibrate(self, layers, self.rotations(), sequences, description, rank)
 
     def rotations(self) -> list[Rotation]:
         """Of each calibrated layer; layers that share a rotary embedding share its rotation. The cache must not be in
@@ -400,16 +411,17 @@ class CompressedModelRunner:
                     tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
                     possible[rotary_emb] = [*(Rotation(table, head_size, first) for table in tables), none]
                 of_layers.append(possible[rotary_emb])
-            self._rotations = rotations_in_use(self, self.calibrated_layers, of_layers)
+            self._rotations = rotations_in_use(self, self._attending_to(self.calibrated_layers), of_layers)
         return self._rotations
 
     def filter_bank(self, filters: Filters) -> FilterBank:
         """Of the query heads of this rank."""
         first, tp_rank = self.layers[0], get_tensor_model_parallel_rank()
         if self._part().heads == slice(None):
-            heads = [slice(tp_rank * layer.num_heads, (tp_rank + 1) * layer.num_heads) for layer in self.layers]
+            counts = map(num_query_heads, self._attending_to(self.layers))
+            heads = [slice(tp_rank * count, (tp_rank + 1) * count) for count in counts]
         else:  # others were not read
-            heads = [slice(0, first.num_heads)] * len(self.layers)
+            heads = [slice(0, self.most_query_heads)] * len(self.layers)
         rank, scale = self.compression.rank, first.impl.scale
         rotations = [self.rotations()[self.calibrated_layers.index(layer)] for layer in self.layers]
         return FilterBank(filters, rotations, heads, first.num_kv_heads, rank, scale)
@@ -515,7 +527,7 @@ class CompressedModelRunner:
     def _part(self) -> Part:
         """What of the model's filters this rank needs."""
         num_heads, tp_rank = self.most_query_heads, get_tensor_model_parallel_rank()
-        has_as_many = all(layer.num_heads == num_heads for layer in self.layers)
+        has_as_many = all(num_query_heads(each) == num_heads for each in self._attending_to(self.layers))
         first_kv_head, num_kv_heads = self._kv_heads()
         return Part(
             tuple(layer.layer_name for layer in self.layers),

@@ -22,6 +22,7 @@ from vllm_qfilters.core.spec import PLANE_BYTES, QFiltersSpec
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.worker.caches import layers_by_cache, num_query_heads
 from vllm_qfilters.worker.compactor import workspace_bytes
 from vllm_qfilters.worker.lengths import DeviceResidentLengths
 from vllm_qfilters.worker.runner import CompressedModelRunner
@@ -42,9 +43,10 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         """Most memory that compaction, and token stats that are not in pages, take beside a cache of ``cache_bytes``.
         Before the cache exists."""
         specs = {name: spec for name, spec in self.get_kv_cache_spec().items() if isinstance(spec, QFiltersSpec)}
-        layers = [self.compilation_config.static_forward_context[name] for name in specs]
-        layer, spec = layers[0], next(iter(specs.values()))
-        num_heads = max(layer.num_heads for layer in layers)
+        attending = layers_by_cache(self.compilation_config.static_forward_context)
+        num_heads = max(num_query_heads(attending[name]) for name in specs)
+        name, spec = next(iter(specs.items()))
+        layer = attending[name][0]
         cached_tokens = cache_bytes // (len(specs) * spec.page_size_bytes) * spec.block_size
         longest = self.compression.max_compacted_tokens(self.model_config.max_model_len, spec.block_size)
         planes = 0
@@ -127,7 +129,15 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
         return input_batch
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        self._skip_step()
+        return super().prepare_dummy_attn(*args, **kwargs)
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> int:
+        # Steps before have left what they announced; graphs are captured of steps that announce nothing.
+        self._skip_step()
+        return super().capture_model(*args, **kwargs)
+
+    def _skip_step(self) -> None:
         self.lengths.skip_step()
         if self.recorder is not None:
             self.recorder.skip_step()
-        return super().prepare_dummy_attn(*args, **kwargs)
