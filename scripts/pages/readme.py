@@ -17,7 +17,7 @@ COLUMNS = {"plain": "plain vLLM", "qfilters": "qfilters", "streaming": "Streamin
 PREFIX_CACHE_PAGE = 16  # tokens: the block size of vLLM on GPUs
 _COMPARED = ("qfilters", "streaming")
 _TASKS = {  # what a task of `vllm-qfilters eval` is, with the tokens of its prompts
-    "streaming": "long texts",
+    "streaming": "texts of {} tokens",
     "prompt": "text after a prompt of {} tokens",
     "passkey": "one number in {} tokens",
     "kv": "one of several numbers in {} tokens",
@@ -53,14 +53,16 @@ class Row:
     def cells(self) -> list[str]:
         """The label and the values; the best ones are bold."""
         measured = {value for value in self.values.values() if value is not None}
-        best = None if len(measured) < 2 else max(measured) if self.most_is_best else min(measured)
+        best = None
+        if len({self.shown(value) for value in measured}) > 1:
+            best = self.shown(max(measured) if self.most_is_best else min(measured))
         columns = self.values or dict.fromkeys(COLUMNS)
         return [self.label, *(self._cell(columns[column], best) if column in columns else "" for column in COLUMNS)]
 
-    def _cell(self, value: float | None, best: float | None) -> str:
+    def _cell(self, value: float | None, best: str | None) -> str:
         if value is None:
             return NOT_MEASURED
-        return f"**{self.shown(value)}**" if value == best else self.shown(value)
+        return f"**{best}**" if self.shown(value) == best else self.shown(value)
 
 
 def parts(files: Sequence[File], all_files: Sequence[File]) -> dict[str, str]:
@@ -106,8 +108,8 @@ def prefix_cache() -> str:
     policy = resolve(KVCompressionConfig(), block_size=PREFIX_CACHE_PAGE)
     first, then = [kept[0] for kept in cuts.values()], [kept[1] - kept[0] for kept in cuts.values()]
     lines = (
-        "A prompt that goes on where one of the same budget ended starts there: its last answer is read, and what is",
-        "new. Prompts that part earlier start at the last cut before that was kept, or below the first. At budgets of",
+        "A prompt that goes on where one of the same budget ended starts at its last whole page: the answer and what",
+        "is new are read. Prompts that part earlier start at the last kept cut before, or below the first. At budgets of",
         f"{_listed(cuts)} tokens the first cut is at {_listed(first)}, and then one every",
         f"{_listed(then)} tokens is kept (pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}).",
     )
@@ -161,7 +163,7 @@ def _quality_table(measured: Results, tasks: Sequence[str], kind_of_budget: type
     budgets = sorted(given)
     rows = [
         [
-            f"{_TASKS[task.partition('-')[0]].format(task.partition('-')[2])}{_of(measured, task)}, {method}",
+            f"{_name(measured, task)}{_of(measured, task)}, {method}",
             *(_quality_cell(measured, task, method, b) for b in budgets),
         ]
         for task in tasks
@@ -232,7 +234,10 @@ def _follow_up_rows(files: Sequence[File]) -> list[Row]:
     history = number(file.values["options"]["history"])
     rows = [
         Row(f"s to the next turn's first token, history of {history}", _medians(file, "second_ttft_s", _same())),
-        Row("tokens of this history read again", _medians(file, "read_again_tokens", _same())),
+        Row(
+            f"tokens read again, {number(file.values['options']['output_tokens'])} of the answer",
+            _medians(file, "read_again_tokens", _same()),
+        ),
     ]
     return [row for row in rows if any(value is not None for value in row.values.values())]
 
@@ -276,6 +281,11 @@ def _cell_at(measured: Results, task: str, method: str, budget: int) -> Values |
         if (round(given * length) if isinstance(given, float) else given) == budget:
             return measured.get(task, method, given)
     return None
+
+
+def _name(measured: Results, task: str) -> str:
+    name, _, length = task.partition("-")
+    return _TASKS[name].format(length or number(measured.settings(task)["tokens"]))
 
 
 def _same() -> dict[str, str]:
