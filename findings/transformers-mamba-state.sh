@@ -3,8 +3,8 @@
 #
 # A prompt that is read in two pieces, the second behind the cache that the first left, is the same prompt: so it is for
 # attention and for Mamba 2. Mamba keeps what its convolution saw and forgets the state: a piece of two tokens and more
-# begins with a state of zeros. Nothing warns. A next turn of a conversation is such a piece, and so is a long prompt with
-# `prefill_chunk_size`. Token by token Mamba remembers, so what was generated does not show it.
+# begins with a state of zeros. Nothing warns. A next turn behind the cache of the last one is such a piece. Token by token
+# Mamba remembers, so what was generated does not show it.
 #
 # Seen: token by token behind 20 tokens, all three say the same as whole; read as 20 and 12 tokens, mamba does not.
 set -euo pipefail
