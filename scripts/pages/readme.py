@@ -109,8 +109,8 @@ def prefix_cache() -> str:
     first, then = [kept[0] for kept in cuts.values()], [kept[1] - kept[0] for kept in cuts.values()]
     lines = (
         "A prompt that goes on where one of the same budget ended starts at its last whole page: the answer and what",
-        "is new are read. Prompts that part earlier start at the last kept cut before, or below the first. At budgets of",
-        f"{_listed(cuts)} tokens the first cut is at {_listed(first)}, and then one every",
+        "is new are read. Prompts that part earlier start at the last kept cut before, or below the first. At budgets",
+        f"of {_listed(cuts)} tokens the first cut is at {_listed(first)}, and then one every",
         f"{_listed(then)} tokens is kept (pages of {PREFIX_CACHE_PAGE}, `chunk` {number(policy.chunk)}).",
     )
     return "\n".join(lines)
