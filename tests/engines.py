@@ -234,7 +234,13 @@ class Engine:
         pages = self.scheduler.block_manager
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not pages.evicted and not pages.limits and not pages.req_to_blocks and not pages._released
-        assert not pages.next_cuts and not pages._standings and not pages._planned and pages._found is None
+        assert (
+            not pages.next_cuts
+            and not pages._last_cuts
+            and not pages._standings
+            and not pages._planned
+            and pages._found is None
+        )
         assert not pages._first_filled and not pages._is_scheduling
         assert self.scheduler._computed_tokens == pages.all_evicted == 0
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)

@@ -58,6 +58,7 @@ class QFiltersManager(FullAttentionManager):
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
         self.all_evicted = 0  # the sum of them
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
+        self._last_cuts: dict[str, int] = {}  # positions of running requests at their last cuts
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
         self._superseded: list[KVCacheBlock] = []  # those of them that leave the prefix cache first
@@ -133,8 +134,11 @@ class QFiltersManager(FullAttentionManager):
         request_id, evicted = request.request_id, self.evicted.get(request.request_id, 0)
         if not self.resumes or not evicted or reads_prompt(request):
             return
+        known = request.num_tokens - 1
+        if self._last_cuts.get(request_id, 0) > known:
+            return  # it went by tokens that are no part of what others go on from
         # What is computed behind the last token that was known lies in the pages behind.
-        held = min(request.num_computed_tokens, request.num_tokens - 1) - evicted
+        held = min(request.num_computed_tokens, known) - evicted
         blocks = self.req_to_blocks[request_id][: held // self.block_size]
         if blocks:
             position = evicted + len(blocks) * self.block_size
@@ -235,6 +239,7 @@ class QFiltersManager(FullAttentionManager):
         self._forget_uncomputed(request_id)
         self.all_evicted -= self.evicted.pop(request_id, 0)
         self.next_cuts.pop(request_id, None)
+        self._last_cuts.pop(request_id, None)
         self._standings.pop(request_id, None)
         if self._found is not None and self._found[0] == request_id:
             self._found = None
@@ -357,6 +362,7 @@ class QFiltersManager(FullAttentionManager):
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
         self._keep_prefix(request)
+        self._last_cuts[request_id] = request.num_computed_tokens
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         self.all_evicted += evicted_tokens
         return RequestCompaction(
