@@ -361,6 +361,43 @@ def test_pages_behind_a_cut_are_those_of_one_sequence(tiny_model):
     assert ask(prompt[:248]) == 242
 
 
+@pytest.mark.parametrize("max_tokens", [1, 4])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_prompt_leaves_its_own_pages_where_those_of_another_are_gone(granularity, max_tokens, tiny_model):
+    """Two prompts begin alike and are read at once. The longer one is cut first, and its pages of the cut that is the
+    last of the shorter one leave the prefix cache before that ends."""
+    ask = Asked(tiny_model, granularity)
+    simulation, prompt = ask.simulation, prompt_of(333)
+    scheduler, pages = simulation.scheduler, simulation.scheduler.block_manager
+    longer, shorter = (
+        simulation.ask(prompt[:num_tokens], max_tokens=tokens) for num_tokens, tokens in ((333, 4), (243, max_tokens))
+    )
+    while scheduler.requests[shorter].num_computed_tokens < 243:
+        simulation.step()
+    last = pages._standings[shorter]
+    assert last.cut == 240 and not last.is_own
+    request = scheduler.requests[longer]
+    scheduler.kv_cache_manager.block_pool.evict_blocks(
+        {block.block_id for block in pages.prefixes._pages(request, pages.limits[longer], last.cut)}
+    )
+    simulation.finish()
+    simulation.audit()
+    assert ask(prompt[:248]) >= 242
+
+
+def test_a_prompt_leaves_its_own_pages_where_those_of_another_leave_first(tiny_model):
+    """Two prompts begin alike and are read at once. The last cut of the shorter one is one of those that the longer one
+    keeps pages of while there is room."""
+    ask, prompt = Asked(tiny_model), prompt_of(333)
+    for num_tokens in (333, 230):
+        ask.simulation.ask(prompt[:num_tokens])
+    ask.simulation.finish()
+    ask.simulation.audit()
+    for seed in range(1, 5):
+        assert ask(prompt_of(400, seed=seed)) == 0
+    assert ask([*prompt[:230], 7, 8]) == 230
+
+
 def test_what_comes_in_the_place_of_a_prefix_leaves_others_alone(tiny_model):
     """Behind both cuts of a prompt stand some of the same pages. Those of the first one leave the cache in part, and
     another prompt's come in their place."""
