@@ -158,14 +158,18 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def make_tiny_gemma4(folder: pathlib.Path) -> pathlib.Path:
-    """The last layer attends to everything, with one KV head twice as large as the two of the others, which have a
-    sliding window; values are keys before their norm."""
+def make_tiny_gemma4(folder: pathlib.Path, num_kv_heads: int = NUM_KV_HEADS) -> pathlib.Path:
+    """The last layer attends to everything, with one KV head twice as large as those of the others, ``num_kv_heads``
+    each, which have a sliding window; values are keys before their norm."""
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
     rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
     config = Gemma4TextConfig(
-        **{**_shape(), "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}, "tie_word_embeddings": True},
+        **{
+            **_shape(num_kv_heads=num_kv_heads),
+            "rope_parameters": {**GEMMA_ROPE, "full_attention": rope},
+            "tie_word_embeddings": True,
+        },
         pad_token_id=0,
         sliding_window=SLIDING_WINDOW,
         layer_types=layer_types,
