@@ -79,27 +79,34 @@ class Engines:
         return self._engines[key]
 
 
+@contextlib.contextmanager
+def prefixes_kept_with_cpu_mla() -> Iterator[None]:
+    """Engines that start meanwhile read prompts in chunks and keep prefixes, as vLLM does with MLA on GPUs and on CPUs
+    with AMX. Beside CPU_MLA it switches both off, although that attention can do it."""
+    check = CpuPlatform.__dict__["check_and_update_config"]
+
+    def keep(cls, vllm_config) -> None:
+        scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+        kept = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
+        check.__func__(cls, vllm_config)
+        scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = kept
+
+    CpuPlatform.check_and_update_config = classmethod(keep)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = check
+
+
 class MLAEngines(Engines):
-    """Of a model with MLA, in float32: they read prompts in chunks and keep prefixes, as vLLM does with MLA on GPUs and
-    on CPUs with AMX. Beside CPU_MLA it switches both off, although that attention can do it."""
+    """Of a model with MLA, in float32, that keep prefixes."""
 
     def __init__(self, model: pathlib.Path, filters: pathlib.Path) -> None:
         super().__init__(model, filters, attention_backend="CPU_MLA")
 
     def get(self, **options) -> "Engine":
-        check = CpuPlatform.__dict__["check_and_update_config"]
-
-        def keep(cls, vllm_config) -> None:
-            scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
-            kept = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
-            check.__func__(cls, vllm_config)
-            scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = kept
-
-        CpuPlatform.check_and_update_config = classmethod(keep)
-        try:
+        with prefixes_kept_with_cpu_mla():
             return super().get(**options)
-        finally:
-            CpuPlatform.check_and_update_config = check
 
 
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}  # engine arguments of models with images
@@ -234,7 +241,13 @@ class Engine:
         pages = self.scheduler.block_manager
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not pages.evicted and not pages.limits and not pages.req_to_blocks and not pages._released
-        assert not pages.next_cuts and not pages._standings and not pages._planned and pages._found is None
+        assert (
+            not pages.next_cuts
+            and not pages._last_cuts
+            and not pages._standings
+            and not pages._planned
+            and pages._found is None
+        )
         assert not pages._first_filled and not pages._is_scheduling
         assert self.scheduler._computed_tokens == pages.all_evicted == 0
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)

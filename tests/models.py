@@ -183,17 +183,19 @@ def make_tiny_gemma3n(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def make_tiny_gemma4(folder: pathlib.Path, num_sharing: int = 0) -> pathlib.Path:
-    """The third layer attends to everything, with one KV head twice as large as the two of the others, which have a
+def make_tiny_gemma4(folder: pathlib.Path, num_sharing: int = 0, num_kv_heads: int = NUM_KV_HEADS) -> pathlib.Path:
+    """The third layer attends to everything, with one KV head twice as large as those of the others, which have a
     sliding window; values are keys before their norm.
 
     Args:
+        num_kv_heads: of layers with a sliding window.
         num_sharing: layers behind these, up to two, which attend to the keys and values of the last one of their kind.
     """
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
-    shape = {**_shape(), "num_hidden_layers": NUM_LAYERS + num_sharing, "tie_word_embeddings": True}
+    shape = _shape(num_kv_heads=num_kv_heads)
+    shape |= {"num_hidden_layers": NUM_LAYERS + num_sharing, "tie_word_embeddings": True}
     config = Gemma4TextConfig(
         **{**shape, "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}},
         pad_token_id=0,

@@ -244,6 +244,8 @@ CALLED = {
         "self prompts sampling_params use_tqdm lora_request priority tokenization_kwargs mm_processor_kwargs"
     ),
     "vllm.entrypoints.llm:LLM.wait_for_completion": "self use_tqdm",
+    "vllm.model_executor.models.interfaces:IsHybrid.get_mamba_state_shape_from_config": "cls vllm_config",
+    "vllm.model_executor.models.registry:_ModelRegistry.resolve_model_cls": "self architectures model_config",
     "vllm.model_executor.models.utils:extract_layer_index": "layer_name num_attn_module",
     "vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl": (
         "self q k_c_normed k_pe kv_cache attn_metadata output output_scale output_block_scale quant_group_size "

@@ -7,6 +7,7 @@ comes after. The truth is a sequence of its own, read token by token from an emp
 """
 
 import random
+import sys
 
 import pytest
 from vllm import SamplingParams
@@ -16,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from tests import test_bookkeeping
 from tests.test_bookkeeping import BLOCK, NUM_BLOCKS, Simulation, Worker
 from vllm_qfilters.budget import RequestLimits, cdiv
 from vllm_qfilters.kernels.reference import taken_out
@@ -126,6 +128,8 @@ def cold(
             evicted = limits.evicted_tokens(len(entries), True, BLOCK)
         if evicted and moves:
             window = limits.protected_window(len(entries) - evicted)
+            if limits.resumes:  # nothing comes in the place of tokens that a follow-up reads again
+                window = max(window, (len(entries) - evicted) % BLOCK)
             kept = survivors(entries, position, evicted, limits.sinks, window)
             entries = [made for made, is_kept in zip(entries, kept, strict=True) if is_kept]
         elif evicted:
@@ -357,6 +361,43 @@ def test_pages_behind_a_cut_are_those_of_one_sequence(tiny_model):
     assert ask(prompt[:248]) == 242
 
 
+@pytest.mark.parametrize("max_tokens", [1, 4])
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_prompt_leaves_its_own_pages_where_those_of_another_are_gone(granularity, max_tokens, tiny_model):
+    """Two prompts begin alike and are read at once. The longer one is cut first, and its pages of the cut that is the
+    last of the shorter one leave the prefix cache before that ends."""
+    ask = Asked(tiny_model, granularity)
+    simulation, prompt = ask.simulation, prompt_of(333)
+    scheduler, pages = simulation.scheduler, simulation.scheduler.block_manager
+    longer, shorter = (
+        simulation.ask(prompt[:num_tokens], max_tokens=tokens) for num_tokens, tokens in ((333, 4), (243, max_tokens))
+    )
+    while scheduler.requests[shorter].num_computed_tokens < 243:
+        simulation.step()
+    last = pages._standings[shorter]
+    assert last.cut == 240 and not last.is_own
+    request = scheduler.requests[longer]
+    scheduler.kv_cache_manager.block_pool.evict_blocks(
+        {block.block_id for block in pages.prefixes._pages(request, pages.limits[longer], last.cut)}
+    )
+    simulation.finish()
+    simulation.audit()
+    assert ask(prompt[:248]) >= 242
+
+
+def test_a_prompt_leaves_its_own_pages_where_those_of_another_leave_first(tiny_model):
+    """Two prompts begin alike and are read at once. The last cut of the shorter one is one of those that the longer one
+    keeps pages of while there is room."""
+    ask, prompt = Asked(tiny_model), prompt_of(333)
+    for num_tokens in (333, 230):
+        ask.simulation.ask(prompt[:num_tokens])
+    ask.simulation.finish()
+    ask.simulation.audit()
+    for seed in range(1, 5):
+        assert ask(prompt_of(400, seed=seed)) == 0
+    assert ask([*prompt[:230], 7, 8]) == 230
+
+
 def test_what_comes_in_the_place_of_a_prefix_leaves_others_alone(tiny_model):
     """Behind both cuts of a prompt stand some of the same pages. Those of the first one leave the cache in part, and
     another prompt's come in their place."""
@@ -418,32 +459,65 @@ def test_keys_are_of_all_tokens_where_hashes_are_of_half_pages(tiny_model):
 
 
 WHOLE_PROMPTS = {"prefill": "full", "chunk": None, "prefill_interval": None}
+SMALL_WINDOW = {"budget": 45, "window": 2}
 
 
-@pytest.mark.parametrize("options", [{}, WHOLE_PROMPTS], ids=["chunked", "full"])
+@pytest.mark.parametrize(
+    "options, block",
+    [({}, BLOCK), (WHOLE_PROMPTS, BLOCK), (SMALL_WINDOW, 8)],
+    ids=["chunked", "full", "small-window"],
+)
 @pytest.mark.parametrize("granularity", ["layer", "page"])
-def test_a_session_goes_on_from_what_it_held(granularity, options, tiny_model):
+def test_a_session_goes_on_from_what_it_held(granularity, options, block, tiny_model, monkeypatch):
+    """All of it: what is behind its last whole page are the last tokens, which are read again."""
+    for module in (test_bookkeeping, sys.modules[__name__]):
+        monkeypatch.setattr(module, "BLOCK", block)
     simulation = Asked(tiny_model, granularity, prefix="resume", **options).simulation
     worker, scheduler = simulation.worker, simulation.scheduler
     stats, tokens, held, start = scheduler.compression_stats, [], (), 0
+    num_cut_in_last_page = 0
     for turn, num_tokens in enumerate((150, 30, 1, 200)):
         prompt, before = tokens + prompt_of(num_tokens, seed=turn), stats.prefix_hit_tokens
         name = simulation.ask(prompt, max_tokens=41)
         limits = scheduler.block_manager.limits[name]
+        made, computed = {}, start
         while name in scheduler.requests:
             simulation.step()
             if name in worker.pages:
+                newest = range(computed, worker.computed[name])
                 entries, computed = worker.entries(name), worker.computed[name]
-                is_cut = worker.cuts.get(name) == computed  # for a token that was not to come
+                made |= zip(newest, entries[len(entries) - len(newest) :], strict=True)
+                cut = worker.cuts.get(name, 0)
         simulation.finish()
         assert stats.prefix_hit_tokens - before == start and stats.resumed_requests == turn
         tokens = worker.ended[-1]
-        seen = [*tokens[:computed], *([None] if is_cut else [])]
+        seen = [*tokens[:computed], *([None] if cut == computed else [])]  # for a token that was not to come
         expected = cold(seen, len(prompt), limits, worker.moves, held, start)
         assert sorted(entries) == sorted(expected) and computed == len(tokens) - 1
         start = computed // BLOCK * BLOCK
-        held = tuple(entries[: len(entries) - (computed - start)])
+        num_held = len(entries) - (computed - start)
+        held = tuple(entries[:num_held])
+        assert entries[num_held:] == [made[position] for position in range(start, computed)]
+        num_cut_in_last_page += start < cut
+    assert num_cut_in_last_page or options != SMALL_WINDOW
     simulation.audit()
+    simulation.audit_ended()
+
+
+def test_no_session_goes_on_from_an_end_that_was_cut_beyond_its_last_token(tiny_model, monkeypatch):
+    """It is aborted while the step that computes that token is in flight, and is to be cut for the next one."""
+    monkeypatch.setattr(test_bookkeeping, "IN_FLIGHT", 3)
+    simulation = Asked(tiny_model, prefix="resume").simulation
+    scheduler, worker = simulation.scheduler, simulation.worker
+    name = simulation.ask(prompt_of(150), max_tokens=100)
+    request = scheduler.requests[name]
+    while worker.cuts.get(name, 0) < max(160, request.num_tokens):
+        simulation.step()
+        assert name in scheduler.requests
+    scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    simulation.ended += 1
+    assert not scheduler.block_manager.prefixes.num_ends
+    simulation.finish()
     simulation.audit_ended()
 
 

@@ -719,6 +719,17 @@ def test_resuming_is_refused_where_no_prompt_could(options, reason):
         policy_of(prefix="resume", **options)
 
 
+def test_a_budget_to_resume_from_holds_the_tokens_of_a_page_that_is_not_full():
+    options = dict(method="random", window=8, sinks=4, interval=128, chunk=128)
+    least = 128 + 4 + 127
+    policy_of(prefix="resume", budget=least, **options).check_block_size(128)
+    too_small = policy_of(prefix="resume", budget=least - 1, **options)
+    reason = rf"budget={least - 1}: at least {least} .* window 8 \(at least 127, as many as a page that is not full"
+    with pytest.raises(ValueError, match=reason):
+        too_small.check_block_size(128)
+    policy_of(budget=128 + 4 + 8, **options).check_block_size(128)
+
+
 def test_every_option_of_some_is_read_by_a_method_that_is_not_told_to_drop_it():
     for entry in (*METHODS.values(), *QFILTERS.values()):
         assert entry.options <= OPTIONS_OF_SOME == {"filter", "filters", "rank", "observed"}

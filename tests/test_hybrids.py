@@ -267,6 +267,7 @@ def test_states_of_other_kinds_are_refused():
             check_specs(policy, {"attention": attention, "state": state}, max_model_len=4096)
 
 
-def test_sizes_of_states_are_not_reckoned(family, capsys):
-    assert commands.main(["size", str(family("lfm2")[0]), "--memory", "1GiB"]) == 2
-    assert "layers that keep a state beside attention are not reckoned" in capsys.readouterr().err
+def test_sizes_of_states_are_not_reckoned_in_one_group(family, capsys):
+    argv = ["size", str(family("lfm2")[0]), "--memory", "1GiB", "--pipeline-parallel-size", "2"]
+    assert commands.main(argv) == 2
+    assert "models that keep states beside attention have several KV cache groups: use --pip" in capsys.readouterr().err

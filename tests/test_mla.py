@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM
 from tests import models
 from tests.engines import Engines, tokens_and_logprobs
 from tests.models import random_prompt
+from tests.oracle import teacher_forced_logprobs
 from tests.run_engine import run_engine
 from tests.test_groups import answers, assert_close
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
+from tests.test_prefix_cache import assert_goes_on_like_a_session
+from vllm_qfilters.commands.inspection.command import inspect
 
 BLOCK = 16  # tokens per page, which vLLM's CPU_MLA takes and no other number
 OPTIONS = dict(budget=256, sinks=4, interval=32, chunk=256)
@@ -27,6 +30,7 @@ CASES = {
     "expected": dict(window=0.1, rank=0),
     "expected-cut-often": dict(window=32, rank=0, prefill_interval=64),
     "static": dict(window=32, filter="static"),
+    "static-page": dict(window=32, filter="static", granularity="page"),
     "keydiff-head": dict(method="keydiff", window=45, granularity="head", scope="decode", budget=96, interval=16),
 }
 
@@ -89,6 +93,11 @@ def test_turn_after_turn_reads_what_is_new_and_says_what_a_cold_engine_says(meth
     engine.assert_idle()
 
 
+def test_a_resumed_session_is_one_that_never_left_the_engine(deepseek_engines):
+    engine = deepseek_engines.get(**TURNS["expected"], observed=0, prefix="resume")
+    assert_goes_on_like_a_session(engine, num_cached=944)
+
+
 def test_requests_that_preempt_each_other_end_as_alone(deepseek_engines, monkeypatch):
     """They come to hold their budgets, for which there is no room together, and evict."""
     engine = deepseek_engines.get(num_blocks=40, max_model_len=1024, max_batched=128, **TURNS["expected"])
@@ -108,6 +117,42 @@ def test_requests_that_preempt_each_other_end_as_alone(deepseek_engines, monkeyp
 
 
 needs_amx = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the CPU has no AMX")
+
+
+@pytest.fixture(scope="module")
+def amx_engines(tiny_deepseek, deepseek_filters):
+    return Engines(tiny_deepseek, deepseek_filters[0], attention_backend="AMX_MLA", dtype="bfloat16")
+
+
+@needs_amx
+@pytest.mark.parametrize(("options", "share"), [({"observed": 0}, 0.9), ({}, 0.6)], ids=str)
+def test_amx_keeps_what_the_attention_in_float32_keeps(options, share, amx_engines, deepseek_engines):
+    """But for tokens that score alike in bfloat16, as many do where random queries are observed: CPU_MLA in bfloat16
+    keeps no more of them. By chance a third would be the same.
+
+    As many stay with pages of 32 tokens, of which AMX_MLA has a multiple, as with those of CPU_MLA.
+    """
+    prompt, options = random_prompt(916, seed=1), {**TURNS["expected"], **options}
+    found, expected = (
+        inspect(each.get(**options).llm, prompt, max_tokens=2) for each in (amx_engines, deepseek_engines)
+    )
+    assert found.kept.shape == expected.kept.shape and found.evicted_tokens == expected.evicted_tokens > 600
+    assert (found.kept & expected.kept).sum() > share * expected.kept.sum()
+
+
+@needs_amx
+def test_amx_answers_from_what_it_keeps(amx_engines, hf_model):
+    """In bfloat16; what another rule keeps gives another answer."""
+    options = options_of("random")
+    rule, prompt = dataclasses.replace(make_rule(options), observed=0), random_prompt(700, seed=1)
+    ids, logprobs = tokens_and_logprobs(amx_engines.get(**options).generate([prompt], max_tokens=100)[0])
+    right, wrong = (
+        torch.tensor(teacher_forced_logprobs(hf_model, prompt, ids, None, each)[0]).sub(torch.tensor(logprobs)).abs()
+        for each in (rule, dataclasses.replace(rule, sinks=rule.sinks + 1))
+    )
+    assert right.mean() < 0.25 * wrong.mean()
+
+
 REQUESTS = [
     dict(prompt=random_prompt(length, seed=length), max_tokens=tokens, prompt_logprobs=logprobs)
     for length, tokens, logprobs in ((700, 60, 0), (17, 90, None), (300, 60, None))

@@ -8,12 +8,16 @@ import openai
 import pytest
 import torch
 
-from tests.engines import BLOCK, Engine, Engines
-from tests.models import make_tiny_llama, random_prompt, tiny_identity
+from tests.engines import BLOCK, Engine, Engines, prefixes_kept_with_cpu_mla
+from tests.models import LATENT, NUM_LAYERS, ROTARY, make_tiny_llama, random_prompt, tiny_identity
 from tests.run_engine import generate_each
 from tests.server import Server
 from vllm_qfilters import kv_compression
+from vllm_qfilters.commands.inspection import command
+from vllm_qfilters.commands.inspection.command import assemble
+from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.reader import load
+from vllm_qfilters.worker import collectives
 
 COMPRESSION = dict(budget=192, window=48, interval=32, chunk=128, prefill_interval=64)
 CACHE = dict(num_blocks=64, max_model_len=1024, max_batched=256)
@@ -74,6 +78,58 @@ def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, monkeypatch,
     found = answer(start(COMPRESSION, model, tensor_parallel_size=3))
     (path,) = (tmp_path / "qfilters").iterdir()
     assert found == answer(Engines(model, path).get(**COMPRESSION, **CACHE))
+
+
+def test_two_ranks_that_hold_the_same_latents_answer_as_one(
+    start, tiny_deepseek, deepseek_filters, deepseek_engines, monkeypatch, tmp_path
+):
+    """MLA: each has half of the query heads, and copies of the same keys, of which both keep the same."""
+    compression = dict(COMPRESSION, filters=str(deepseek_filters[0]), rank=0)
+    with prefixes_kept_with_cpu_mla():
+        two = start(compression, tiny_deepseek, tensor_parallel_size=2, attention_backend="CPU_MLA")
+    one = deepseek_engines.get(**compression, **CACHE)
+    assert answer(two) == answer(one)
+    assert next_turn(two) == next_turn(one)
+
+    ranks = []
+    monkeypatch.setattr(command, "assemble", lambda kept, num_tokens: ranks.extend(kept) or assemble(kept, num_tokens))
+    found, expected = (command.inspect(engine.llm, REQUESTS[0]["prompt"], max_tokens=9) for engine in (two, one))
+    assert ranks[0] == ranks[1] and len(ranks) == 3
+    assert found.kept.shape == expected.kept.shape == (NUM_LAYERS, 1, 508)
+    assert found.evicted_tokens > 256 and (found.kept == expected.kept).all()
+
+    one.drop_everything()
+    sequences, path, rank = [random_prompt(60, seed=3)], tmp_path / "filters.safetensors", LATENT + ROTARY
+    two.llm.collective_rpc("calibrate_filters", args=(sequences, "", str(path), rank))
+    calibrated = load(path, ModelIdentity.from_model_config(one.llm.model_config))
+    of_one = one.runner.calibrate_filters(sequences, "", rank)
+    for name in ("filters", "query_mean_before_rope", "score_mean", "score_std"):
+        torch.testing.assert_close(getattr(calibrated, name), getattr(of_one, name), atol=1e-3, rtol=1e-3)
+    covariance, of_one_covariance = (made.query_factors.mT @ made.query_factors for made in (calibrated, of_one))
+    torch.testing.assert_close(covariance, of_one_covariance, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_ranks, num_kv_heads", [(1, 1), (2, 1), (2, 2), (4, 2), (2, 6)])
+def test_ranks_take_the_mean_of_the_heads_that_they_hold_copies_of(num_ranks, num_kv_heads, monkeypatch):
+    copies, values = (
+        max(1, num_ranks // num_kv_heads),
+        torch.rand(num_ranks, 5, generator=torch.Generator().manual_seed(0)),
+    )
+    sent = [[] for _ in range(num_ranks)]  # by rank: a tensor for each time it takes part
+    monkeypatch.setattr(collectives, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+
+    def of(rank: int, all_reduce) -> torch.Tensor:
+        monkeypatch.setattr(collectives, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(collectives, "tensor_model_parallel_all_reduce", all_reduce)
+        return collectives.mean_over_copies(values[rank], num_kv_heads)
+
+    for rank in range(num_ranks):
+        of(rank, lambda tensor, rank=rank: sent[rank].append(tensor) or tensor)
+    assert {len(tensors) for tensors in sent} == {num_kv_heads if copies > 1 else 0}
+    for rank in range(num_ranks):
+        sums, first = iter([sum(tensors) for tensors in zip(*sent, strict=True)]), rank // copies * copies
+        found = of(rank, lambda _, sums=sums: next(sums))
+        torch.testing.assert_close(found, values[first : first + copies].mean(0))
 
 
 def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeypatch, tmp_path):

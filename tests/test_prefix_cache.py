@@ -208,28 +208,41 @@ def told_to_say(engine, tokens):
     assert not left
 
 
-@pytest.mark.parametrize("granularity", ["layer", "page"])
-def test_a_resumed_session_is_one_that_never_left_the_engine(granularity, engines):
+def assert_goes_on_like_a_session(engine, num_cached: int) -> list[int]:
     """Which decodes the message of the second turn, as if it had said it: no cut falls into the message, and there are
-    cuts behind it."""
-    options = {"observed": 0} if granularity == "layer" else {}
-    engine = engines.get(**OPTIONS, **PREFILLS["chunked"], granularity=granularity, prefix="resume", **options)
+    cuts behind it.
+
+    Args:
+        num_cached: of the 959 tokens that are computed in the first turn.
+
+    Returns:
+        prompt, answer and message.
+    """
     stats = engine.scheduler.compression_stats
     prompt, message = random_prompt(900, seed=41), random_prompt(8, seed=42)
     assert engine.llm.reset_prefix_cache()
     before = stats.resumed_requests
     answer = list(generate(engine, prompt, max_tokens=60).outputs[0].token_ids)
     output, keys = held_at_the_end(engine, [*prompt, *answer, *message], max_tokens=NEW_TOKENS)
-    assert output.num_cached_tokens == 928 and stats.resumed_requests == before + 1  # of 959 that were computed
+    assert output.num_cached_tokens == num_cached and stats.resumed_requests == before + 1
     assert engine.llm.reset_prefix_cache()
     with told_to_say(engine, [*answer, *message]):
         session, session_keys = held_at_the_end(engine, prompt, max_tokens=68 + NEW_TOKENS)
     assert list(output.outputs[0].token_ids) == list(session.outputs[0].token_ids)[68:]
     torch.testing.assert_close(keys, session_keys, atol=1e-4, rtol=0)
+    return [*prompt, *answer, *message]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "page"])
+def test_a_resumed_session_is_one_that_never_left_the_engine(granularity, engines):
+    options = {"observed": 0} if granularity == "layer" else {}
+    engine = engines.get(**OPTIONS, **PREFILLS["chunked"], granularity=granularity, prefix="resume", **options)
+    history = assert_goes_on_like_a_session(engine, num_cached=928)
     # Another budget, or another salt, finds nothing.
-    generate(engine, prompt, max_tokens=60)
-    assert generate(engine, [*prompt, *answer, *message], kv_budget=250, max_tokens=1).num_cached_tokens == 416
-    assert stats.resumed_requests == before + 1
+    resumed = engine.scheduler.compression_stats.resumed_requests
+    generate(engine, history[:900], max_tokens=60)
+    assert generate(engine, history, kv_budget=250, max_tokens=1).num_cached_tokens == 416
+    assert engine.scheduler.compression_stats.resumed_requests == resumed
 
 
 @pytest.mark.parametrize("granularity", ["layer", "page"])

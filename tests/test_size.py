@@ -1,11 +1,20 @@
 """What the command ``size`` reckons is what engines report, and what sequences in them come to hold."""
 
 import argparse
+import http.server
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
+import threading
+from typing import ClassVar
 
 import pytest
+from vllm.distributed import parallel_state
 
+from tests import models, states
 from tests.engines import Engine
 from tests.models import random_prompt
 from vllm_qfilters import commands, kv_compression
@@ -79,19 +88,20 @@ def narrow(config):
     return {**config, "head_dim": head_dim, **width}
 
 
-@pytest.mark.parametrize("method", [None, "knorm"], ids=["plain", "knorm"])
-@pytest.mark.parametrize("name", REAL)
-def test_an_engine_has_as_many_pages_as_were_reckoned(name, method, folder_of, capsys):
-    """And a sequence in it comes to hold as many of them."""
-    folder = folder_of(narrow(REAL[name][0]))
-    compression = {} if method is None else kv_compression(method, budget=1024, interval=BLOCK)
-    engine = Engine(
-        folder, None, MAX_MODEL_LEN, STEP_TOKENS, compression, load_format="dummy", kv_cache_memory_bytes=CACHE_BYTES
-    )
+def assert_holds_what_is_reckoned(folder, method, capsys, interval=BLOCK, keeps_prefixes=True) -> str:
+    """An engine has as many pages as were reckoned, and a sequence in it comes to hold as many of them.
+
+    Returns:
+        what the command says.
+    """
+    compression = {} if method is None else kv_compression(method, budget=1024, interval=interval)
+    llm = dict(load_format="dummy", kv_cache_memory_bytes=CACHE_BYTES, enable_prefix_caching=keeps_prefixes)
+    engine = Engine(folder, None, MAX_MODEL_LEN, STEP_TOKENS, compression, **llm)
     printed = run(
         capsys, folder, "--kv-cache-memory-bytes", CACHE_BYTES, "--block-size", BLOCK, "--dtype", "float32",
         "--max-model-len", MAX_MODEL_LEN, "--max-num-batched-tokens", STEP_TOKENS, "--budget", 1024, "--length", 1550,
-        "--kv-compression", method or "knorm", "--kv-compression-config.interval", BLOCK,
+        "--kv-compression", method or "knorm", "--kv-compression-config.interval", interval,
+        *([] if keeps_prefixes else ["--no-enable-prefix-caching"]),
     )  # fmt: skip
     pages, fit = cells(printed, 1550, "plain vLLM" if method is None else "1,024")
     assert fit == (engine.pool.num_gpu_blocks - 1) // pages
@@ -107,6 +117,125 @@ def test_an_engine_has_as_many_pages_as_were_reckoned(name, method, folder_of, c
     engine.run(on_step=count)
     decoding = held[-40:-1]
     assert pages - 2 <= max(decoding) <= pages, "windows seldom begin where a page does"
+    return printed
+
+
+METHODS = pytest.mark.parametrize("method", [None, "knorm"], ids=["plain", "knorm"])
+
+
+@METHODS
+@pytest.mark.parametrize("name", REAL)
+def test_an_engine_has_as_many_pages_as_were_reckoned(name, method, folder_of, capsys):
+    assert_holds_what_is_reckoned(folder_of(narrow(REAL[name][0])), method, capsys)
+
+
+@METHODS
+def test_sliding_windows_with_other_kv_heads(method, capsys, tmp_path):
+    """Gemma 4: a token takes twice as much in a layer with a window, whose pages have half as many in plain vLLM."""
+    folder = models.make_tiny_gemma4(tmp_path, num_kv_heads=4)
+    printed = assert_holds_what_is_reckoned(folder, method, capsys)
+    assert "1 layers of full attention and 2 with a sliding window of 48, 1 KV heads of 64 (4 of 32 with a" in printed
+    assert "A token takes 2.5 KiB with plain vLLM, 3 KiB with compression" in printed
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "block_size", "keeps_prefixes"),
+    [
+        (models.make_tiny_lfm2, "knorm", 32, True),
+        (models.make_tiny_qwen3_next, None, 96, True),
+        (models.make_tiny_qwen3_next, "knorm", 96, True),
+        (models.make_tiny_nemotron_h, "knorm", 64, False),  # vLLM on CPUs keeps none of its states
+    ],
+)
+def test_states_beside_attention(make, method, block_size, keeps_prefixes, capsys, tmp_path):
+    """Pages are widened until they are as large as a state."""
+    if parallel_state._EP is None:
+        parallel_state._EP = parallel_state._TP  # as for GPT-OSS, in tests/test_architectures.py
+    with states.stood_in():
+        printed = assert_holds_what_is_reckoned(make(tmp_path), method, capsys, block_size, keeps_prefixes)
+    assert re.search(rf": 1 layers .* and 2 that keep a state of .* pages of {block_size} tokens\n", printed)
+
+
+def test_states_of_a_model_that_people_serve(folder_of, capsys):
+    """Qwen3-Next-80B-A3B, of which vLLM's log says on GPUs that a page has 544 tokens."""
+    config = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "torch_dtype": "bfloat16"}
+    printed = run(capsys, folder_of(config), "--kv-cache-memory-bytes", "40G", "--length", 32_768, "--budget", 8192)
+    assert (
+        "12 layers of full attention and 36 that keep a state of 1.047 MiB, 2 KV heads of 256; pages of 544" in printed
+    )
+    assert cells(printed, 32_768, "plain vLLM")[0] == 61 + 3 * 2 and cells(printed, 32_768, "8,192")[0] == 16 + 3 * 2
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the files of ``folder`` as those of every repository, beside which it claims to have weights."""
+
+    folder: pathlib.Path
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        names = [file.name for file in self.folder.iterdir()] + ["model.safetensors"]
+        if path.startswith("/api/models/"):
+            files = [{"type": "file", "path": name, "rfilename": name, "size": 9, "oid": "0"} for name in names]
+            body = json.dumps(files if "/tree/" in path else {"id": "some/model", "siblings": files}).encode()
+        elif (file := self.folder / path.rpartition("/")[2]).is_file():
+            body = file.read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", '"0"')
+        self.send_header("X-Repo-Commit", 40 * "0")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_of_a_repository_the_configuration_alone_is_downloaded(folder_of, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(Hub, "folder", folder_of(SMOLLM), raising=False)
+    monkeypatch.setattr(Hub, "asked", [])
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = dict(
+        os.environ, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path_factory.mktemp("hub")), no_proxy="127.0.0.1"
+    )
+    environment["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+    code = "from vllm_qfilters.commands import main; raise SystemExit(main())"
+    argv = [
+        sys.executable,
+        "-c",
+        code,
+        "size",
+        "some/model",
+        "--memory",
+        "8GiB",
+        "--length",
+        "8192",
+        "--budget",
+        "1024",
+    ]
+    try:
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert done.returncode == 0, done.stderr
+    assert f"Weights take {show(2 * REAL['SmolLM2-135M'][1])}." in done.stdout
+    assert cells(done.stdout, 8192, "1,024")[0] == 64
+    downloaded = {path.rpartition("/")[2] for path in Hub.asked if "/resolve/" in path}
+    assert "config.json" in downloaded and not any(
+        name.endswith((".safetensors", ".bin", ".pt")) for name in downloaded
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -160,6 +289,7 @@ def test_a_plot(folder_of, capsys, tmp_path):
         ({}, ["--memory", "8GiB", "--block-size", "48", "--kv-compression-config.interval", "64"], "not a multiple"),
         (DEEPSEEK, ["--memory", "8GiB", "--kv-compression", "knorm"], "method 'knorm' with MLA"),
         ({"quantization_config": {"quant_method": "fp8"}}, ["--memory", "8GiB"], "quantised by fp8 .* give --weights"),
+        ({"v_head_dim": 32}, ["--memory", "8GiB"], r"values of another size than keys \(32 and 64\)"),  # as MiMo-V2
     ],
 )
 def test_what_cannot_be_reckoned_is_refused_saying_what_to_change(change, argv, reason, folder_of, capsys):

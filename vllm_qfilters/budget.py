@@ -49,6 +49,8 @@ class RequestLimits:
         elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
         pinned_prompt: tokens of the prompt that stay to the end, up to a page more so that whole pages go; 0: none, and
             tokens of the prompt compete with generated ones.
+        resumes: others go on from what the sequence holds at its end, in whole pages. So the last tokens stay where
+            they do not fill one: they are read again, and nothing else is held behind the last whole page.
     """
 
     budget: int
@@ -62,6 +64,7 @@ class RequestLimits:
     keeps_distinct: bool = False
     elastic: bool = False
     pinned_prompt: int = 0
+    resumes: bool = False
 
     def max_resident_tokens(self, length: int) -> int:
         """Most tokens that a sequence of ``length`` tokens holds at any time; an elastic one can be cut to as many."""
@@ -122,6 +125,8 @@ class RequestLimits:
             prompt_tokens, evicted, block_size: as for :meth:`prompt_surplus`; ``evicted`` before the eviction.
         """
         sinks, window = self.sinks, self.window
+        if self.resumes:
+            window = max(window, kept % block_size)
         if self.pinned_prompt and position >= prompt_tokens:
             if self.prompt_surplus(prompt_tokens, evicted, block_size):
                 window = max(window, position - prompt_tokens)

@@ -162,9 +162,14 @@ class Policy:
                 and to ``prompt_share``, which whole pages are evicted down to.
         """
         ends = 2 * (block_size - 1) if self.evicts_whole_pages else 0
-        windows = (self.window, self.min_window)
+        windows = (self.window, self.min_window, self._min_last_page(block_size))
         sinks = self.sinks + ends
         return max(min_budget(window, sinks, self.interval, self.prompt_share, block_size) for window in windows)
+
+    def _min_last_page(self, block_size: int) -> int:
+        """Most tokens of a last page that is not full, which stay where requests go on from the end of others. In page
+        granularity only full pages go."""
+        return block_size - 1 if self.resumes and not self.evicts_whole_pages else 0
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
@@ -252,6 +257,7 @@ class Policy:
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
             pinned_prompt=max(sinks, math.floor(self.prompt_share * budget)) if self.prompt_share else 0,
+            resumes=self.resumes and not self.evicts_whole_pages,
         )
 
     def _most_budget(self, prompt_tokens: int, block_size: int) -> int | None:
@@ -279,6 +285,8 @@ class Policy:
             window = f"window {self.window}"
             if self.min_window:
                 window += f" (at least {self.min_window}, which the model's sliding windows reach back)"
+            if last_page := self._min_last_page(block_size):
+                window += f" (at least {last_page}, as many as a page that is not full has with prefix='resume')"
             if self.prompt_share:
                 window += f" + prompt_share {self.prompt_share}"
             raise ValueError(

@@ -8,7 +8,8 @@ its queue of free pages. What a prompt gives up at a cut leaves the cache before
 passes many cuts and most follow-up prompts go on from the last one; what others found twice stays as long.
 
 The pages of a cut belong together: another prompt that was cut at the same tokens may have decided a tie otherwise, for
-other tokens were computed beside its own. Therefore the pages of one sequence alone are there at a time.
+other tokens were computed beside its own. Therefore the pages of one sequence alone are there at a time: those of the
+first one, unless they leave the cache before another one has gone on from the same cut.
 
 What a request holds at its end is no such function: its answer was generated under the decoding budget, and other
 requests that end with the same tokens may hold others of them. It is kept where the user wants follow-up prompts to go
@@ -120,18 +121,26 @@ class CompressedPrefixes:
         return None
 
     def add(
-        self, request: Request, limits: RequestLimits, cut: int, blocks: Mapping[int, Sequence[KVCacheBlock]]
+        self,
+        request: Request,
+        limits: RequestLimits,
+        cut: int,
+        blocks: Mapping[int, Sequence[KVCacheBlock]],
+        given_up: Iterable[KVCacheBlock] | None = None,
     ) -> bool:
         """Keeps what a prompt holds behind a cut; False: that of another sequence is there.
 
         Args:
             blocks: all its pages by group, of which none is written any more while it is in the cache.
+            given_up: if those of another sequence count only where they do not leave first, pages that are about to be
+                among :attr:`leaving`.
         """
         count = limits.prefix_tokens(self._block_size) // self._block_size
         places = [_Place(self._group_id, index, cut) for index in range(count)]
         places += [place for group_id in self.windows for place in self._places_of_window(group_id, cut, cut)]
         cached = [self._page(request, limits, cut, place) for place in places]
-        if all(block is not None for block in cached):
+        there = [block for block in cached if block is not None]
+        if len(there) == len(places) and (given_up is None or not self._leave_first(there, given_up)):
             return False
         own = [blocks[place.group_id][place.at] for place in places]
         pairs = zip(cached, own, strict=True)
@@ -139,6 +148,10 @@ class CompressedPrefixes:
         for place, block in zip(places, own, strict=True):
             self._add(request, limits, cut, place, block)
         return True
+
+    def _leave_first(self, blocks: Sequence[KVCacheBlock], given_up: Iterable[KVCacheBlock]) -> bool:
+        soon = {block.block_id for block in given_up}
+        return any(block in self.leaving or block.block_id in soon for block in blocks)
 
     def add_page(
         self,
@@ -302,6 +315,12 @@ class LeavingFirst:
         # By page: its key when a request found it last, and how many did.
         self._found: list[bytes | None] = [None] * len(block_pool.blocks)
         self._times: list[int] = [0] * len(block_pool.blocks)
+        # By page: its key when it was let leave first, until a request finds it.
+        self._let: list[bytes | None] = [None] * len(block_pool.blocks)
+
+    def __contains__(self, block: KVCacheBlock) -> bool:
+        key = block.block_hash
+        return key is not None and not block.ref_cnt and self._let[block.block_id] == key
 
     def add(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Lets pages that were freed just now leave in this order, but for those that two requests have found."""
@@ -311,6 +330,7 @@ class LeavingFirst:
                 self._queue.remove(block)
                 self._put_behind(self._place(), block)
                 self._marker = block, key
+                self._let[block.block_id] = key
 
     def note_found(self, blocks: Iterable[KVCacheBlock]) -> None:
         """A request starts with these pages. Call before they leave the queue."""
@@ -319,6 +339,7 @@ class LeavingFirst:
             if block.block_hash is not None:
                 self._times[block.block_id] = self._times_found(block) + 1
                 self._found[block.block_id] = block.block_hash
+                self._let[block.block_id] = None
                 found.add(block.block_id)
         head = self._queue.fake_free_list_head
         last, _ = self._marker

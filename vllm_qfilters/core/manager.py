@@ -58,6 +58,7 @@ class QFiltersManager(FullAttentionManager):
         self.evicted: dict[str, int] = {}  # tokens; only requests that evicted any
         self.all_evicted = 0  # the sum of them
         self.next_cuts: dict[str, int] = {}  # positions before which running requests are not cut; set by the scheduler
+        self._last_cuts: dict[str, int] = {}  # positions of running requests at their last cuts
         self._released: list[KVCacheBlock] = []  # given up by plan_eviction(), not yet returned to the pool
         self._taken_out: list[KVCacheBlock] = []  # those of them that no private copy replaces
         self._superseded: list[KVCacheBlock] = []  # those of them that leave the prefix cache first
@@ -128,13 +129,18 @@ class QFiltersManager(FullAttentionManager):
     def keep_end(self, request: Request) -> None:
         """Keeps what a request holds, where others go on from it. Call when it has ended, before its pages are freed.
 
-        What it held while its prompt was read, and what was never cut, is in the prefix cache anyway.
+        What it held while its prompt was read, and what was never cut, is in the prefix cache anyway, its own pages or
+        those of another sequence.
         """
+        self._take_place(request)
         request_id, evicted = request.request_id, self.evicted.get(request.request_id, 0)
         if not self.resumes or not evicted or reads_prompt(request):
             return
+        known = request.num_tokens - 1
+        if self._last_cuts.get(request_id, 0) > known:
+            return  # it went by tokens that are no part of what others go on from
         # What is computed behind the last token that was known lies in the pages behind.
-        held = min(request.num_computed_tokens, request.num_tokens - 1) - evicted
+        held = min(request.num_computed_tokens, known) - evicted
         blocks = self.req_to_blocks[request_id][: held // self.block_size]
         if blocks:
             position = evicted + len(blocks) * self.block_size
@@ -217,13 +223,19 @@ class QFiltersManager(FullAttentionManager):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
             self._has_filled(request_id, first, self.num_cached_block.get(request_id, 0))
         elif (standing := self._standings.get(request_id)) is not None:
-            limits, evicted, first = self.limits[request_id], self.evicted[request_id], standing.num_cached
-            end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
-            for index in range(first, (end - evicted) // self.block_size):
-                blocks = self._blocks_by_group(request_id)
-                self.prefixes.add_page(request, limits, standing.cut, index, blocks, evicted)
-                standing.num_cached = index + 1
+            first = standing.num_cached
+            self._cache_since_cut(request, num_tokens)
             self._has_filled(request_id, first, standing.num_cached)
+
+    def _cache_since_cut(self, request: Request, num_tokens: int) -> None:
+        """Keeps the pages that a prompt has filled since its last cut, up to ``num_tokens``."""
+        request_id = request.request_id
+        limits, evicted, standing = self.limits[request_id], self.evicted[request_id], self._standings[request_id]
+        end = min(num_tokens, request.num_prompt_tokens, limits.end_of_prefix(standing.cut, self.block_size))
+        for index in range(standing.num_cached, (end - evicted) // self.block_size):
+            blocks = self._blocks_by_group(request_id)
+            self.prefixes.add_page(request, limits, standing.cut, index, blocks, evicted)
+            standing.num_cached = index + 1
 
     def _has_filled(self, request_id: str, first: int, end: int) -> None:
         """Pages of a request from ``first`` to before ``end`` were put in the prefix cache."""
@@ -235,6 +247,7 @@ class QFiltersManager(FullAttentionManager):
         self._forget_uncomputed(request_id)
         self.all_evicted -= self.evicted.pop(request_id, 0)
         self.next_cuts.pop(request_id, None)
+        self._last_cuts.pop(request_id, None)
         self._standings.pop(request_id, None)
         if self._found is not None and self._found[0] == request_id:
             self._found = None
@@ -357,6 +370,7 @@ class QFiltersManager(FullAttentionManager):
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
         self._keep_prefix(request)
+        self._last_cuts[request_id] = request.num_computed_tokens
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         self.all_evicted += evicted_tokens
         return RequestCompaction(
@@ -392,6 +406,21 @@ class QFiltersManager(FullAttentionManager):
             self._standings[request_id] = _Standing(cut, num_pages, is_own)
             self._planned.add(request_id)
 
+    def _take_place(self, request: Request) -> None:
+        """Keeps what a prompt holds since its last cut, if the pages of another sequence that stood in its place have
+        left the prefix cache, or, where the prompt ends behind that cut, leave it first. Its own are as they were: they
+        are written at a cut alone."""
+        request_id, standing = request.request_id, self._standings.get(request.request_id)
+        if standing is None or standing.num_cached < sys.maxsize:
+            return
+        limits = self.limits[request_id]
+        # Its own pages would leave first too, unless these are what its prompt ends with.
+        given_up = None if reads_prompt(request) or self.resumes else self._superseded
+        if self.prefixes.add(request, limits, standing.cut, self._blocks_by_group(request_id), given_up):
+            standing.is_own = True
+            standing.num_cached = limits.prefix_tokens(self.block_size) // self.block_size
+            self._cache_since_cut(request, request.num_computed_tokens)
+
     def _give_up_prefix(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:
         """Takes what a prompt holds since its last cut out of the prefix cache, unless it is to stay there, or others
         hold it too: else its pages would have to be copied.
@@ -400,8 +429,12 @@ class QFiltersManager(FullAttentionManager):
             blocks: those of its pages that are about to be written to or to be taken out.
         """
         standing, limits = self._standings.get(request.request_id), self.limits[request.request_id]
-        is_last = not reads_prompt(request)
-        if standing is None or not standing.is_own or is_last or limits.keeps_prefix(standing.cut, self.block_size):
+        if standing is None:
+            return
+        if not reads_prompt(request) or limits.keeps_prefix(standing.cut, self.block_size):
+            self._take_place(request)
+            return
+        if not standing.is_own:
             return
         # The window may still stand in pages of earlier prefixes.
         own = [block for block in blocks if self.prefixes.begins_with(block, limits, standing.cut)]

@@ -63,6 +63,7 @@ class PageManager(QFiltersManager):
 
         Call :meth:`release` after the last request of a step.
         """
+        self._take_place(request)
         candidates = self._candidates(request, evicted_tokens)
         blocks = self.req_to_blocks[request.request_id]
         scores = self.block_scores[[blocks[i].block_id for i in candidates]]

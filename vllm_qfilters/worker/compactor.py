@@ -81,6 +81,7 @@ class Compactor:
         num_heads: of a layer that a token is scored for, the query heads if the method scores for each of them.
         shared_by_heads: the heads of a layer keep the same tokens.
         mean_over_ranks: the mean of a tensor over ranks that hold other heads of the same layers.
+        mean_over_copies: the mean of a tensor over ranks that hold copies of the same KV heads.
         bytes_at_once: of scores and what is made of them; one layer of one sequence takes what it takes.
     """
 
@@ -90,6 +91,7 @@ class Compactor:
         num_heads: int,
         shared_by_heads: bool,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        mean_over_copies: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
         bytes_at_once: int = BYTES_AT_ONCE,
     ) -> None:
         self.method = method
@@ -98,6 +100,7 @@ class Compactor:
         self.num_heads = num_heads
         self.shared_by_heads = shared_by_heads
         self.mean_over_ranks = mean_over_ranks
+        self.mean_over_copies = mean_over_copies
         self.bytes_at_once = bytes_at_once
 
     def apply(
@@ -182,7 +185,7 @@ class Compactor:
         self, method: Method, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]
     ) -> torch.Tensor:
         cache, num_layers, num_heads = method.cache, method.cache.num_layers, self._num_selections
-        scores = self._ranked_by(method.scores(batch, recent_queries), cache, batch)
+        scores = self._ranked_by(self.mean_over_copies(method.scores(batch, recent_queries)), cache, batch)
         if batch.has_distinct_tokens:
             best = self.ops.select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
             distinctness = self._ranked_by(self.ops.key_distinctness(cache, batch, DISTINCT_POOL), cache, batch)

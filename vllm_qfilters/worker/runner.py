@@ -61,7 +61,7 @@ from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
 from vllm_qfilters.plan import RequestCompaction
 from vllm_qfilters.policy import Policy
 from vllm_qfilters.worker.caches import layers_by_cache, num_query_heads
-from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_ranks
+from vllm_qfilters.worker.collectives import max_over_ranks, mean_over_copies, mean_over_ranks
 from vllm_qfilters.worker.compactor import Compactor
 from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.lengths import ResidentLengths
@@ -154,7 +154,10 @@ class CompressedModelRunner:
         method = self._method(filters)
         if not self.compression.evicts_whole_pages:
             num_heads = self.most_query_heads if self.compression.expects_attention else self.cache.num_kv_heads
-            self.compactor = Compactor(method, num_heads, self.compression.heads_keep_the_same, mean_over_ranks)
+            of_model = ModelIdentity.from_model_config(self.model_config).num_kv_heads
+            of_copies = functools.partial(mean_over_copies, num_kv_heads=of_model)
+            shared = self.compression.heads_keep_the_same
+            self.compactor = Compactor(method, num_heads, shared, mean_over_ranks, of_copies)
         if method.stat == TokenStat.NONE:
             return
         for index, layer in enumerate(self.layers):

@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_qfilters.budget import cdiv
 from vllm_qfilters.commands.arguments import UsageError, at_least, check_writable
 from vllm_qfilters.commands.engine import one_line, read_engine_args
-from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
+from vllm_qfilters.commands.sizing.cache import (
+    STATE,
+    STATE_WITH_PREFIX_CACHE,
+    CompressedPool,
+    Held,
+    Layers,
+    PlainPool,
+    fitting,
+)
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
 from vllm_qfilters.filters.format import kv_shapes, most_query_heads
-from vllm_qfilters.groups import LayerKinds
+from vllm_qfilters.groups import LayerKinds, layers_per_group
 from vllm_qfilters.policy import Policy, resolve
 
 if TYPE_CHECKING:
@@ -146,18 +154,19 @@ class _Sizes:
         self._memory = args.memory
         self._is_large = (args.memory or 0) >= LARGE_GPU
         self._options = KVCompressionConfig.from_dict(engine_args.additional_config[ADDITIONAL_CONFIG_KEY])
-        self._block_size = engine_args.block_size or BLOCK_SIZE
         try:
             self.model_config = _model_config(engine_args, self._options)
+            self._layers = _layers(self.model_config, engine_args)
+            self._block_size = self._layers.page_tokens(engine_args.block_size or BLOCK_SIZE)
             self._policy = self._resolve(self._options)
             self._policy.check_block_size(self._block_size)
         except (ValueError, OSError) as error:
             raise UsageError(one_line(error)) from error
-        self._layers = _layers(self.model_config, engine_args)
         step_tokens = engine_args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self._is_large]
-        self._plain = PlainPool(self._layers, self._block_size, step_tokens)
+        state = STATE if engine_args.enable_prefix_caching is False else STATE_WITH_PREFIX_CACHE
+        self._plain = PlainPool(self._layers, self._block_size, step_tokens, state)
         self._compressed = CompressedPool(
-            self._layers, self._block_size, self._planes_in_pages, self._policy.beside, step_tokens
+            self._layers, self._block_size, self._planes_in_pages, self._policy.beside, step_tokens, state
         )
         self._beside = None if args.memory is None else self._reckon_beside(args.weights)
 
@@ -186,23 +195,25 @@ class _Sizes:
         kinds = f"{layers.num_full} layers of full attention" if layers.num_full else ""
         if layers.num_sliding:
             kinds += f"{' and ' if kinds else ''}{layers.num_sliding} with a sliding window of {layers.window:,}"
+        if layers.num_states:
+            kinds += f" and {layers.num_states} that keep a state of {show(layers.state_bytes)}"
         parallel = self._engine_args.tensor_parallel_size * self._engine_args.pipeline_parallel_size
         where = f", on each of {parallel} devices" if parallel > 1 else ""
         planes = self._planes_in_pages
-        heads = f"{layers.num_kv_heads} KV heads" if layers.value_size else "latents"
-        of_compression = " and with compression"
+        heads = f"{layers.num_kv_heads} KV heads of" if layers.value_size else "latents of"
+        heads += f" {layers.head_size}"
+        if layers.sliding_kv_heads:
+            heads += " ({} of {} with a window)".format(*layers.sliding_kv_heads)
+        plain, compressed = layers.all_token_bytes, layers.number * self._compressed.token_bytes
+        of_compression = " and with compression" if compressed == plain else f", {show(compressed)} with compression"
         if planes:
-            of_compression = (
-                f", {show(layers.number * layers.token_bytes(planes))} with compression, whose {planes} token stats "
-                "per KV head lie beside key and value"
-            )
+            of_compression += f", whose {planes} token stats per KV head lie beside key and value"
         lines = [
-            f"{self._engine_args.model}: {kinds}, {heads} of {layers.head_size}{where}; pages of {self._block_size} "
-            "tokens",
-            f"A token takes {show(layers.number * layers.token_bytes())} with plain vLLM{of_compression}",
+            f"{self._engine_args.model}: {kinds}, {heads}{where}; pages of {self._block_size} tokens",
+            f"A token takes {show(plain)} with plain vLLM{of_compression}",
         ]
         if layers.num_full and layers.num_sliding:
-            full, sliding = (count * layers.token_bytes() for count in (layers.num_full, layers.num_sliding))
+            full, sliding = layers.num_full * layers.token_bytes(), layers.num_sliding * layers.sliding_token_bytes
             lines.append(
                 f"Of plain vLLM's bytes {show(full)} are in layers of full attention, {show(sliding)} in those with a "
                 "window, which give them up again. "
@@ -248,9 +259,7 @@ class _Sizes:
         return policy
 
     def _resolve(self, config: KVCompressionConfig) -> Policy:
-        args = self._engine_args
-        is_one_group = bool(args.disable_hybrid_kv_cache_manager) or args.pipeline_parallel_size > 1
-        return resolve(config, self.model_config, self._block_size, is_one_group)
+        return resolve(config, self.model_config, self._block_size, _is_one_group(self._engine_args))
 
     @property
     def _max_num_seqs(self) -> int:
@@ -375,29 +384,85 @@ def _model_config(engine_args: "EngineArgs", options: KVCompressionConfig) -> "M
 
     engine_args.skip_tokenizer_init = True
     model_config = engine_args.create_model_config()
-    refuse(Start(resolve(options, model_config), SimpleNamespace(model_config=model_config)), MODEL_REFUSALS)
+    policy = resolve(options, model_config, is_one_group=_is_one_group(engine_args))
+    refuse(Start(policy, SimpleNamespace(model_config=model_config)), MODEL_REFUSALS)
     return model_config
 
 
+def _is_one_group(engine_args: "EngineArgs") -> bool:
+    """Whether layers of all kinds are in one KV cache group."""
+    return bool(engine_args.disable_hybrid_kv_cache_manager) or engine_args.pipeline_parallel_size > 1
+
+
 def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
-    """The layers of a device; of the first stage, which has most of them, where there is a pipeline."""
-    parallel = engine_args.tensor_parallel_size
+    """The layers of a device; of the first stage, which has most of them, where there is a pipeline.
+
+    Raises:
+        UsageError: it is not known what they hold.
+    """
+    config, ranks = model_config.hf_text_config, engine_args.tensor_parallel_size
     num_full, num_sliding, num_states, window = LayerKinds.of(model_config)
-    if num_states:
-        raise UsageError("layers that keep a state beside attention are not reckoned")
-    if len(kv_shapes(model_config.hf_text_config)) > 1:
-        raise UsageError("layers whose KV heads differ are not reckoned")
+    if num_states and _is_one_group(engine_args):
+        raise UsageError(
+            "models that keep states beside attention have several KV cache groups: use --pipeline-parallel-size 1, "
+            "and drop --disable-hybrid-kv-cache-manager"
+        )
+    if num_states and num_full > layers_per_group((num_full, num_states)):
+        raise UsageError(
+            f"models with more layers of full attention ({num_full}) than layers that keep a state ({num_states}), "
+            "which vLLM puts into several KV cache groups, are not supported"
+        )
+    num_kv_heads, head_size, sliding = model_config.get_total_num_kv_heads(), model_config.get_head_size(), None
+    if not model_config.use_mla and getattr(config, "v_head_dim", None) not in (None, 0, head_size):
+        raise UsageError(f"values of another size than keys ({config.v_head_dim} and {head_size}) are not supported")
+    if len(kv_shapes(config)) > 1:  # MODEL_REFUSALS let those of full attention be of one shape
+        of_full = kv_shapes(config, with_windows=False)
+        ((num_kv_heads, head_size),) = of_full
+        ((number, size),) = kv_shapes(config) - of_full
+        sliding = max(1, number // ranks), size
     stages = engine_args.pipeline_parallel_size
     cache_dtype = engine_args.kv_cache_dtype
     return Layers(
         num_full=cdiv(num_full, stages),
         num_sliding=cdiv(num_sliding, stages),
         window=window,
-        num_kv_heads=1 if model_config.use_mla else max(1, model_config.get_total_num_kv_heads() // parallel),
-        head_size=model_config.get_head_size(),
-        value_size=0 if model_config.use_mla else model_config.get_head_size(),
+        num_kv_heads=1 if model_config.use_mla else max(1, num_kv_heads // ranks),
+        head_size=head_size,
+        value_size=0 if model_config.use_mla else head_size,
         element_bytes=1 if cache_dtype.startswith("fp8") else _bytes(model_config.dtype),
+        sliding_kv_heads=sliding,
+        num_states=num_states,
+        state_bytes=_state_bytes(model_config, engine_args) if num_states else 0,
     )
+
+
+def _state_bytes(model_config: "ModelConfig", engine_args: "EngineArgs") -> int:
+    """What the state of one layer takes on a device, as vLLM's class of the model reckons it."""
+    from vllm.config import CacheConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    model_cls: Any
+    model_cls, architecture = ModelRegistry.resolve_model_cls(model_config.architecture, model_config)
+    cache_config = CacheConfig(
+        mamba_cache_dtype=engine_args.mamba_cache_dtype, mamba_ssm_cache_dtype=engine_args.mamba_ssm_cache_dtype
+    )
+    config: Any = SimpleNamespace(
+        model_config=model_config,
+        cache_config=cache_config,
+        parallel_config=SimpleNamespace(tensor_parallel_size=engine_args.tensor_parallel_size),
+        speculative_config=None,
+        num_speculative_tokens=0,
+    )
+    if architecture in MODELS_CONFIG_MAP:  # which chooses the dtype
+        MODELS_CONFIG_MAP[architecture].verify_and_update_config(config)
+    spec = MambaSpec(
+        shapes=tuple(model_cls.get_mamba_state_shape_from_config(config)),
+        dtypes=tuple(model_cls.get_mamba_state_dtype_from_config(config)),
+        block_size=-1,
+    )
+    return int(spec.page_size_bytes)
 
 
 def _lengths(args: argparse.Namespace, model_config: "ModelConfig") -> list[int]:
