@@ -31,7 +31,7 @@ mkdir -p "$BUILD/tests"
 cp -rL vllm_qfilters "$BUILD"  # kernels is a link
 cp tests/__init__.py tests/paged.py tests/paged_attention.py tests/specialisations.py tests/test_triton.py tests/test_xformers.py "$BUILD/tests"
 export PYTHONPATH=$BUILD
-TESTS=(-m pytest -q -rs -p no:cacheprovider tests/test_triton.py tests/test_xformers.py)
+TESTS=(-m pytest -q -rs -p no:cacheprovider -o "markers=sampled(every): here all cases are run" tests/test_triton.py tests/test_xformers.py)
 TIMING=("$PYTHON" benchmarks/gpu_kernels.py)
 if [ $DRY_RUN = 1 ]; then
   export CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1

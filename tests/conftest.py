@@ -11,6 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Two ranks share what cores there are. Here and not in a test: vLLM remembers its environment once an engine has
 # started.
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"  # which ranks let pass
+# Engines of the tests are eager. What vLLM compiles all the same, such as counting which tokens are likelier than one,
+# takes every process seconds.
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Threads that spin while they wait take the cores from what runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -28,7 +32,8 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import models
-from tests.engines import TEXT_ONLY, Engines, MLAEngines, register_qwen_vl
+from tests.background import Background
+from tests.engines import TEXT_ONLY, Engines, MLAEngines, make_empty_cache, register_qwen_vl
 from tests.interpreted_runs import InterpretedRuns
 from vllm_qfilters import cpu
 from vllm_qfilters.kernels import IMPLEMENTATION
@@ -42,8 +47,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "sampled(every): one in so many cases is run, all of them with --all-cases")
 
 
+WAIT_FOR_THE_BACKGROUND = ("test_compile_kernels.py", "test_gpu_engine.py")
+
+
+def is_among(name: str, items) -> bool:
+    """Whether tests of the file ``name`` are."""
+    return any(item.path.name == name for item in items)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases of sampled tests: many of a kind, of which each change is seen by a few."""
+    """Leaves out cases of sampled tests: many of a kind, of which each change is seen by a few. Those that wait for a
+    process in the background come last."""
+    items.sort(key=lambda item: item.path.name in WAIT_FOR_THE_BACKGROUND)
     if config.getoption("--all-cases"):
         return
     seen, kept, left_out = collections.Counter(), [], []
@@ -98,6 +113,14 @@ def make_filters(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_filters(make_filters):
     return make_filters("tiny")
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Folder that takes the place of vLLM's cache, where filters that are calibrated at start are kept too."""
+    folder = make_empty_cache(tmp_path / "cache")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +207,7 @@ def interpreted_runs(request, tmp_path_factory):
     """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their
     own, since Triton's interpreter takes long, and one thread.
     """
-    if not any(item.path.name == "test_gpu_engine.py" for item in request.session.items):
+    if not is_among("test_gpu_engine.py", request.session.items):
         yield None
         return
     families = ("exaone", "qwen_vl", "deepseek")
@@ -198,3 +221,16 @@ def interpreted_runs(request, tmp_path_factory):
     runs = InterpretedRuns(folder, **{name: request.getfixturevalue(name) for name in names})
     yield runs
     runs.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_compilation(request, tmp_path_factory):
+    """That of ``tests/test_compile_kernels.py``, if it is among the tests, in the same way."""
+    if not is_among("test_compile_kernels.py", request.session.items):
+        yield None
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    compilation = Background("tests.compile_kernels", "80", "90", environment=environment)
+    yield compilation
+    compilation.stop()

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from transformers.utils import is_torchvision_available
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.models import registry
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms.cpu import CpuPlatform
 from vllm.triton_utils import dispatcher
@@ -25,6 +26,18 @@ ANY_BUDGET = {"max_budget": "unlimited", "allow_kv_budget_off": True}  # for req
 # An engine that starts looks for Triton kernels in all that is imported, and vLLM 0.32 stumbles over llvmlite, which an
 # engine with n-gram drafts in the same process has imported before.
 dispatcher.vars = lambda value: vars(value) if isinstance(vars(value), dict) else {}
+
+# vLLM asks a process, which imports all of it again, what a model can do, so as to keep CUDA out of its own.
+registry._run_in_subprocess = lambda function: function()
+
+
+def make_empty_cache(folder: pathlib.Path) -> pathlib.Path:
+    """``folder`` in place of ``VLLM_CACHE_ROOT``: holds nothing but what vLLM has asked about models."""
+    asked = pathlib.Path(envs.VLLM_CACHE_ROOT) / "modelinfos"
+    asked.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    (folder / asked.name).symlink_to(asked, target_is_directory=True)
+    return folder
 
 
 _alive: list[LLM] = []

@@ -3,8 +3,8 @@ stdout.
 
     python -m tests.interpreted_engine < job.json
 
-A job is {"model": folder, "filters": file, "runs": [{"compression": options or null, "llm": keywords, "requests":
-[...]}]}. The runs of a job take place one after the other, each on an engine of its own; the requests of a run in one
+A job is {"model": folder, "filters": file, "runs": {name: {"compression": options or null, "llm": keywords, "requests":
+[...]}}}. The runs of a job take place one after the other, each on an engine of its own; the requests of a run in one
 batch, or, as a list of lists, batch by batch. A run with "model" has one of its own. A run with "calibration",
 {"sequences": token ids, "path": file}, calibrates filters at its end. Pipeline stages are processes of their own, which
 import this module too.
@@ -43,13 +43,15 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from tests.engines import register_qwen_vl
-from tests.interpreted_runs import prompt_after
+from tests.interpreted_runs import RESULTS, prompt_after
 from tests.paged import ForbiddenReads
-from tests.specialisations import recorded
+from tests.specialisations import counted, recorded
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
 from vllm_qfilters.attention.scoring import BACKENDS, MLA_BACKENDS
 from vllm_qfilters.commands.inspection.command import assemble
+from vllm_qfilters.filters import calibrate
+from vllm_qfilters.messages import QFiltersSchedulerOutput
 from vllm_qfilters.methods.catalog import METHODS
 from vllm_qfilters.worker.runner_v2 import QFiltersGPUModelRunner
 from vllm_qfilters.worker.worker import CompressedWorker
@@ -103,6 +105,8 @@ def keep_async_scheduling(check_and_update_config):
 
 
 CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling(CpuPlatform.check_and_update_config))
+# Of a repeated token, to see how queries turn: enough to tell, and the interpreter is slow.
+calibrate.REPEATED_TOKENS = 64
 # Pipeline stages send as with NCCL, through torch.distributed: through shared memory a stage would wait until the next
 # one reads.
 CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
@@ -118,6 +122,24 @@ def watch(target, method: str) -> list:
 
     setattr(target, method, wrapper)
     return calls
+
+
+def record_steps(runner: GPUModelRunner) -> list[dict]:
+    """A list that gets an entry at every step from now on: the tokens of each sequence in it, how many sequences were
+    cut before it, and the launches of all kernels, those of sampling apart."""
+    execute_model, steps = runner.execute_model, []
+
+    def recorded_step(scheduler_output, *args, **kwargs):
+        with counted() as launches:
+            output = execute_model(scheduler_output, *args, **kwargs)
+        is_ours = isinstance(scheduler_output, QFiltersSchedulerOutput)
+        cut = len(scheduler_output.compaction.compactions) if is_ours else 0
+        tokens = list(scheduler_output.num_scheduled_tokens.values())
+        steps.append({"tokens": tokens, "cut": cut, "launches": launches})
+        return output
+
+    runner.execute_model = recorded_step
+    return steps
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
@@ -224,7 +246,8 @@ def run(
     calibration: dict | None = None,
     model: str | None = None,
 ) -> dict:
-    """Token ids, log-probabilities and cached tokens of each request; what the engine evicted, and what it kept."""
+    """Token ids, log-probabilities and cached tokens of each request; the steps; what the engine evicted, and what it
+    kept."""
     options = {}
     if compression is not None:
         filters = {"filters": job["filters"]} if METHODS[compression.get("method", "qfilters")].needs_filters else {}
@@ -249,8 +272,12 @@ def run(
     if is_recorded:
         engine.collective_rpc("record_kept_tokens")
     is_alone = engine.llm_engine.vllm_config.parallel_config.world_size == 1  # else no worker is in this process
-    if compression is not None and is_alone:
-        check_metadata(engine.llm_engine.model_executor.driver_worker.worker.model_runner, scheduler)
+    steps = []
+    if is_alone:
+        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        steps = record_steps(runner)
+        if compression is not None:
+            check_metadata(runner, scheduler)
     QFiltersGPUModelRunner.warm_up = warm_up
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs, launched_while_serving, said = [], set(), []
@@ -281,6 +308,7 @@ def run(
         "v2_stages": engine.collective_rpc(runs_v2),
         "preemptions": len(preempted),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
+        "steps": list(steps),
         "launches": len(launched_while_serving),
         "not_warmed_up": sorted(launched_while_serving - warmed_up),
     }
@@ -304,7 +332,7 @@ def main() -> None:
     sys.modules["tests.interpreted_engine"] = sys.modules["__main__"]
     InterpretedWorker.__module__ = "tests.interpreted_engine"
     job = json.load(sys.stdin)
-    print(json.dumps([run(job, **wanted) for wanted in job["runs"]]))
+    print(RESULTS + json.dumps({name: run(job, **wanted) for name, wanted in job["runs"].items()}))
 
 
 if __name__ == "__main__":

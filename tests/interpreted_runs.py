@@ -3,11 +3,11 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
+from tests.background import Background
 from tests.models import random_prompt
+
+RESULTS = "results: "  # before those of tests/interpreted_engine.py, whose other lines are vLLM's log
 
 LLM = dict(
     block_size=32,
@@ -44,6 +44,12 @@ CROWD = [dict(prompt=random_prompt(length, seed=length), max_tokens=8) for lengt
 CALIBRATION = [random_prompt(40, seed=6)]
 # Cut while it is read, and while it is answered.
 ONE = [[dict(prompt=random_prompt(150, seed=12), max_tokens=12)]]
+# Each decodes its first token in the step of its first cut, when what its prompt's end looks at is observed, and is cut
+# once more some steps later. Three at once, then one.
+CUT_TWICE = dict(budget=64, window=12, sinks=4, interval=16, chunk=32, prefill_interval=16)
+TOGETHER_AND_ALONE = [
+    [dict(prompt=random_prompt(70, seed=seed), max_tokens=14) for seed in seeds] for seeds in ((20, 21, 22), (23,))
+]
 METHODS = ("snapkv", "tova", "lagkv", "cur", "random", "keydiff")
 
 
@@ -79,71 +85,64 @@ class InterpretedRuns:
     ) -> None:
         self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
         calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
-        wanted = [
-            dict(compression=None, llm=LLM, requests=SHORT),
-            dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
-            dict(
+        runs = {
+            "plain": dict(compression=None, llm=LLM, requests=SHORT),
+            "budget above length": dict(compression=dict(budget=256, chunk=64, interval=32), llm=LLM, requests=SHORT),
+            "evicting": dict(
                 compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=BATCHES, calibration=calibration[1]
             ),
-            dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
-            dict(compression=PAGES, llm=LLM, requests=BATCHES),
-            dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
-            dict(
+            "crowd": dict(compression=STATIC, llm=dict(LLM, num_gpu_blocks_override=12), requests=CROWD),
+            "pages": dict(compression=PAGES, llm=LLM, requests=BATCHES),
+            "shared prefix": dict(compression=SHARING, llm=LLM, requests=SHARED_PREFIX),
+            "two stages": dict(
                 compression=EVICTING,
                 llm=dict(LLM, pipeline_parallel_size=2),
                 requests=BATCHES,
                 calibration=calibration[2],
             ),
-            dict(
+            "exaone": dict(
                 compression=dict(EVICTING, filters=str(exaone_filters[0])),
                 llm=LLM,
                 requests=BATCHES,
                 model=str(tiny_exaone),
             ),
-            dict(
+            "qwen_vl": dict(
                 compression=dict(EVICTING, filters=str(qwen_vl_filters[0])),
                 llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}),
                 requests=BATCHES,
                 model=str(tiny_qwen_vl),
             ),
-            dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
-            dict(compression=None, llm=MLA, requests=SHORT, model=str(tiny_deepseek)),
-            dict(
+            "turns": dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
+            "plain, mla": dict(compression=None, llm=MLA, requests=SHORT, model=str(tiny_deepseek)),
+            "budget above length, mla": dict(
                 compression=dict(EVICTING_LATENTS, budget=256, filters=str(deepseek_filters[0])),
                 llm=MLA,
                 requests=SHORT,
                 model=str(tiny_deepseek),
             ),
-            dict(
+            "evicting, mla": dict(
                 compression=dict(EVICTING_LATENTS, filters=str(deepseek_filters[0])),
                 llm=dict(MLA, async_scheduling=True),
                 requests=[*BATCHES, *TURNS],
                 model=str(tiny_deepseek),
             ),
-            dict(compression=dict(EVICTING, prefix="resume"), llm=LLM, requests=SESSION),
-            *(dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS),
-        ]
-        job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=wanted)
-        self._input, self._output, self._log = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
-        self._input.write(json.dumps(job))
-        self._input.seek(0)
-        self._process = subprocess.Popen(
-            ["nice", sys.executable, "-m", "tests.interpreted_engine"],
-            stdin=self._input,
-            stdout=self._output,
-            stderr=self._log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            "session": dict(compression=dict(EVICTING, prefix="resume"), llm=LLM, requests=SESSION),
+            "cut twice": dict(
+                compression=CUT_TWICE,
+                llm=dict(LLM, block_size=16, num_gpu_blocks_override=64, max_num_batched_tokens=256),
+                requests=TOGETHER_AND_ALONE,
+            ),
+            **{method: dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS},
+        }
+        job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=runs)
+        self._process = Background(
+            "tests.interpreted_engine", environment={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=json.dumps(job)
         )
 
-    def results(self) -> list[dict]:
-        """Waits for the runs; one result each."""
-        status = self._process.wait()
-        self._log.seek(0)
-        assert status == 0, self._log.read()[-6000:]
-        self._output.seek(0)
-        lines = self._output.read().splitlines()  # the rest is vLLM's log
-        return json.loads(next(line for line in lines if line.startswith("[{")))
+    def results(self) -> dict[str, dict]:
+        """Waits for the runs; the result of each, by name."""
+        (results,) = [line for line in self._process.output().splitlines() if line.startswith(RESULTS)]
+        return json.loads(results.removeprefix(RESULTS))
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._process.stop()

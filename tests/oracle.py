@@ -116,6 +116,8 @@ def teacher_forced_logprobs(
                     for rows, kept_rows in zip(held, kept, strict=True)
                 ]
                 resident -= evicted
+            if position >= len(prompt) and not keeps_states:  # as many as there is room for before the next cut
+                end = min(len(tokens) - 1, position + max(1, budget - resident))
             n = end - position
             mask = torch.zeros(1, 1, n, resident + n)
             mask[..., resident:] = torch.triu(torch.full((n, n), float("-inf")), 1)
@@ -144,9 +146,10 @@ def teacher_forced_logprobs(
                 observed = [
                     rows if rows is None else torch.nn.functional.pad(rows, (0, n), value=-1) for rows in observed
                 ]
-            if end >= len(prompt):
-                logprobs.append(float(out.logits[0, -1].float().log_softmax(-1)[tokens[end]]))
-                residents.append(resident + n)
+            first_forced = max(position + 1, len(prompt))
+            for row, token in zip(out.logits[0, first_forced - end - 1 :], tokens[first_forced : end + 1]):
+                logprobs.append(float(row.float().log_softmax(-1)[token]))
+            residents += range(resident + first_forced - position, resident + n + 1)
             position = end
     if positions is not None:
         positions.extend(held)
@@ -422,20 +425,14 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             scores.append(torch.einsum("hrd,hd->hr", keys, in_order_of(model, filters.filters[index])))
             continue
         size = keys.shape[-1]
+        basis = torch.eye(size)
         num_heads = heads_of(model, index)
         group = num_heads // len(keys)
         rows = []
         coming = torch.arange(position, position + 128)
-        turn = rotate(model, index, torch.eye(size)[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
-        for head, (mean, second) in enumerate(
-            zip(
-                filters.query_mean_before_rope[index][:num_heads],
-                filters.query_second_before_rope[index][:num_heads],
-                strict=True,
-            )
-        ):
-            means = torch.einsum("d,dpe->pe", in_order_of(model, mean), turn)
-            future_mean = means.mean(0)
+        means = in_order_of(model, filters.query_mean_before_rope[index][:num_heads])
+        future_means = rotate(model, index, means[:, None].expand(-1, 128, -1), coming).mean(1)
+        for head, future_mean in enumerate(future_means):
             k = keys[head // group]
             if rule.filter == "rotary":
                 rows.append(k @ future_mean)
@@ -444,6 +441,8 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
             variance = torch.zeros_like(logits)
             if rule.rank:
                 assert rule.rank == size, "the oracle knows the whole covariance or none"
+                turn = rotate(model, index, basis[:, None].expand(-1, 128, -1), coming)  # [from, position, to]
+                second = filters.query_second_before_rope[index][head]
                 future_second = torch.einsum("dpe,df,fpg->eg", turn, second, turn) / 128
                 covariance = future_second - torch.outer(future_mean, future_mean)
                 variance = torch.einsum("rd,de,re->r", k, covariance, k) * _scale(model) ** 2

@@ -1,29 +1,42 @@
-"""Runs requests on an engine in a process of its own: JSON on stdin, JSON on stdout. Plain vLLM unless given a
-compression.
-"""
+"""Runs requests on an engine in a process of its own. Plain vLLM unless given a compression."""
 
-import json
-import os
-import subprocess
-import sys
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 
-RESULTS = "results: "
+from tests.forks import in_forks
+from vllm_qfilters import kv_compression
 
 
 def run_engine(model, requests: list[dict], compression: dict | None, **llm) -> list[dict]:
     """Requests as :func:`generate_each` takes them. Returns token_ids, logprobs, prompt_logprobs of each."""
-    job = {"model": str(model), "requests": requests, "compression": compression, "llm": llm}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.run_engine"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    # vLLM logs to stdout as well, also when it is already shutting down.
-    (results,) = [line for line in done.stdout.splitlines() if line.startswith(RESULTS)]
-    return json.loads(results.removeprefix(RESULTS))
+    (results,) = run_engines(model, requests, [compression], **llm)
+    return results
+
+
+def run_engines(model, requests: list[dict], compressions: list[dict | None], **llm) -> list[list[dict]]:
+    """What :func:`run_engine` returns for each compression; the engines run side by side."""
+    return in_forks(_run, *((str(model), requests, compression, llm) for compression in compressions))
+
+
+def _run(model: str, requests: list[dict], compression: dict | None, llm: dict) -> list[dict]:
+    options = kv_compression(**compression) if compression is not None else {}
+    engine = LLM(model, **{"enforce_eager": True, **llm}, **options)
+    results = []
+    for output in generate_each(engine, requests):
+        completion = output.outputs[0]
+        results.append(
+            {
+                "token_ids": list(completion.token_ids),
+                "logprobs": [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)],
+                "prompt_logprobs": [
+                    None if step is None else {token: entry.logprob for token, entry in step.items()}
+                    for step in output.prompt_logprobs or []
+                ],
+            }
+        )
+    return results
 
 
 def generate_each(llm, requests: list[dict]) -> list:
@@ -35,11 +48,6 @@ def generate_each(llm, requests: list[dict]) -> list:
             (keywords of vLLM's class), and SamplingParams as keywords. Another adapter takes the place of the one
             before.
     """
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import StructuredOutputsParams
-
     prompts, params, adapters = [], [], []
     for request in requests:
         request = dict(request)
@@ -54,31 +62,3 @@ def generate_each(llm, requests: list[dict]) -> list:
     # Else a request joins the batch once its grammar is compiled, and batches, so last bits, differ from run to run.
     llm.llm_engine.engine_core.engine_core.structured_output_manager._use_async_grammar_compilation = False
     return llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-
-
-def main() -> None:
-    from vllm import LLM
-
-    from vllm_qfilters import kv_compression
-
-    job = json.load(sys.stdin)
-    compression = kv_compression(**job["compression"]) if job["compression"] is not None else {}
-    llm = LLM(job["model"], **{"enforce_eager": True, **job["llm"]}, **compression)
-    results = []
-    for output in generate_each(llm, job["requests"]):
-        completion = output.outputs[0]
-        results.append(
-            {
-                "token_ids": list(completion.token_ids),
-                "logprobs": [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)],
-                "prompt_logprobs": [
-                    None if step is None else {str(token): entry.logprob for token, entry in step.items()}
-                    for step in output.prompt_logprobs or []
-                ],
-            }
-        )
-    print(RESULTS + json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

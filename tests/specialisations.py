@@ -1,7 +1,8 @@
 """What Triton would compile on a GPU, seen from launches under its interpreter."""
 
 import inspect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from triton.backends.compiler import BaseBackend
@@ -32,15 +33,33 @@ def specialisation(function: InterpretedFunction, args: tuple, kwargs: dict) -> 
 def recorded(of_module: str = "vllm_qfilters.") -> Iterator[set[Specialisation]]:
     """A set that gets those of all launches of kernels of a package, while the block runs."""
     found: set[Specialisation] = set()
+
+    def see(function: InterpretedFunction, args: tuple, kwargs: dict) -> None:
+        if function.fn.__module__.startswith(of_module):
+            found.add(specialisation(function, args, kwargs))
+
+    with _seen_by(see):
+        yield found
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts the launches of all kernels, by module and name, while the block runs."""
+    counts: Counter[str] = Counter()
+    with _seen_by(lambda function, *_: counts.update([f"{function.fn.__module__}.{function.fn.__name__}"])):
+        yield counts
+
+
+@contextmanager
+def _seen_by(see: Callable[[InterpretedFunction, tuple, dict], None]) -> Iterator[None]:
     run = InterpretedFunction.run
 
-    def recording(self, *args, grid, warmup, **kwargs):
-        if self.fn.__module__.startswith(of_module):
-            found.add(specialisation(self, args, kwargs))
+    def seeing(self, *args, grid, warmup, **kwargs):
+        see(self, args, kwargs)
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    InterpretedFunction.run = recording
+    InterpretedFunction.run = seeing
     try:
-        yield found
+        yield
     finally:
         InterpretedFunction.run = run

@@ -19,7 +19,7 @@ from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
 from tests.marks import needs_avx512
 from tests.models import HEAD_SIZE, NUM_HEADS, SLIDING_WINDOW, random_prompt
 from tests.oracle import teacher_forced_logprobs
-from tests.run_engine import run_engine
+from tests.run_engine import run_engine, run_engines
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
 from vllm_qfilters import kv_compression
 from vllm_qfilters.filters.calibrate import rotations_in_use
@@ -143,15 +143,14 @@ def test_queries_that_turn_in_no_known_way_are_refused(exaone_engines):
 
 
 @pytest.mark.parametrize("max_model_len, is_long", [(1024, False), (2048, True)])
-def test_longrope_is_calibrated_by_the_table_in_use(max_model_len, is_long, tmp_path, monkeypatch):
+def test_longrope_is_calibrated_by_the_table_in_use(max_model_len, is_long, tmp_path, monkeypatch, empty_cache):
     """Phi-3 with a long context. A calibration looks at queries, and refuses where the table does not explain them."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     # vLLM 0.32 gives all engines of a process the embedding that the first one made, with the table it chose.
     monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
     model = models.make_tiny_phi3(tmp_path / "model")
     llm = {**LLM, "max_model_len": max_model_len, "dtype": "float32"}
-    plain = run_engine(model, REQUESTS, None, **llm)
-    assert run_engine(model, REQUESTS, dict(budget=1024), **llm) == plain
+    plain, compressed = run_engines(model, REQUESTS, [None, dict(budget=1024)], **llm)
+    assert compressed == plain
     engine = Engine(model, 128, max_model_len, 256, kv_compression("qfilters", budget=256, interval=32, chunk=128))
     tables = [rotation._rotary_emb.cos_sin_cache.shape[0] for rotation in engine.runner.rotations()]
     assert tables == [65536 if is_long else 1024] * models.NUM_LAYERS
@@ -184,20 +183,20 @@ REQUESTS = [dict(prompt=random_prompt(length, seed=length), max_tokens=60, promp
 
 def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_exaone, exaone_filters):
     llm = dict(LLM, dtype="bfloat16")
-    plain = run_engine(tiny_exaone, REQUESTS, None, **llm)
-    assert run_engine(tiny_exaone, REQUESTS, dict(budget=1536, filters=str(exaone_filters[0])), **llm) == plain
+    compression = dict(budget=1536, filters=str(exaone_filters[0]))
+    plain, compressed = run_engines(tiny_exaone, REQUESTS, [None, compression], **llm)
+    assert compressed == plain
 
 
-def test_attention_sinks(tmp_path, monkeypatch):
+def test_attention_sinks(tmp_path, monkeypatch, empty_cache):
     """GPT-OSS: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted, else like Hugging
     Face, also with all layers in one group. In two threads: plain vLLM 0.32 with --disable-hybrid-kv-cache-manager is
     wrong there, most of all at some 300 tokens, and right in one.
     """
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     model, filters = models.make_tiny_gpt_oss(tmp_path / "model"), tmp_path / "filters.safetensors"
-    plain = run_engine(model, REQUESTS, None, **LLM, dtype="bfloat16")
-    assert run_engine(model, REQUESTS, dict(budget=1536), **LLM, dtype="bfloat16") == plain
+    plain, compressed = run_engines(model, REQUESTS, [None, dict(budget=1536)], **LLM, dtype="bfloat16")
+    assert compressed == plain
 
     options = dict(options_of("static-layer"), filters=str(filters))
     made = models.make_tiny_filters(filters, model=model)
@@ -212,25 +211,23 @@ def test_attention_sinks(tmp_path, monkeypatch):
             torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected), atol=2e-4, rtol=0)
 
 
-def test_layers_that_share_a_cache(tmp_path, monkeypatch):
+def test_layers_that_share_a_cache(tmp_path, empty_cache):
     """Gemma 4 E2B: with filters calibrated at start bit-identical to plain vLLM where nothing is evicted."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     model, llm = models.make_tiny_gemma4(tmp_path / "model", num_sharing=2), dict(LLM, dtype="bfloat16")
-    plain = run_engine(model, REQUESTS, None, **llm)
-    assert run_engine(model, REQUESTS, dict(budget=1536), **llm) == plain
-    (cached,) = (tmp_path / "cache" / "qfilters").iterdir()
+    plain, compressed = run_engines(model, REQUESTS, [None, dict(budget=1536)], **llm)
+    assert compressed == plain
+    (cached,) = (empty_cache / "qfilters").iterdir()
     with safe_open(cached, "pt") as file:
         assert json.loads(file.metadata()["layers"]) == ["model.layers.2.self_attn.attn"]
 
 
 @pytest.mark.parametrize("method", [pytest.param("awq", marks=needs_avx512), "compressed-tensors"])
-def test_quantized_weights(method, tmp_path, monkeypatch):
+def test_quantized_weights(method, tmp_path, empty_cache):
     """Filters are calibrated of queries, whatever made them: bit-identical to plain vLLM where nothing is evicted."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     model, llm = models.make_tiny_quantized(tmp_path / "model", method), dict(LLM, dtype="bfloat16")
-    plain = run_engine(model, REQUESTS, None, **llm)
-    assert run_engine(model, REQUESTS, dict(budget=1536), **llm) == plain
-    (cached,) = (tmp_path / "cache" / "qfilters").iterdir()
+    plain, compressed = run_engines(model, REQUESTS, [None, dict(budget=1536)], **llm)
+    assert compressed == plain
+    (cached,) = (empty_cache / "qfilters").iterdir()
     options = dict(budget=256, sinks=4, interval=32, chunk=256, filters=str(cached))
     evicted = run_engine(model, REQUESTS, options, **llm)
     assert evicted != plain and [len(answer["token_ids"]) for answer in evicted] == [

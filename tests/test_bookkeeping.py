@@ -30,7 +30,7 @@ from vllm_qfilters.messages import QFiltersModelRunnerOutput
 from vllm_qfilters.worker.lengths import ResidentLengths
 
 BLOCK, NUM_BLOCKS, BUDGET, CHUNK = 2, 800, 48, 32
-COMPACTIONS = 50_000  # per granularity
+COMPACTIONS = 25_000  # in each of the four
 ONE_TOKEN_REQUESTS = 12 * 60 * 60  # twelve hours of one a second
 IN_FLIGHT = 2  # steps scheduled before the output of the first one is looked at, as with async scheduling
 

@@ -1,9 +1,10 @@
 """The command ``vllm-qfilters``: its arguments and errors without an engine, and one run of each command with one."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
+from tests.forks import in_forks
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identity
 from vllm_qfilters import commands, kv_compression
 from vllm_qfilters.commands import calibrate, engine
@@ -379,27 +381,24 @@ def test_texts_are_not_left_out_silently():
         calibrate.text_sequences({"a.txt": range(1000), "b.txt": range(1000)}, num_sequences=1, num_tokens=500)
 
 
-@pytest.fixture(scope="module")
-def command():
-    """Runs the command as a user would, in a process of its own."""
-    environment = {**os.environ, "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    engine = ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--kv-cache-memory-bytes", "64M"]
-    engine += ["--max-model-len", "1024"]
-
-    def run_command(*argv):
-        argv = [
-            sys.executable,
-            "-c",
-            "from vllm_qfilters.commands import main; raise SystemExit(main())",
-            *map(str, argv),
-            *engine,
-        ]
-        return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
-
-    return run_command
+ENGINE = ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--kv-cache-memory-bytes", "64M"]
+ENGINE += ["--max-model-len", "1024"]
 
 
-def test_calibrate_then_generate_then_continue(model_with_tokenizer, command, tmp_path):
+def captured(argv):
+    """The exit status of the command, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = run(argv, "")
+    return subprocess.CompletedProcess(argv, status, stdout.getvalue(), stderr.getvalue())
+
+
+def command(*argv):
+    """Runs the command in a process of its own."""
+    (done,) = in_forks(captured, ([*map(str, argv), *ENGINE],))
+    return done
+
+
+def test_calibrate_then_generate_then_continue(model_with_tokenizer, tmp_path):
     model, filters = model_with_tokenizer, tmp_path / "filters.safetensors"
     done = command("calibrate", model, "--sequences", 2, "--tokens", 300, "-o", filters)
     assert done.returncode == 0, done.stderr
@@ -459,8 +458,10 @@ def evaluate(model_with_tokenizer, tmp_path):
     return [str(argument) for argument in argv]
 
 
-def test_eval_in_a_process_of_its_own(evaluate, command, tmp_path):
-    done = command(*evaluate, "--methods", "streaming", "--tasks", "streaming", "--no-plots")
+def test_eval_in_a_process_of_its_own(evaluate, tmp_path):
+    start = [sys.executable, "-c", "from vllm_qfilters.commands import main; raise SystemExit(main())", *evaluate]
+    start += ["--methods", "streaming", "--tasks", "streaming", "--no-plots", *ENGINE]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "streaming: full cache " in done.stdout
     values = json.loads((tmp_path / "quality.json").read_text())

@@ -1,11 +1,8 @@
 """Every Triton kernel compiles for GPUs this machine does not have, and keeps what it computes with in registers."""
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -16,13 +13,8 @@ MOST_SHARED = 80 << 10  # bytes per block: two blocks fit on a multiprocessor, w
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.compile_kernels", "80", "90"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def report(kernel_compilation):
+    return json.loads(kernel_compilation.output().splitlines()[-1])
 
 
 @pytest.mark.parametrize("capability", ["80", "90"], ids="sm_{}".format)

@@ -584,7 +584,8 @@ def test_the_package_works_without_the_library(tmp_path):
         "from vllm_qfilters import kernels; "
         f"assert kernels.__file__.startswith({str(tmp_path)!r}), kernels.__file__; "
         "assert kernels.IMPLEMENTATION == 'PyTorch'; "
-        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_compact.py']))"
+        "import pytest, sys; "
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--noconftest', 'tests/test_compact.py']))"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

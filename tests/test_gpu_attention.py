@@ -1,8 +1,6 @@
 """What the GPU path relies on in vLLM: where its caches lie, and its attention backends."""
 
 import dataclasses
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 
+from tests.forks import in_forks
 from vllm_qfilters.attention.scoring import ScoringAttention
 from vllm_qfilters.config import KVCompressionConfig
 from vllm_qfilters.core.spec import QFiltersSpec
@@ -188,14 +187,12 @@ for backend, path in BACKENDS.items():
     mro = ours.get_impl_cls().__mro__
     assert mro[1:4] == (ScoringAttention, WatchedAttention, original.get_impl_cls()), mro
     assert "do_kv_cache_update" in vars(mro[3]) and "forward" in vars(mro[3])
-print("checked", *BACKENDS)
 """
 )
 
 
 def run_checks(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "checked" in done.stdout, done.stderr[-3000:]
+    in_forks(exec, (code, {}))
 
 
 def test_every_backend_writes_keys_where_we_score_them():
@@ -244,7 +241,6 @@ assert decode["indptr_cpu"].tolist() == [0, 7] and decode["last_page_len_cpu"].t
 assert decode["seq_lens_cpu"].tolist() == [100]
 assert prefill["paged_kv_indptr"].tolist() == [7, 10] and prefill["paged_kv_last_page_len"].tolist() == [5]
 assert prefill["seq_lens"].tolist() == [37] and prefill["qo_indptr"].tolist() == [0, 5]
-print("checked")
 """
 )
 

@@ -31,9 +31,9 @@ from vllm_qfilters.filters.reader import load
 @pytest.fixture(scope="module")
 def runs(interpreted_runs):
     results = interpreted_runs.results()
-    stages = [len(result["v2_stages"]) for result in results]
-    assert stages == [1] * 6 + [2] + [1] * (7 + len(METHODS))
-    assert all(all(result["v2_stages"]) for result in results)
+    stages = {name: len(result["v2_stages"]) for name, result in results.items()}
+    assert stages == {**dict.fromkeys(results, 1), "two stages": 2}
+    assert all(all(result["v2_stages"]) for result in results.values())
     return results
 
 
@@ -43,15 +43,71 @@ def calibrated(interpreted_runs):
 
 
 def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
-    plain, compressed, *_ = runs
+    plain, compressed = runs["plain"], runs["budget above length"]
     assert compressed["outputs"] == plain["outputs"]
     assert compressed["compactions"] == 0
 
 
 def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
-    seen = [result for result in runs if "compactions" in result and len(result["v2_stages"]) == 1]
+    seen = [result for result in runs.values() if "compactions" in result and len(result["v2_stages"]) == 1]
     assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
+
+
+# What decoding launches of ours. Slots and resident lengths take the one launch that slots take anyway, keys and their
+# token stats the one per layer that keys take.
+STEP = {"_slots_and_lengths_kernel": 1, "_write_and_score_kernel": NUM_LAYERS}
+# What a cut launches for all layers together: scores are the attention expected of each token, mixed with what was
+# observed, times the norm of its value, two planes to gather; by their mean over a layer's heads tokens stay, and some
+# move.
+CUT = {
+    "_score_resident_kernel": 1,
+    "_softmax_terms_kernel": 1,
+    "_mean_softmax_kernel": 1,
+    "_gather_scores_kernel": 2,
+    "_head_moments_kernel": 1,
+    "_mean_standardised_kernel": 1,
+    "_select_kept_kernel": 1,
+    "_pair_moves_kernel": 1,
+    "_move_kernel": 1,
+}
+# The first one after a prompt observes its last queries, of up to OBSERVATIONS_AT_ONCE prompts at once, and writes to
+# copies of pages that the prefix cache holds.
+FIRST_CUT = {
+    "_observed_terms_kernel": 1,
+    "_observed_attention_kernel": 1,
+    "_pool_kernel": 1,
+    "_copy_pages_kernel": 1,
+}
+
+
+def decoding(result: dict, cut: int) -> list[dict]:
+    """Steps in which every sequence has one token, and ``cut`` of them were cut before."""
+    return [step for step in result["steps"] if set(step["tokens"]) == {1} and step["cut"] == cut]
+
+
+def launches_of_ours(step: dict) -> dict[str, int]:
+    """By name of the kernel."""
+    counts = step["launches"].items()
+    return {name.rpartition(".")[2]: count for name, count in counts if name.startswith("vllm_qfilters.")}
+
+
+def test_a_step_without_a_cut_launches_as_often_as_in_plain_vllm(runs):
+    plain, compressed = decoding(runs["plain"], cut=0), decoding(runs["budget above length"], cut=0)
+    assert [step["tokens"] for step in plain] == [step["tokens"] for step in compressed] == [[1, 1]] * 2 + [[1]] * 2
+    launches = [sum(step["launches"].values()) for step in (*plain, *compressed)]
+    assert len(set(launches)) == 1, launches
+    assert all(launches_of_ours(step) == STEP for step in compressed) and sum(STEP.values()) == 4
+
+
+def test_a_cut_launches_as_often_for_three_sequences_as_for_one(runs):
+    result = runs["cut twice"]
+    for cut in (3, 1):
+        first, later = decoding(result, cut)
+        assert launches_of_ours(first) == STEP | CUT | FIRST_CUT and sum((CUT | FIRST_CUT).values()) == 14
+        assert launches_of_ours(later) == STEP | CUT and sum(CUT.values()) == 10
+    others = decoding(result, cut=0)
+    assert len(others) == 2 * 11 and all(launches_of_ours(step) == STEP for step in others)
 
 
 def assert_like_v1(engine, batches, result):
@@ -80,7 +136,7 @@ def generate(engine, batch, said):
 
 def test_evicts_what_the_cpu_path_evicts(runs, engines):
     """Under async scheduling, two sequences at once, and one that begins with pages from the prefix cache."""
-    result = runs[2]
+    result = runs["evicting"]
     assert result["async_scheduling"]
     assert result["compactions"] >= 5 and result["evicted_tokens"] >= 5 * 32 and result["freed_pages"] >= 5
     assert [output["cached_tokens"] > 0 for output in result["outputs"]] == [False, False, True]
@@ -89,57 +145,57 @@ def test_evicts_what_the_cpu_path_evicts(runs, engines):
 
 def test_a_preempted_sequence_starts_again_with_nothing_evicted(runs, engines):
     """With the filters of the paper, scored as keys are written; heads select for themselves."""
-    result = runs[3]
+    result = runs["crowd"]
     assert result["preemptions"] > 0 and result["evicted_tokens"] >= 3 * 32
     assert_like_v1(engines.get(num_blocks=12, max_model_len=512, max_batched=128, **STATIC), [CROWD], result)
 
 
 def test_frees_the_pages_the_cpu_path_frees(runs, engines):
-    result = runs[4]
+    result = runs["pages"]
     assert result["evicted_tokens"] >= 3 * 32
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **PAGES), BATCHES, result)
 
 
 def test_two_sequences_that_take_out_the_same_page_at_once(runs, engines):
     """What each one's queries observe there moves with its own survivors: later evictions go by it."""
-    result = runs[5]
+    result = runs["shared prefix"]
     assert result["compactions"] >= 4 and [output["cached_tokens"] for output in result["outputs"]] == [0, 64, 64]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **SHARING), SHARED_PREFIX, result)
 
 
 def test_a_turn_starts_behind_a_compressed_prefix(runs, engines):
-    result = runs[9]
+    result = runs["turns"]
     assert result["async_scheduling"] and [output["cached_tokens"] for output in result["outputs"]] == [0, 192]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), TURNS, result)
 
 
 def test_a_session_goes_on_from_what_it_held(runs, engines):
-    result, options = runs[13], dict(EVICTING, prefix="resume")
+    result, options = runs["session"], dict(EVICTING, prefix="resume")
     computed = len(SESSION[0][0]["prompt"]) + 27  # the last token of an answer never is
     assert [output["cached_tokens"] for output in result["outputs"]] == [0, computed // 32 * 32]
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), SESSION, result)
 
 
 def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
-    result = runs[7]
+    result = runs["exaone"]
     assert result["compactions"] >= 5
     assert_like_v1(exaone_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
 def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
-    result = runs[8]
+    result = runs["qwen_vl"]
     assert result["compactions"] >= 5
     assert_like_v1(qwen_vl_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
 
 
 def test_mla_with_a_budget_above_the_length_is_bit_identical_to_plain_vllm(runs):
     """TRITON_MLA."""
-    plain, compressed = runs[10], runs[11]
+    plain, compressed = runs["plain, mla"], runs["budget above length, mla"]
     assert compressed["outputs"] == plain["outputs"] and compressed["compactions"] == 0
 
 
 def test_mla_evicts_what_the_cpu_path_evicts(runs, deepseek_engines):
-    result = runs[12]
+    result = runs["evicting, mla"]
     assert result["async_scheduling"] and result["compactions"] >= 8
     assert [output["cached_tokens"] > 0 for output in result["outputs"]] == [False, False, True, False, True]
     engine = deepseek_engines.get(num_blocks=64, max_model_len=512, max_batched=128, **EVICTING_LATENTS)
@@ -150,7 +206,7 @@ def test_two_pipeline_stages_answer_as_one(runs):
     """One has one of the three layers, the other two. Three batches are in flight, as asynchronous scheduling wants
     it.
     """
-    one, two = runs[2], runs[6]
+    one, two = runs["evicting"], runs["two stages"]
     assert two["async_scheduling"]
     assert (two["compactions"], two["evicted_tokens"]) == (one["compactions"], one["evicted_tokens"])
     assert sorted(two["kept"]) == sorted(one["kept"])
@@ -182,7 +238,7 @@ def test_two_pipeline_stages_calibrate_as_one(runs, calibrated):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_evicts_what_it_evicts_on_cpus(method, runs, engines):
-    result = runs[14 + METHODS.index(method)]
+    result = runs[method]
     assert result["compactions"] >= 2
     options = dict(EVICTING, method=method)
     assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **options), ONE, result)

@@ -13,7 +13,7 @@ from tests import models
 from tests.engines import Engines, tokens_and_logprobs
 from tests.models import random_prompt
 from tests.oracle import teacher_forced_logprobs
-from tests.run_engine import run_engine
+from tests.run_engine import run_engines
 from tests.test_groups import answers, assert_close
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
 from tests.test_prefix_cache import assert_goes_on_like_a_session
@@ -167,6 +167,6 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(backend, dtype, tiny
         attention_backend=backend, dtype=dtype, skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 28,
         num_gpu_blocks_override=128, max_model_len=1024, max_num_batched_tokens=256, block_size=32,
     )  # fmt: skip
-    plain = run_engine(tiny_deepseek, REQUESTS, None, **llm)
     compression = dict(budget=960, filters=str(deepseek_filters[0]))
-    assert run_engine(tiny_deepseek, REQUESTS, compression, **llm) == plain
+    plain, compressed = run_engines(tiny_deepseek, REQUESTS, [None, compression], **llm)
+    assert compressed == plain

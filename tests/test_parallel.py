@@ -71,12 +71,11 @@ def test_two_ranks_answer_as_one(granularity, start, tiny_filters, engines):
     assert next_turn(two) == next_turn(one)
 
 
-def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, monkeypatch, tmp_path):
+def test_three_ranks_calibrate_and_their_heads_keep_the_same(start, empty_cache, tmp_path):
     """Each has one of the three KV heads, whose layers keep the tokens all heads agree on, as on one rank."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     model = make_tiny_llama(tmp_path / "model", num_heads=6, num_kv_heads=3, vocab=576)  # each has a third
     found = answer(start(COMPRESSION, model, tensor_parallel_size=3))
-    (path,) = (tmp_path / "qfilters").iterdir()
+    (path,) = (empty_cache / "qfilters").iterdir()
     assert found == answer(Engines(model, path).get(**COMPRESSION, **CACHE))
 
 
@@ -132,12 +131,11 @@ def test_ranks_take_the_mean_of_the_heads_that_they_hold_copies_of(num_ranks, nu
         torch.testing.assert_close(found, values[first : first + copies].mean(0))
 
 
-def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeypatch, tmp_path):
+def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, empty_cache):
     """One has one of the three layers, the other two. Two batches are in flight."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     stages = start(COMPRESSION, pipeline_parallel_size=2)
     found, turn = answer(stages), next_turn(stages)
-    (path,) = (tmp_path / "qfilters").iterdir()
+    (path,) = (empty_cache / "qfilters").iterdir()
     engine = engines.get(**COMPRESSION, **CACHE, filters=str(path))
     assert found == answer(engine) and turn == next_turn(engine)
     engine.drop_everything()
@@ -150,8 +148,7 @@ def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, monkeyp
     torch.testing.assert_close(covariance, expected_covariance, atol=1e-3, rtol=1e-3)
 
 
-def test_two_engines_of_one_server_calibrate_and_answer_as_one(model_with_tokenizer, engines, monkeypatch, tmp_path):
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+def test_two_engines_of_one_server_calibrate_and_answer_as_one(model_with_tokenizer, engines, empty_cache):
     flags = ["--data-parallel-size", "2", "--api-server-count", "1", "--dtype", "float32", "--block-size", str(BLOCK)]
     flags += ["--num-gpu-blocks-override", str(CACHE["num_blocks"]), "--max-model-len", str(CACHE["max_model_len"])]
     flags += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-batched-tokens", str(CACHE["max_batched"])]
@@ -173,5 +170,5 @@ def test_two_engines_of_one_server_calibrate_and_answer_as_one(model_with_tokeni
         assert server.sequences() == []
     finally:
         server.stop()
-    (path,) = (tmp_path / "qfilters").iterdir()
+    (path,) = (empty_cache / "qfilters").iterdir()
     assert found == answer(engines.get(**COMPRESSION, **CACHE, filters=str(path)))

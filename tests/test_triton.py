@@ -1,6 +1,7 @@
 """The Triton kernels against ``kernels.reference``: on a GPU if there is one, else under Triton's interpreter.
 
-Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file where only PyTorch and Triton are installed.
+Needs neither vLLM nor a model: ``scripts/gpu_check.sh`` runs this file, and all cases of it, where only PyTorch and
+Triton are installed.
 """
 
 import contextlib
@@ -110,6 +111,7 @@ WRITES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("is_strided", "fp8"),
     [(False, None), (True, None), (True, "e4m3"), (True, "e5m2")],
@@ -262,6 +264,7 @@ def test_mean_standardised_matches_reference(sequences):
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scores", ["distinct", "tied", "equal", "signed zeros", "infinite"])
 def test_the_best_scores_are_kept(sequences, scores):
     cache, batch = sequences.cache, sequences.batch
@@ -317,6 +320,7 @@ def test_compact_matches_reference(case, is_shared):
     assert torch.equal(fast.buffer, slow.buffer)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("bytes_at_once", [1, 1 << 26], ids=["one by one", "at once"])
 @pytest.mark.parametrize("granularity", ["head", "layer", "layer, ranks"])
 def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granularity, bytes_at_once):
@@ -518,6 +522,7 @@ SCORERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize(
     "case", [CASES[name] for name in ("one", "interval", "random-0")], ids=["one", "interval", "random"]
@@ -637,6 +642,7 @@ def test_compaction_takes_at_most_128_mib_at_any_context(shape):
     assert taken <= 128 << 20
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("head_size", "pool"), [(16, 1), (40, 3), (80, 7)])
@@ -729,6 +735,7 @@ def test_cuts_launch_nothing_that_was_not_warmed_up(num_rotations, dtype, is_sha
     assert launched <= warmed_up
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("group", [1, 3])
 def test_score_resident_matches_reference(case, group, rank):
