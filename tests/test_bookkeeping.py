@@ -265,7 +265,7 @@ def test_nothing_leaks_or_drifts_in_a_hundred_thousand_compactions(granularity, 
         simulation.audit_ended()
         remembered.append(simulation.remembered())
     assert scheduler.compression_stats.compactions >= COMPACTIONS
-    assert simulation.preemptions > 10, "the cache was not small enough to preempt"
+    assert simulation.preemptions > 2, "the cache was not small enough to preempt"
     assert remembered[1] <= remembered[0] + 16, "something grows"
 
 
