@@ -381,7 +381,8 @@ def make_tiny_qwen3_5(folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_tiny_nemotron_h(folder: pathlib.Path) -> pathlib.Path:
-    """Mamba 2, attention without RoPE, MLP: a layer each."""
+    """Mamba 2, attention without RoPE, MLP: a layer each. Where it reads, Hugging Face's model clamps time steps at
+    ``time_step_min``, and vLLM does not: nothing is below this one."""
     torch.manual_seed(0)
     shape = _shape()
     for name in ("num_hidden_layers", "rope_parameters"):
@@ -394,6 +395,8 @@ def make_tiny_nemotron_h(folder: pathlib.Path) -> pathlib.Path:
         ssm_state_size=HEAD_SIZE,
         n_groups=2,
         chunk_size=64,
+        time_step_min=1e-9,
+        time_step_floor=1e-3,  # of what is drawn
         pad_token_id=0,
     )
     model = NemotronHForCausalLM(config).to(torch.float32)
