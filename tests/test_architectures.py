@@ -221,6 +221,15 @@ def test_layers_that_share_a_cache(tmp_path, empty_cache):
         assert json.loads(file.metadata()["layers"]) == ["model.layers.2.self_attn.attn"]
 
 
+@pytest.mark.parametrize("case", ["expected-layer", "expected-head-covariance"])
+def test_caches_that_differ_in_the_layers_that_attend_to_them(case, family):
+    """Gemma 3n with all layers in one group: two layers attend to each of the last two caches, and one to the first."""
+    engines, filters, hf_model = family("gemma3n")
+    engine = Engines(engines._model, engines._filters, disable_hybrid_kv_cache_manager=True).get(**options_of(case))
+    rule = dataclasses.replace(make_rule(options_of(case), min_window=SLIDING_WINDOW - 1), spares_windows=False)
+    assert_like_hugging_face(engine, hf_model, filters, rule, prompt_tokens=900, new_tokens=100)
+
+
 @pytest.mark.parametrize("method", [pytest.param("awq", marks=needs_avx512), "compressed-tensors"])
 def test_quantized_weights(method, tmp_path, empty_cache):
     """Filters are calibrated of queries, whatever made them: bit-identical to plain vLLM where nothing is evicted."""

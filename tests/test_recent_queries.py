@@ -2,13 +2,15 @@
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
 from vllm_qfilters.attention.queries import QueryRecorder
-from vllm_qfilters.attention.watched import dequantised
+from vllm_qfilters.attention.watched import WatchedAttention, dequantised
+from vllm_qfilters.filters.statistics import JoinedLayers
 
 NUM_LAYERS, NUM_QUERIES, HEADS, SIZE = 2, 5, 3, 4
 
@@ -80,6 +82,28 @@ def test_queries_of_layers_that_share_a_cache_are_kept_as_of_one_layer():
         recorder.record(layer, heads[None, :, None].expand(1, 4, SIZE))
     kept = recorder.get("1").queries.to(CPU)[:, :, 0, 0]
     assert kept.tolist() == [[0, 1, 0, 0, 2, 3, 0, 0], [10, 11, 20, 21, 12, 13, 22, 23]]
+
+
+def test_queries_are_joined_before_a_compiled_model_writes_to_their_memory_again():
+    seen = []
+    joined = JoinedLayers(SimpleNamespace(observe=lambda query, key: seen.append((query, key))), 2, num_kv_heads=2)
+    query, key = torch.arange(4.0).view(1, 4, 1), torch.ones(1, 2, 1)
+    joined.observe(query, key)
+    assert not seen
+    query += 10
+    key += 10
+    joined.observe(query, None)
+    ((found, keys),) = seen
+    assert found.flatten().tolist() == [0, 1, 10, 11, 2, 3, 12, 13] and keys.flatten().tolist() == [1, 1]
+
+
+def test_a_layer_that_has_written_its_keys_past_its_backend_is_refused():
+    class Backend(WatchedAttention, SimpleNamespace):
+        pass
+
+    layer = SimpleNamespace(layer_name="model.layers.0.attn", kv_sharing_target_layer_name=None)
+    with pytest.raises(ValueError, match="write keys past their attention backend, as model.layers.0.attn does"):
+        Backend().forward(layer, torch.ones(1, 4, 1), None, None, torch.empty(0), None)
 
 
 @pytest.mark.parametrize("scales", [(0.5,), (0.5, 4.0)], ids=["per tensor", "per KV head"])

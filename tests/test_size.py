@@ -73,6 +73,11 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
+MIMO = {
+    "model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"], "head_dim": 192, "v_head_dim": 128,
+}  # fmt: skip
+
+
 def cells(printed, length, budget):
     """Pages that a sequence holds while it decodes, and how many fit."""
     (line,) = [line for line in printed.splitlines() if re.match(rf" *{length:,} +{budget} ", line)]
@@ -289,7 +294,7 @@ def test_a_plot(folder_of, capsys, tmp_path):
         ({}, ["--memory", "8GiB", "--block-size", "48", "--kv-compression-config.interval", "64"], "not a multiple"),
         (DEEPSEEK, ["--memory", "8GiB", "--kv-compression", "knorm"], "method 'knorm' with MLA"),
         ({"quantization_config": {"quant_method": "fp8"}}, ["--memory", "8GiB"], "quantised by fp8 .* give --weights"),
-        ({"v_head_dim": 32}, ["--memory", "8GiB"], r"values of another size than keys \(32 and 64\)"),  # as MiMo-V2
+        (MIMO, ["--memory", "8GiB"], r"values of another size than keys \(128 and 192\)"),
     ],
 )
 def test_what_cannot_be_reckoned_is_refused_saying_what_to_change(change, argv, reason, folder_of, capsys):

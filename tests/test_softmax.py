@@ -106,6 +106,8 @@ def test_the_softmax_of_layers_that_differ():
     softmax = softmax_of([[layer_of(2, sinks=sinks)], [layer_of(4)]], torch.device("cpu"))
     assert (softmax.scale, softmax.soft_cap, softmax.group_sizes.tolist()) == (0.125, 0.0, [1, 2])
     assert softmax.sinks[0, [0, 2]].tolist() == [1, 2] and bool((softmax.sinks[1] == float("-inf")).all())
+    softmax = softmax_of([[layer_of(2)], [layer_of(2, sinks=sinks), layer_of(2, sinks=sinks + 2)]], torch.device("cpu"))
+    assert softmax.group_sizes.tolist() == [1, 2] and softmax.sinks[1].tolist() == [1, 3, 2, 4]
     softmax = softmax_of([[layer_of(4, soft_cap=50.0)]] * 2, torch.device("cpu"))
     assert softmax == Softmax(0.125, 50.0)
 

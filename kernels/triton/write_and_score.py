@@ -73,7 +73,8 @@ def _write_and_score_kernel(
         row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
         at = row[:, None] + dim[None, :]
         if FP8_MAX > 0:
-            # Rounded as vLLM's kernel does, which divides exactly; the operator / does not on GPUs.
+            # Rounded as by vLLM's operator for FLASH_ATTN and FLASHINFER, which divides exactly. On GPUs / does not,
+            # nor does vLLM's kernel for TRITON_ATTN.
             scaled_key = tl.div_rn(key.to(tl.float32), tl.load(key_scale_ptr))
             scaled_value = tl.div_rn(value.to(tl.float32), tl.load(value_scale_ptr))
             quantised_key = tl.clamp(scaled_key, -FP8_MAX, FP8_MAX)

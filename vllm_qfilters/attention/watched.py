@@ -56,15 +56,15 @@ class WatchedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.statistics is not None and attn_metadata is not None:
-            num_tokens = attn_metadata.num_actual_tokens
-            keys = None if key is None else key[:num_tokens]  # None: those of another layer
-            self.statistics.observe(dequantised(layer, query[:num_tokens]), keys)
         if key is None and layer.kv_sharing_target_layer_name is None:
             raise ValueError(
                 f"KV compression does not support layers that write keys past their attention backend, as "
                 f"{layer.layer_name} does"
             )
+        if self.statistics is not None and attn_metadata is not None:
+            num_tokens = attn_metadata.num_actual_tokens
+            keys = None if key is None else key[:num_tokens]  # None: those of another layer
+            self.statistics.observe(dequantised(layer, query[:num_tokens]), keys)
         if self.recorder is not None:
             self.recorder.record(self.index, query, functools.partial(dequantised, layer))
         return super().forward(layer, query, key, value, kv_cache, self.of_layer(attn_metadata), *args, **kwargs)

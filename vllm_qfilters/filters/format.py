@@ -109,9 +109,13 @@ def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, 
     return {(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}
 
 
-def most_query_heads(hf_text_config: Any) -> int:
+def most_query_heads(hf_text_config: Any, with_windows: bool = True) -> int:
     """That attend to the keys of one layer. Where layers differ in them (Laguna, Step-3.5), the configuration has one
-    number for all, and others beside. Where later layers attend to the same keys (Gemma 4 E2B), theirs count too."""
+    number for all, and others beside. Where later layers attend to the same keys (Gemma 4 E2B), theirs count too.
+
+    Args:
+        with_windows: of layers with a sliding window too, unless their KV heads are other ones: filters are of them.
+    """
     config = hf_text_config
     by_layer = getattr(config, "num_attention_heads_per_layer", None) or ()
     others = getattr(config, "attention_other_setting", None) or {}
@@ -120,9 +124,9 @@ def most_query_heads(hf_text_config: Any) -> int:
     if not num_sharing:
         return of_layer
     by_kind = collections.Counter(config.layer_types[-num_sharing:])
-    if len(kv_shapes(config)) > 1:  # filters are of full attention alone
-        return of_layer * (1 + by_kind["full_attention"])
-    return of_layer * (1 + max(by_kind.values()))
+    if with_windows and len(kv_shapes(config)) <= 1:
+        return of_layer * (1 + max(by_kind.values()))
+    return of_layer * (1 + by_kind["full_attention"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +161,8 @@ class Filters:
         filters: pointing along the mean query, shape ``[num_layers, num_kv_heads, head_size]``, float32.
         layers: the name of each, as vLLM has it; empty if the file does not say.
         query_mean_before_rope: shape ``[num_layers, num_heads, head_size]``, float32. Zeros stand behind the heads of
-            layers that have fewer than others, likewise below.
+            layers that have fewer than others, likewise below. Where later layers attend to the same keys, the heads of
+            one KV head stand layer after layer, and rank after rank where the ranks that calibrated held copies of it.
         query_factors: F with ``F^T F`` the covariance, or as much of it as ``rank`` directions hold, of the queries at
             positions 0 to ``HORIZON - 1``: rows are eigenvectors times standard deviations, the largest last. Shape
             ``[num_layers, num_heads, rank, head_size]``, float32.

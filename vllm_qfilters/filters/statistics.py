@@ -88,9 +88,12 @@ class JoinedLayers:
 
     def observe(self, query: torch.Tensor, key: torch.Tensor | None) -> None:
         """See :meth:`LayerStatistics.observe`. The first layer alone has a key."""
-        self._queries.append(query)
-        self._key = self._key if key is None else key
-        if len(self._queries) == self._num_layers:
+        is_last = len(self._queries) + 1 == self._num_layers
+        if key is not None:
+            self._key = key if is_last else key.clone()
+        # A compiled model writes to this memory again before the last layer runs.
+        self._queries.append(query if is_last else query.clone())
+        if is_last:
             assert self._key is not None, "the layer that has the cache runs first"
             self._watcher.observe(joined_heads(self._queries, self._num_kv_heads, dim=1), self._key)
             self._queries, self._key = [], None

@@ -27,7 +27,7 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 
 # Keys of a request's extra arguments that begin like ours and are vLLM's.
 _KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
-# They choose to by the name of a backend, which ours share with vLLM's, and do not ask the backend (vLLM 0.33).
+# Of vLLM 0.33: one goes by the name of the backend, which is that of vLLM's own, the other always does.
 WRITES_ITS_CACHE = frozenset({"BeamForCausalLM", "FlintForCausalLM"})
 BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not

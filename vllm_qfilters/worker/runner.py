@@ -323,12 +323,12 @@ class CompressedModelRunner:
         self.group = compressed_group(self.compression, groups)
         by_name = self.compilation_config.static_forward_context
         self.attending = layers_by_cache(by_name)
-        names = [name for name in groups[self.group].layer_names if name in self.attending]
+        names = groups[self.group].layer_names
         self.layers = [by_name[name] for name in names]
         check_layers(dict(zip(names, self.layers, strict=True)))
         of_one_shape = [group for group in groups if _kv_shape(group) == _kv_shape(groups[self.group])]
-        calibrated = {name for group in of_one_shape for name in group.layer_names} & self.attending.keys()
-        self.calibrated_layers = [by_name[name] for name in sorted(calibrated, key=extract_layer_index)]
+        calibrated = sorted((name for group in of_one_shape for name in group.layer_names), key=extract_layer_index)
+        self.calibrated_layers = [by_name[name] for name in calibrated]
         if not self.has_latents and self.layers[0].impl.alibi_slopes is not None:
             raise ValueError(
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"

@@ -282,7 +282,8 @@ class _Sizes:
         args, layers, policy = self._engine_args, self._layers, self._policy
         devices = args.tensor_parallel_size * args.pipeline_parallel_size
         whole = weight_bytes(self.model_config) if weights is None else weights
-        num_heads = most_query_heads(self.model_config.hf_text_config) // args.tensor_parallel_size
+        with_windows = not policy.beside.window
+        num_heads = most_query_heads(self.model_config.hf_text_config, with_windows) // args.tensor_parallel_size
         in_layer = query_bytes(policy.observed_queries, num_heads, layers.head_size, self.model_config.dtype)
         left = max(0, int(self._memory * args.gpu_memory_utilization) - whole // devices)
         cached_tokens = left // self._compressed.page_bytes * self._block_size
