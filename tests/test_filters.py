@@ -954,6 +954,14 @@ def test_made_filters_are_the_signed_singular_vectors_averaged_over_query_heads(
     assert filters.calibration == "noise"
 
 
+def test_queries_that_are_not_finite_make_no_filters(one_rank):
+    """As of Gemma 3n in vLLM 0.32, which divides by the length of an embedding that is zero."""
+    layers = Layers()
+    layers.queries[1, 5, 2, 0] = torch.nan
+    with pytest.raises(ValueError, match="queries of the token ids it runs are not all finite"):
+        make_filters(NAMES, layers.statistics(), 2, "")
+
+
 def test_made_filters_point_along_the_mean_query(one_rank):
     layers = Layers(num_heads=2, num_kv_heads=2)
     filters = make_filters(NAMES, layers.statistics(), 2, "").filters

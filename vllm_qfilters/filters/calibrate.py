@@ -155,6 +155,9 @@ def make_filters(
 
     Args:
         layers: the name of each.
+
+    Raises:
+        ValueError: queries are not finite.
     """
 
     def local(attribute: str, moment: str) -> list[torch.Tensor]:
@@ -168,6 +171,12 @@ def make_filters(
             wholes.append(whole if num_total is None else whole[:: whole.shape[0] // num_total])
         return [whole for of_stage in _of_all_stages(wholes) for whole in of_stage]
 
+    if not all(mean.isfinite().all() for mean in gathered(local("query_after_rope", "mean"))):  # all ranks see it
+        raise ValueError(
+            "KV compression cannot calibrate filters: the model's queries of the token ids it runs are not all finite "
+            "numbers; give others to `vllm-qfilters calibrate --text` and its file to "
+            "--kv-compression-config.filters, or choose a method without filters, such as streaming or knorm"
+        )
     directions = []
     for mean, second in zip(local("query_after_rope", "mean"), local("query_after_rope", "second"), strict=True):
         direction = torch.linalg.eigh(second.double()).eigenvectors[..., -1].float()
