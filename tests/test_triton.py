@@ -328,7 +328,7 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granulari
     fast, slow = (Sequences(case[0], Geometry(num_kv_heads=3), seed=case[1]) for _ in range(2))
     is_shared, mean_over_ranks = granularity != "head", torch.neg if "ranks" in granularity else torch.clone
     method, num_heads = Method(Model(fast.cache, TRITON_OPS)), fast.cache.num_kv_heads
-    compactor = Compactor(method, num_heads, is_shared, mean_over_ranks, bytes_at_once)
+    compactor = Compactor(method, num_heads, is_shared, mean_over_ranks, bytes_at_once=bytes_at_once)
     with forbidden_waiting():
         compactor.apply(fast.compactions, fast.table_rows, fast.batch.block_table, [None] * len(fast.compactions))
     for index, eviction in enumerate(slow.evictions):
