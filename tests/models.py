@@ -160,17 +160,20 @@ def make_tiny_gemma(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+# The last two layers may share caches.
+SHARING_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
 def make_tiny_gemma3n(folder: pathlib.Path) -> pathlib.Path:
     """The third layer attends to everything, the two before have a sliding window; the last two layers attend to the
     keys and values of the last one of their kind."""
     torch.manual_seed(0)
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    shape = {**_shape(), "num_hidden_layers": len(layer_types), "tie_word_embeddings": True}
+    shape = {**_shape(), "num_hidden_layers": len(SHARING_TYPES), "tie_word_embeddings": True}
     config = Gemma3nTextConfig(
         **{**shape, "rope_parameters": GEMMA_ROPE},
         pad_token_id=0,
         sliding_window=SLIDING_WINDOW,
-        layer_types=layer_types,
+        layer_types=SHARING_TYPES,
         num_kv_shared_layers=2,
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=16,
@@ -192,7 +195,6 @@ def make_tiny_gemma4(folder: pathlib.Path, num_sharing: int = 0, num_kv_heads: i
         num_sharing: layers behind these, up to two, which attend to the keys and values of the last one of their kind.
     """
     torch.manual_seed(0)
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     rope = {**GEMMA_ROPE["full_attention"], "rope_type": "proportional", "partial_rotary_factor": 0.25}
     shape = _shape(num_kv_heads=num_kv_heads)
     shape |= {"num_hidden_layers": NUM_LAYERS + num_sharing, "tie_word_embeddings": True}
@@ -200,7 +202,7 @@ def make_tiny_gemma4(folder: pathlib.Path, num_sharing: int = 0, num_kv_heads: i
         **{**shape, "rope_parameters": {**GEMMA_ROPE, "full_attention": rope}},
         pad_token_id=0,
         sliding_window=SLIDING_WINDOW,
-        layer_types=layer_types[: NUM_LAYERS + num_sharing],
+        layer_types=SHARING_TYPES[: NUM_LAYERS + num_sharing],
         num_kv_shared_layers=num_sharing,
         global_head_dim=2 * HEAD_SIZE,
         num_global_key_value_heads=1,

@@ -1,4 +1,4 @@
-"""What tensor parallel ranks decide together on GPUs, where no test runs: by vLLM's own communicator, in place."""
+"""What tensor parallel ranks decide together: the most by vLLM's own communicator, in place, and means over copies."""
 
 from types import SimpleNamespace
 
@@ -25,3 +25,26 @@ def test_the_most_of_all_ranks(disabled, monkeypatch):
     values = torch.ones(2)
     assert collectives.max_over_ranks(values) is values
     assert calls == [("vllm", values, values, MAX) if disabled is False else ("torch", values, MAX, "group")]
+
+
+@pytest.mark.parametrize("num_ranks, num_kv_heads", [(1, 1), (2, 1), (2, 2), (4, 2), (2, 6)])
+def test_ranks_take_the_mean_of_the_heads_that_they_hold_copies_of(num_ranks, num_kv_heads, monkeypatch):
+    copies, values = (
+        max(1, num_ranks // num_kv_heads),
+        torch.rand(num_ranks, 5, generator=torch.Generator().manual_seed(0)),
+    )
+    sent = [[] for _ in range(num_ranks)]  # by rank: a tensor for each time it takes part
+    monkeypatch.setattr(collectives, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+
+    def of(rank: int, all_reduce) -> torch.Tensor:
+        monkeypatch.setattr(collectives, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(collectives, "tensor_model_parallel_all_reduce", all_reduce)
+        return collectives.mean_over_copies(values[rank], num_kv_heads)
+
+    for rank in range(num_ranks):
+        of(rank, lambda tensor, rank=rank: sent[rank].append(tensor) or tensor)
+    assert {len(tensors) for tensors in sent} == {num_kv_heads if copies > 1 else 0}
+    for rank in range(num_ranks):
+        sums, first = iter([sum(tensors) for tensors in zip(*sent, strict=True)]), rank // copies * copies
+        found = of(rank, lambda _, sums=sums: next(sums))
+        torch.testing.assert_close(found, values[first : first + copies].mean(0))

@@ -17,7 +17,6 @@ from vllm_qfilters.commands.inspection import command
 from vllm_qfilters.commands.inspection.command import assemble
 from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.reader import load
-from vllm_qfilters.worker import collectives
 
 COMPRESSION = dict(budget=192, window=48, interval=32, chunk=128, prefill_interval=64)
 CACHE = dict(num_blocks=64, max_model_len=1024, max_batched=256)
@@ -106,29 +105,6 @@ def test_two_ranks_that_hold_the_same_latents_answer_as_one(
         torch.testing.assert_close(getattr(calibrated, name), getattr(of_one, name), atol=1e-3, rtol=1e-3)
     covariance, of_one_covariance = (made.query_factors.mT @ made.query_factors for made in (calibrated, of_one))
     torch.testing.assert_close(covariance, of_one_covariance, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("num_ranks, num_kv_heads", [(1, 1), (2, 1), (2, 2), (4, 2), (2, 6)])
-def test_ranks_take_the_mean_of_the_heads_that_they_hold_copies_of(num_ranks, num_kv_heads, monkeypatch):
-    copies, values = (
-        max(1, num_ranks // num_kv_heads),
-        torch.rand(num_ranks, 5, generator=torch.Generator().manual_seed(0)),
-    )
-    sent = [[] for _ in range(num_ranks)]  # by rank: a tensor for each time it takes part
-    monkeypatch.setattr(collectives, "get_tensor_model_parallel_world_size", lambda: num_ranks)
-
-    def of(rank: int, all_reduce) -> torch.Tensor:
-        monkeypatch.setattr(collectives, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(collectives, "tensor_model_parallel_all_reduce", all_reduce)
-        return collectives.mean_over_copies(values[rank], num_kv_heads)
-
-    for rank in range(num_ranks):
-        of(rank, lambda tensor, rank=rank: sent[rank].append(tensor) or tensor)
-    assert {len(tensors) for tensors in sent} == {num_kv_heads if copies > 1 else 0}
-    for rank in range(num_ranks):
-        sums, first = iter([sum(tensors) for tensors in zip(*sent, strict=True)]), rank // copies * copies
-        found = of(rank, lambda _, sums=sums: next(sums))
-        torch.testing.assert_close(found, values[first : first + copies].mean(0))
 
 
 def test_two_pipeline_stages_calibrate_and_answer_as_one(start, engines, empty_cache):

@@ -167,9 +167,14 @@ class Policy:
         return max(min_budget(window, sinks, self.interval, self.prompt_share, block_size) for window in windows)
 
     def _min_last_page(self, block_size: int) -> int:
-        """Most tokens of a last page that is not full, which stay where requests go on from the end of others. In page
+        """Most tokens of a last page that is not full, where they stay."""
+        return block_size - 1 if self._leaves_last_page else 0
+
+    @property
+    def _leaves_last_page(self) -> bool:
+        """Whether the tokens of a last page that is not full stay, as others go on from the end of a request. In page
         granularity only full pages go."""
-        return block_size - 1 if self.resumes and not self.evicts_whole_pages else 0
+        return self.resumes and not self.evicts_whole_pages
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError unless every eviction can free whole pages of ``block_size`` tokens."""
@@ -257,7 +262,7 @@ class Policy:
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
             pinned_prompt=max(sinks, math.floor(self.prompt_share * budget)) if self.prompt_share else 0,
-            resumes=self.resumes and not self.evicts_whole_pages,
+            resumes=self._leaves_last_page,
         )
 
     def _most_budget(self, prompt_tokens: int, block_size: int) -> int | None:
