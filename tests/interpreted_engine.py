@@ -82,8 +82,8 @@ def register_triton(backends: dict) -> None:
     register({on_cpus: backends[in_triton] for on_cpus, in_triton in in_place_of.items()})
 
 
-def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale):
-    """vLLM's writer of latents, which is not built for CPUs."""
+def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, skip_scale=False):
+    """vLLM's writer of latents, which is not built for CPUs. ``skip_scale``, from vLLM 0.33 on, is of other dtypes."""
     is_token = slot_mapping >= 0
     slots, num_tokens = slot_mapping[is_token], slot_mapping.shape[0]
     keys = torch.cat((kv_c[:num_tokens], k_pe[:num_tokens]), dim=-1)

@@ -6,6 +6,7 @@ import pkgutil
 
 import pytest
 import torch
+import vllm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -63,6 +64,7 @@ ELSEWHERE = {
     "DeepseekScalingRotaryEmbedding": "of models with MLA",
     "DeepseekV4ScalingRotaryEmbedding": "of models with MLA",
     "Llama4VisionRotaryEmbedding": "of encoders of images",
+    **({"VitMropeSetup": "of encoders of images"} if vllm.__version_tuple__ >= (0, 33) else {}),
     "ApplyRotaryEmb": "no embedding",
     "RotaryEmbeddingBase": "the others derive from it",
 }
