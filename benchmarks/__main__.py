@@ -15,6 +15,7 @@ CASES = {
     "readme": "what README's table and plots are made from: cases and tasks, of one clean commit",
     "kvpress": "Hugging Face transformers with kvpress at the same budget, beside vLLM and ours",
     "openvino": "OpenVINO GenAI, which evicts on CPUs too, beside vLLM and ours at the same budget",
+    "llama_cpp": "llama.cpp, with its whole context and with context shift, beside vLLM and ours",
     "identity": "does a budget nobody reaches leave plain vLLM's output as it is, bit by bit?",
     "page_scores": "what page scores cost of a decode step",
     "operators": "the C++ kernels against the PyTorch ones, on the shapes of the demo model",

@@ -69,10 +69,10 @@ class Case:
         _add_common_options(parser)
         self.add_options(parser)
         arguments = parser.parse_args()
-        arguments.llm.setdefault("dtype", cpu.fast_dtype())
         if arguments.measure is not None:
             print(_MEASURED + json.dumps(self.measure({**_job(arguments), **arguments.measure})))
             return 0
+        arguments.llm.setdefault("dtype", cpu.fast_dtype())
         arguments.output = output = arguments.output or RESULTS / f"{self.name}.json"
         check_output(parser, arguments)
         print(f"measuring in {arguments.llm['dtype']}; --llm '{{\"dtype\": ...}}' chooses another", file=sys.stderr)
@@ -83,7 +83,8 @@ class Case:
             for variant, job in variants.items():
                 print(f"round {number} of {arguments.rounds}: {variant} ...", file=sys.stderr, flush=True)
                 with contextlib.suppress(NotMeasured):
-                    of_round[variant] = _run_child(variant, job)
+                    # The dtype is decided here: another interpreter may be without torch.
+                    of_round[variant] = _run_child(variant, {"llm": arguments.llm, **job})
             rounds.append(of_round)
             ratios.append({name: round(ratio, 2) for name, ratio in self.ratios(of_round).items()})
             problems += self.problems(of_round)
@@ -101,11 +102,12 @@ class Case:
     def _print(self, result: dict[str, Any]) -> None:
         for key, value in result["run"].items():
             print(f"{key}: {value}")
-        print("\n" + " " * 24 + "".join(f"{header:>{len(header) + 3}}" for header in self.columns.values()))
+        width = max(map(len, result["rounds"][0])) + 1
+        print("\n" + " " * width + "".join(f"{header:>{len(header) + 3}}" for header in self.columns.values()))
         for variant, numbers in by_variant(result["rounds"]).items():
             cells = (median(numbers, key) for key in self.columns)
             shown = (f"{cell:>{len(header) + 3}.4g}" for cell, header in zip(cells, self.columns.values(), strict=True))
-            print(f"{variant:<24}" + "".join(shown))
+            print(f"{variant:<{width}}" + "".join(shown))
         print()
         for name in result["ratios"][0]:
             print(f"{name}: " + ", ".join(str(ratios[name]) for ratios in result["ratios"]))

@@ -4,6 +4,7 @@ import collections
 import os
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -63,14 +64,10 @@ class Engine:
 
     def prompts(self, count: int, num_tokens: int) -> list[list[int]]:
         """Cuts prompts from a text, or from random token ids where there is no tokenizer; no two begin alike."""
-        stride = 997
-        needed = num_tokens + count * stride
         if self.llm.model_config.skip_tokenizer_init:
-            numbers = random.Random(0)
-            tokens = [numbers.randrange(3, self.llm.model_config.get_vocab_size()) for _ in range(needed)]
-        else:
-            tokens = text_tokens(self.llm.get_tokenizer(), needed)
-        return [tokens[index * stride : index * stride + num_tokens] for index in range(count)]
+            numbers, end = random.Random(0), self.llm.model_config.get_vocab_size()
+            return cut_prompts(lambda needed: [numbers.randrange(3, end) for _ in range(needed)], count, num_tokens)
+        return cut_prompts(lambda needed: text_tokens(self.llm.get_tokenizer(), needed), count, num_tokens)
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         from vllm import SamplingParams
@@ -125,6 +122,13 @@ class Engine:
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
         self.preemptions += 1
         return self._preempt_request(*args, **kwargs)
+
+
+def cut_prompts(tokens: Callable[[int], list[int]], count: int, num_tokens: int) -> list[list[int]]:
+    """Cuts ``count`` prompts of ``num_tokens`` each, no two of which begin alike, from as many tokens as are needed."""
+    stride = 997
+    text = tokens(num_tokens + count * stride)
+    return [text[index * stride :][:num_tokens] for index in range(count)]
 
 
 def text_tokens(tokenizer: Any, num_tokens: int) -> list[int]:

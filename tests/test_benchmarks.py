@@ -3,6 +3,7 @@ it.
 """
 
 import argparse
+import http.server
 import importlib.util
 import itertools
 import json
@@ -11,12 +12,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from benchmarks import case, gpu_all, readme
+from benchmarks import case, gpu_all, llama_cpp, peers, readme, to_gguf
 from benchmarks.__main__ import CASES
+from tests.models import make_tiny_tokenizer
 from vllm_qfilters.commands.evaluation import command as evaluation
 
 STANDALONE = ("operators", "gpu_kernels", "gpu_all", "readme")  # measure no variants
@@ -119,7 +124,7 @@ def test_decode_runs_methods_beside_each_other_and_leaves_the_limits_out_if_told
     assert ratios["streaming 2048: decode speedup over plain"] == 0.33
     assert not any("limit" in name for name in ratios)
     _, child = run("decode", monkeypatch, tmp_path, str(tiny_model), *options)
-    assert child.jobs["limit 2048"] == {"method": None, "contexts": [2048 - 80]}
+    assert child.jobs["limit 2048"] == {**child.jobs["plain"], "contexts": [2048 - 80]}
 
 
 def test_a_follow_up_is_sent_with_the_answer_and_counts_what_was_read_again(monkeypatch):
@@ -167,10 +172,75 @@ class FakeConversations:
         return [] if self.steps == 3 else outputs  # the prompt is read in two steps
 
 
-def test_openvino_is_left_out_where_it_is_not_installed(tiny_model):
-    openvino = importlib.import_module("benchmarks.openvino")
+@pytest.mark.parametrize("name, job", [("openvino", {"aggregation": None}), ("llama_cpp", {"shift": False})])
+def test_a_peer_is_left_out_where_it_is_not_installed(name, job, tiny_model):
+    peer = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(case.NotMeasured, match="--python"):
-        openvino.measure({"model": str(tiny_model), "aggregation": None})
+        peer.measure({"model": str(tiny_model), **job})
+
+
+@pytest.mark.parametrize("architecture", [LlamaConfig, Qwen2Config])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_written_as_gguf_is_read_back_bit_by_bit(architecture, dtype, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architecture(**shape, **heads), dtype=getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    make_tiny_tokenizer(tmp_path)
+    to_gguf.write_gguf(tmp_path, tmp_path / "model.gguf", dtype)
+    (tmp_path / "model.safetensors").unlink()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=getattr(torch, dtype))
+    wanted = model.state_dict()
+    assert read.state_dict().keys() == wanted.keys()
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_a_model_that_would_be_written_wrong_as_gguf_is_refused(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    for config in (LlamaConfig(rope_parameters=rope), Gemma2Config()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="with RoPE of type"):
+            to_gguf.write_gguf(tmp_path, tmp_path / "model.gguf", "float32")
+
+
+def test_tokens_of_an_answer_that_arrive_at_once_share_their_seconds():
+    answers = [{"tokens": [5]}, {"tokens": [6]}, {"tokens": []}, {"tokens": [7, 8]}]
+    events = [{**answer, "stop": False} for answer in answers]
+    events.append({"tokens": [], "stop": True, "tokens_evaluated": 9, "tokens_cached": 12})
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            for event in events:
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Server) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        answer = llama_cpp.Answer(f"http://localhost:{server.server_port}", [1, 2, 3], 4).wait()
+        thread.join()
+    assert asked[0]["prompt"] == [1, 2, 3] and asked[0]["n_predict"] == 4 and not asked[0]["cache_prompt"]
+    assert answer.token_ids == [5, 6, 7, 8] and (answer.prompt_tokens, answer.held_tokens) == (9, 12)
+    first, second, third = answer.seconds_of_tokens()
+    assert second == third and first > 0 and answer.first_token_seconds > 0
+
+
+def test_a_prompt_is_cut_in_the_middle_for_a_context_that_shifts():
+    prompt = list(range(1000))
+    cut = llama_cpp.cut_prompt(prompt, keep=32, context=256)
+    assert len(cut) == 256 - peers.ANSWER_TOKENS and cut[:32] == prompt[:32] and cut[32:] == prompt[-len(cut[32:]) :]
+    assert llama_cpp.cut_prompt(prompt[:200], keep=32, context=256) == prompt[:200]
 
 
 def test_variants_whose_packages_are_missing_are_left_out(tiny_model, monkeypatch, tmp_path):
