@@ -33,7 +33,7 @@ from benchmarks import peers
 from benchmarks.case import ROOT, NotMeasured, Numbers
 
 WRITTEN = ROOT / "build" / "llama_cpp"  # git ignores build/
-CACHE_TYPES = {"float32": "F32", "bfloat16": "F16"}
+CACHE_TYPES = {"float32": "GGML_TYPE_F32", "bfloat16": "GGML_TYPE_F16"}
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to multiples of it
 
 
@@ -121,13 +121,14 @@ def measure(job: dict[str, Any]) -> Numbers:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise NotMeasured(f"llama.cpp is not there ({error}): see --help, then --python") from None
+    cache_type = peers.named_precision(job, CACHE_TYPES)
     context = job["budget"] if job["shift"] else job["context"] + peers.most_tokens(job)
     context = -(-context // CONTEXT_STEP) * CONTEXT_STEP
     params = xllamacpp.CommonParams()
     params.model.path = str(written(job["model"], job["llm"]["dtype"]))
     params.n_parallel, params.kv_unified, params.n_ctx = job["sequences"], False, job["sequences"] * context
     params.ctx_shift, params.n_keep, params.cache_ram_mib = job["shift"], job["keep"], 0
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type[f"GGML_TYPE_{CACHE_TYPES[job['llm']['dtype']]}"]
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type[cache_type]
     # It asks how many cores there are, not how many this process may use.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
     params.verbosity = 0
@@ -139,8 +140,8 @@ def measure(job: dict[str, Any]) -> Numbers:
             prompt = cut_prompt(prompt, job["keep"], context)
         return Answer(server.listening_address, prompt, max_tokens)
 
-    ask(peers.warm_up_prompt(tokenizer), peers.ANSWER_TOKENS).wait()
     prompts = peers.prompts(job, tokenizer)
+    ask(prompts[0][: peers.WARM_UP_TOKENS], peers.ANSWER_TOKENS).wait()
     ttft = ask(prompts[0], 2).wait().first_token_seconds
     # The first sequence decodes while the last is read.
     answers = [ask(prompt, peers.most_tokens(job)) for prompt in prompts]

@@ -50,7 +50,7 @@ def measure(job: dict[str, Any]) -> Numbers:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise NotMeasured(f"OpenVINO GenAI is not there ({error}): see --help, then --python") from None
-    precision = PRECISIONS[job["llm"]["dtype"]]
+    precision = peers.named_precision(job, PRECISIONS)
     num_blocks = (job["sequences"] + 1) * -(-(job["context"] + peers.most_tokens(job)) // BLOCK_SIZE)
     scheduling = genai.SchedulerConfig()
     scheduling.num_kv_blocks, scheduling.max_num_batched_tokens = num_blocks, 2048
@@ -92,8 +92,8 @@ def measure(job: dict[str, Any]) -> Numbers:
         while pipeline.has_non_finished_requests():
             pipeline.step()
 
-    answer(peers.warm_up_prompt(tokenizer))
     prompts = peers.prompts(job, tokenizer)
+    answer(prompts[0][: peers.WARM_UP_TOKENS])
     alone = add(prompts[0], 2)  # a request ends with its handle
     ttft, _ = read([alone])
     finish()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.case import Case, Numbers, bar_panels
+from benchmarks.case import Case, NotMeasured, Numbers, bar_panels
 from benchmarks.engine import Engine, cut_prompts, text_tokens
 from vllm_qfilters.commands.evaluation.needles import Needle, PromptFrame, is_answered, passkey
 
@@ -52,13 +52,19 @@ def most_tokens(job: Mapping[str, Any]) -> int:
     return job["steps"] + job["sequences"] * (2 + job["context"] // 512)
 
 
+def named_precision(job: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Returns a peer's name of the precision that vLLM computes in; raises NotMeasured if it has none."""
+    dtype = job["llm"]["dtype"]
+    if dtype not in names:
+        raise NotMeasured(
+            f"dtype {dtype} cannot be had on both sides; --llm '{{\"dtype\": ...}}' takes {', '.join(names)}"
+        )
+    return names[dtype]
+
+
 def prompts(job: Mapping[str, Any], tokenizer: Any) -> list[list[int]]:
     """Cuts the prompts of :meth:`Engine.prompts` where there is no engine."""
     return cut_prompts(lambda count: text_tokens(tokenizer, count), job["sequences"], job["context"])
-
-
-def warm_up_prompt(tokenizer: Any) -> list[int]:
-    return text_tokens(tokenizer, WARM_UP_TOKENS)
 
 
 def count_found(job: Mapping[str, Any], tokenizer: Any, answer: Callable[[list[int]], Sequence[int]]) -> int:
@@ -93,8 +99,8 @@ def measure_vllm(job: dict[str, Any]) -> Numbers:
             outputs = engine.step() or outputs
         return outputs[0].outputs[0].token_ids
 
-    answer(warm_up_prompt(tokenizer))
     first, *others = engine.prompts(job["sequences"], job["context"])
+    answer(first[:WARM_UP_TOKENS])
     engine.add(next(names), first, most_tokens(job))
     ttft, _ = engine.read_prompts()
     engine.drop_everything()
