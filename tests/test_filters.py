@@ -32,6 +32,7 @@ from tests.models import (
     save_version_2,
     tiny_identity,
 )
+from tests.run_engine import run_engine
 from vllm_qfilters.filters import calibrate, format, load, reader
 from vllm_qfilters.filters import fingerprint as fingerprint_module
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
@@ -749,6 +750,13 @@ def test_cached_filters_are_found_by_their_weights(cache_root):
     found = cached_file(model, WEIGHTS, 8)
     assert (found.path, found.origin) == (str(path), f"cache {path}")
     assert cached_file(model, "other weights", 8) is None
+
+
+def test_filters_of_few_tokens_are_for_engines_with_room_for_no_more(tiny_model, empty_cache):
+    llm = dict(kv_cache_memory_bytes=1 << 28, skip_tokenizer_init=True)
+    for max_model_len, num_files in ((512, 1), (2560, 2)):
+        run_engine(tiny_model, [dict(prompt=[1, 2], max_tokens=1)], {}, max_model_len=max_model_len, **llm)
+        assert len(list((empty_cache / "qfilters").iterdir())) == num_files
 
 
 def test_cached_filters_of_a_lower_rank_or_an_earlier_version_are_calibrated_anew(cache_root, monkeypatch):

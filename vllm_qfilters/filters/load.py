@@ -79,9 +79,12 @@ def given_file(wanted: str, model: ModelIdentity, rank: int) -> FiltersFile:
     return _checked(path, model, rank, f"hub {repository}@{commit}")
 
 
-def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
-    """Keeps calibrated filters in the cache where that can be written, and says in a word what became of them."""
-    path = cache_path(model, weights)
+def keep(filters: Filters, model: ModelIdentity, weights: str, num_tokens: int | None = None) -> str:
+    """Keeps calibrated filters in the cache where that can be written, and says in a word what became of them.
+
+    Args: as of :func:`cache_path`.
+    """
+    path = cache_path(model, weights, num_tokens)
     try:
         save(path, filters, model)
     except (OSError, SafetensorError) as error:
@@ -92,9 +95,14 @@ def keep(filters: Filters, model: ModelIdentity, weights: str) -> str:
     return f"kept in {path}"
 
 
-def cached_file(model: ModelIdentity, weights: str, rank: int) -> FiltersFile | None:
-    """Filters that were calibrated for these weights before; None: there are none, or none that can be used."""
-    path = cache_path(model, weights)
+def cached_file(model: ModelIdentity, weights: str, rank: int, num_tokens: int | None = None) -> FiltersFile | None:
+    """Filters that were calibrated for these weights before; None: there are none, or none that can be used.
+
+    Args:
+        model, weights, num_tokens: as of :func:`cache_path`.
+        rank: as of :class:`vllm_qfilters.filters.format.Part`.
+    """
+    path = cache_path(model, weights, num_tokens)
     try:
         return _checked(path, model, rank, f"cache {path}") if path.exists() else None
     except (ValueError, OSError) as error:
@@ -119,16 +127,19 @@ def part_of(file: FiltersFile, model: ModelIdentity, part: Part, group: GroupCoo
     return own
 
 
-def cache_path(model: ModelIdentity, weights: str) -> pathlib.Path:
+def cache_path(model: ModelIdentity, weights: str, num_tokens: int | None = None) -> pathlib.Path:
     """Where calibrated filters are kept.
 
     Args:
         model: its name and revision do not count: a folder may be moved and renamed.
         weights: their :func:`vllm_qfilters.filters.fingerprint.fingerprint`.
+        num_tokens: what they are calibrated from, where an engine has room for no more: engines that have more do not
+            use such filters.
     """
     described = dataclasses.asdict(model)
     del described["name"], described["revision"]
-    key = json.dumps([VERSION, _CALIBRATION, described, weights], sort_keys=True)
+    few = [] if num_tokens is None else [num_tokens]
+    key = json.dumps([VERSION, _CALIBRATION, described, weights, *few], sort_keys=True)
     name = f"{model.architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     return pathlib.Path(envs.VLLM_CACHE_ROOT) / "qfilters" / name
 

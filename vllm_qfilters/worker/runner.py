@@ -495,12 +495,16 @@ class CompressedModelRunner:
         # Random weights, as benchmarks and trainers start with, come from no file.
         is_random = self.load_config.load_format == "dummy"
         found, weights, ranks, rank = None, "", get_world_group(), self.compression.rank
+        num_tokens = fitting(self, SEQUENCE_TOKENS)
+        few = num_tokens if num_tokens < SEQUENCE_TOKENS else None
         if ranks.is_first_rank:  # for all: another one may be on another machine, with other files
             if wanted != AUTO:
                 found = given_file(wanted, model, rank)
             elif not is_random:
                 weights = self.weights_fingerprint()
                 found = cached_file(model, weights, rank)
+                if found is None and few is not None:
+                    found = cached_file(model, weights, rank, few)
         found = ranks.broadcast_object(found)
         if found is not None:
             return part_of(found, model, self._part(), ranks), found.origin
@@ -515,7 +519,7 @@ class CompressedModelRunner:
                     "that are loaded into the model later give --kv-compression-config.filters"
                 )
         else:
-            kept = keep(filters, model, weights) if self._is_first_rank else "kept by another rank"
+            kept = keep(filters, model, weights, few) if self._is_first_rank else "kept by another rank"
         return filters.of(self._part()), f"calibrated now ({description}), {kept}"
 
     def _random_sequences(self) -> list[list[int]]:
