@@ -1,13 +1,13 @@
 """Where the bytes of a paged KV cache lie. The only file that knows strides.
 
-vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]`` of one allocation. On GPUs the
-view tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is the
-business of the attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on: it
-is found by writing known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`). Behind
-the keys and values of all heads, each page carries planes of float32 numbers, one per KV head and slot, where a method
-needs any: the first holds scores or what they are made of. A cache of latents (MLA) has one KV head of keys without
-values: the value of a token is a part of its key. Its attention backends want pages that lie one behind the other, so
-that its planes are memory of their own.
+vLLM hands every layer a view ``[num_blocks, num_kv_heads, block_size, head_size + value_size]`` of one allocation. On
+GPUs the view tells where keys and values lie (:class:`StridedCache`). On CPUs what lies inside a page of one KV head is
+the business of the attention backend, which stores keys transposed ("vec"), packed for matrix tiles ("amx"), and so on:
+it is found by writing known values with the backend's own writer (:func:`probe_page_layout`, :class:`PagedCache`).
+Behind the keys and values of all heads, each page carries planes of float32 numbers, one per KV head and slot, where a
+method needs any: the first holds scores or what they are made of. A cache of latents (MLA) has one KV head of keys
+without values: the value of a token is a part of its key. Its attention backends want pages that lie one behind the
+other, so that its planes are memory of their own.
 """
 
 import copy
@@ -28,8 +28,8 @@ class PageLayout:
 
     Attributes:
         keys: shape ``[block_size, head_size]``, int64: where element (slot, dim) of the keys lies.
-        values: the same for the values, shape ``[block_size, value_size]``: as large as keys, or 0 in a cache of
-            latents.
+        values: the same for the values, shape ``[block_size, value_size]``: as large as keys in most models, smaller
+            in some (MiMo-V2), 0 in a cache of latents.
     """
 
     keys: torch.Tensor
@@ -235,7 +235,7 @@ class StridedCache(_Planes):
             planes.
         num_planes: float32 numbers per token and KV head.
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
-        has_values: else keys stand alone.
+        value_size: elements per value; None: as many as per key; 0: keys stand alone.
         planes: where they are memory of their own.
 
     Attributes:
@@ -256,14 +256,14 @@ class StridedCache(_Planes):
         kv_caches: Sequence[torch.Tensor],
         num_planes: int = 1,
         key_scales: torch.Tensor | None = None,
-        has_values: bool = True,
+        value_size: int | None = None,
         planes: torch.Tensor | None = None,
     ) -> None:
         first = kv_caches[0]
         self.num_layers = len(kv_caches)
         self.key_scales = key_scales
         self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
-        self.head_size = content // 2 if has_values else content
+        self.head_size = content // 2 if value_size is None else content - value_size
         head_major = (self.block_size * content, content, 1)
         token_major = (content, self.num_kv_heads * content, 1)
         if not _has_strides(first, head_major) and not _has_strides(first, token_major):

@@ -177,9 +177,10 @@ class Ops(Protocol):
 
         Args:
             stat: what to write to the first plane, computed before anything is quantised.
-            key, value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
-            cache: the layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys
-                or fp8; None where vLLM has written keys and values.
+            key: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
+            value: likewise, of ``value_size``, which is no more than ``head_size``.
+            cache: the layer's view ``[num_blocks, num_kv_heads, block_size, head_size + value_size]``, of the dtype of
+                the keys or fp8; None where vLLM has written keys and values.
             planes: the layer's, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in
                 place.
             slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.

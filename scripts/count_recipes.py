@@ -62,7 +62,7 @@ TRAITS = {
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
     ),
     "own_attention": ("attention layers of its own", None),
-    "narrow_values": ("values narrower than keys", None),
+    "narrow_values": ("values narrower than keys", "tests/test_triton.py::test_write_and_score_matches_reference"),
     "shared_cache": (
         "layers that share a cache",
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
@@ -198,7 +198,7 @@ def check(traits: set[str]) -> None:
     if "kv_shapes" in traits:  # of layers of either kind
         specs["window"] = SlidingWindowSpec(**{**usual, "head_size": 128}, sliding_window=WINDOW)
     if "narrow_values" in traits:
-        specs["narrow values"] = FullAttentionSpec(**usual, head_size_v=32)
+        specs["first"] = FullAttentionSpec(**usual, head_size_v=32)
     if "chunked" in traits:
         specs["chunked"] = FullAttentionSpec(**usual, attention_chunk_size=WINDOW)
     if "hybrid" in traits:

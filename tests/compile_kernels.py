@@ -138,11 +138,11 @@ def launch_all(has_fp8: bool) -> None:
 def launch_latents() -> None:
     """On a cache as DeepSeek-V3 has it, with all its query heads on one GPU."""
     size, latent, heads = 576, 512, 128
-    geometry = Geometry(2, 8, 1, 64, size, torch.bfloat16, num_planes=0, has_values=False)
+    geometry = Geometry(2, 8, 1, 64, size, torch.bfloat16, num_planes=0, value_size=0)
     sequences = Sequences([Eviction(6 * 64, 64, 4, 64), Eviction(9 * 64, 128, 4, 64)], geometry, seed=0)
     batch, num_blocks = sequences.batch, sequences.cache.num_blocks
     planes = torch.zeros(2, num_blocks, 2, 1, 64)
-    cache = StridedCache(sequences.views, 2, has_values=False, planes=planes)
+    cache = StridedCache(sequences.views, 2, value_size=0, planes=planes)
     for num_tokens in (1, 8192):
         key, slots = torch.zeros(num_tokens, 1, size, dtype=geometry.dtype), torch.zeros(num_tokens, dtype=torch.int64)
         for stat in (TokenStat.VALUE_NORM, TokenStat.PROJECTION, TokenStat.RANDOM):

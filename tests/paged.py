@@ -85,11 +85,11 @@ class Geometry:
     dtype: torch.dtype = torch.float32
     layout: str = "LBHNC"
     num_planes: int = 2
-    has_values: bool = True
+    value_size: int | None = None  # elements; None: as many as of a key
 
     @property
     def content(self) -> int:
-        return (1 + self.has_values) * self.head_size
+        return self.head_size + (self.head_size if self.value_size is None else self.value_size)
 
     @property
     def page_bytes(self) -> int:
@@ -108,7 +108,7 @@ def make_cache(
     # No pattern of such bytes is NaN in any dtype, so that equality means the same bits.
     buffer = torch.randint(1, 60, (geometry.cache_bytes,), generator=generator, dtype=torch.uint8).to(device)
     views = layer_views(buffer, geometry)
-    cache = StridedCache(views, geometry.num_planes, has_values=geometry.has_values)
+    cache = StridedCache(views, geometry.num_planes, value_size=geometry.value_size)
     cache.planes.copy_(torch.randn(cache.planes.shape, generator=generator))
     return buffer, views, cache
 

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LongcatFlashConfig, MiMoV2FlashConfig
 
 from tests.models import (
     HEAD_SIZE,
@@ -1038,6 +1039,41 @@ def test_all_ranks_together_make_the_filters_of_one(one_stage, monkeypatch, num_
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
     covariance, expected_covariance = (made.query_factors.mT @ made.query_factors for made in (found, expected))
     torch.testing.assert_close(covariance, expected_covariance, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config, counted, expected",
+    [
+        # Two attentions in each layer, one key for all heads.
+        (LongcatFlashConfig(num_layers=2, num_attention_heads=4), (2, 4, 576), (4, 1, 576)),
+        # As Transformers has the configuration of MiMo-V2, and as it was published: of full attention alone.
+        (
+            MiMoV2FlashConfig(num_hidden_layers=3, num_attention_heads=4, swa_num_key_value_heads=8, swa_head_dim=192),
+            (3, 4, 192),
+            (1, 4, 192),
+        ),
+        (
+            SimpleNamespace(
+                num_attention_heads=4, num_key_value_heads=4, head_dim=192, swa_num_key_value_heads=8, swa_head_dim=192,
+                hybrid_layer_pattern=[0, 1, 1, 0], sliding_window=128,
+            ),
+            (4, 4, 192),
+            (2, 4, 192),
+        ),
+    ],
+    ids=["LongCat-Flash", "MiMo-V2", "MiMo-V2, published"],
+)  # fmt: skip
+def test_layers_and_heads_of_models_that_count_them_in_ways_of_their_own(config, counted, expected):
+    """counted: by vLLM. Layers, KV heads, and elements of a key."""
+    num_layers, num_kv_heads, head_size = counted
+    model = SimpleNamespace(
+        hf_text_config=config, hf_config=config, model="folder", architecture="A", revision=None, max_model_len=4096,
+        is_hybrid=False, use_mla=expected[1] == 1, get_sliding_window=lambda: getattr(config, "sliding_window", None),
+        get_total_num_hidden_layers=lambda: num_layers, get_total_num_kv_heads=lambda: num_kv_heads,
+        get_head_size=lambda: head_size,
+    )  # fmt: skip
+    found = ModelIdentity.from_model_config(model)
+    assert (found.num_layers, found.num_kv_heads, found.head_size) == expected
 
 
 def test_made_filters_fit_into_a_file(one_rank, path):

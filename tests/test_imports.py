@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "filters": {"groups", "kernels.ops"},
     "methods": {"filters.bank", "kernels", "methods.catalog"},
     "attention": {"filters.statistics", "kernels.ops", "methods.base"},
-    "worker": {"attention", "core.spec", "filters", "kernels", "messages", "methods.base", "plan", "policy"},
+    "worker": {"attention", "core.spec", "filters", "groups", "kernels", "messages", "methods.base", "plan", "policy"},
     # The engine.
     "core": {"budget", "config", "messages", "plan", "policy", "stats"},
     # The front end, and what is run by hand.

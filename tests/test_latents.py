@@ -10,7 +10,7 @@ from vllm_qfilters.kernels import IMPLEMENTATION, REFERENCE_OPS, PagedCache, cpp
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import TokenStat
 
-GEOMETRY = Geometry(num_layers=2, num_kv_heads=1, head_size=72, num_planes=0, has_values=False)
+GEOMETRY = Geometry(num_layers=2, num_kv_heads=1, head_size=72, num_planes=0, value_size=0)
 VALUE_SIZE = 64
 EVICTIONS = [Eviction(150, 48, 5, 37), Eviction(96, 32, 4, 32), Eviction(160, 48, 21, 30), Eviction(100, 32, 4, 64)]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,7 +36,7 @@ def paged(sequences: Sequences, num_planes: int) -> PagedCache:
 def strided(sequences: Sequences, num_planes: int) -> StridedCache:
     """The cache as GPUs see it."""
     planes = planes_of(sequences.cache, num_planes)
-    return StridedCache(sequences.views, num_planes, has_values=False, planes=planes)
+    return StridedCache(sequences.views, num_planes, value_size=0, planes=planes)
 
 
 def is_kept_of(cache, eviction: Eviction, seed: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_qfilters.config import KVCompressionConfig
@@ -77,6 +79,27 @@ def test_a_longer_sequence_takes_no_more(max_budget):
     usual = runner.compaction_bytes(cache_bytes(runner))
     runner.model_config.max_model_len = 1 << 20  # more than the cache holds
     assert runner.compaction_bytes(cache_bytes(runner)) == usual
+
+
+def test_heads_of_layers_that_share_a_cache_are_reckoned_together():
+    """What engines with such layers, and with states, take is measured in tests/test_gpu_engine.py."""
+    shared, wide = make_runner(), make_runner()
+    sharing = dict(num_heads=32, num_kv_heads=8, head_size=128, kv_sharing_target_layer_name="31")
+    shared.compilation_config.static_forward_context["32"] = SimpleNamespace(**sharing)
+    wide.compilation_config.static_forward_context["31"] = SimpleNamespace(num_heads=64, num_kv_heads=8, head_size=128)
+    size = cache_bytes(shared) // 100  # of which all layers are cut at once
+    assert shared.compaction_bytes(size) == wide.compaction_bytes(size) > make_runner().compaction_bytes(size)
+
+
+def test_states_and_windows_beside_what_is_compressed_take_nothing_of_it():
+    runner, usual = make_runner(), make_runner().get_kv_cache_spec()
+    state = MambaSpec(
+        block_size=16, shapes=((2, 64),), dtypes=(torch.float32,), mamba_type=MambaAttentionBackendEnum.SHORT_CONV
+    )
+    window = SlidingWindowSpec(block_size=16, num_kv_heads=16, head_size=256, dtype=torch.bfloat16, sliding_window=512)
+    runner.get_kv_cache_spec = lambda: {"state": state, **usual, "window": window}
+    size = cache_bytes(make_runner()) // 100
+    assert runner.compaction_bytes(size) == make_runner().compaction_bytes(size)
 
 
 @pytest.mark.parametrize("is_fixed", [False, True], ids=["profiled", "kv_cache_memory_bytes"])

@@ -36,6 +36,11 @@ def test_as_many_recipes_are_accepted_as_the_documentation_says(recipes):
         ("Qwen3-VL-235B", "M-RoPE", "accepted"),
         ("gemma-4-31B", "sliding windows, KV heads that differ", "accepted"),
         ("gemma-4-E2B", "sliding windows, KV heads that differ, layers that share a cache", "accepted"),
+        (
+            "MiMo-V2-Flash",
+            "sliding windows, attention sinks, KV heads that differ, values narrower than keys",
+            "accepted",
+        ),
         ("Inkling", "sliding windows, KV heads that differ, attention layers of its own", "refused"),
         ("DeepSeek-R1", "MLA", "accepted"),
         ("V3.2", "MLA, sparse indexer", "refused"),

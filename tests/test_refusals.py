@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from tests.marks import needs_fp8_caches
-from tests.models import random_prompt
+from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, random_prompt, tiny_identity
 from vllm_qfilters import cpu, kv_compression
 from vllm_qfilters.attention import FP8_DTYPES
 from vllm_qfilters.config import FP8_CACHE_DTYPES, KVCompressionConfig
@@ -24,6 +24,7 @@ from vllm_qfilters.frontend import support
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
 from vllm_qfilters.frontend.support import REFUSALS, Start, check_request, check_supported, warn_of_slow_dtype
 from vllm_qfilters.policy import Policy, resolve
+from vllm_qfilters.worker import specs
 from vllm_qfilters.worker.specs import check_cuda_graphs, check_specs
 
 OPTIONS = dict(budget=128, window=32, sinks=4, interval=32, chunk=128, num_blocks=64)
@@ -167,6 +168,7 @@ def supported_config() -> SimpleNamespace:
             r"models whose layers differ in the number or the size of their KV heads, unless those",
         ),
         ("model_config.architecture", "FlintForCausalLM", r"models that write keys and values themselves, .*: Flint"),
+        ("model_config.architecture", "MiMoV2ForCausalLM", r"models whose values are narrower than keys .* on CPUs"),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),
         ("cache_config.kv_sharing_fast_prefill", True, "prompts that stop before the layers without a KV cache"),
@@ -375,13 +377,10 @@ def test_media_are_refused_where_positions_or_attention_are_not_those_of_text(
         ),
         (FullAttentionSpec, dict(attention_chunk_size=128), "chunked or non-causal attention, which second has"),
         (FullAttentionSpec, dict(non_causal=True), "chunked or non-causal attention, which second has"),
-        (
-            FullAttentionSpec,
-            dict(head_size_v=32),
-            "values of another size than keys .*: those of second have 32 and 64",
-        ),
+        (FullAttentionSpec, dict(head_size_v=96), "values wider than keys: those of second have 96 and 64"),
+        (FullAttentionSpec, dict(head_size_v=32), "second has 2 of 64 and 32 .*, the first one 2 of 64 and 64"),
         (FullAttentionSpec, dict(page_size_padded=1 << 20), "the cache layout of second"),
-        (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 x 64, the first one 2 x 64"),
+        (FullAttentionSpec, dict(num_kv_heads=4), "second has 4 of 64 and 64 .*, the first one 2 of 64 and 64"),
         (
             FullAttentionSpec,
             dict(dtype=torch.uint8),
@@ -398,6 +397,23 @@ def test_layers_that_are_not_all_alike_are_refused(spec_cls, change, reason):
     check_specs(config, {"first": first, "second": first, **sliding}, max_model_len=4096)
     with pytest.raises(ValueError, match=reason):
         check_specs(config, {"first": first, "second": spec_cls(**{**usual, **change})}, max_model_len=4096)
+
+
+def test_layers_that_a_configuration_does_not_tell_of_are_refused(monkeypatch):
+    monkeypatch.setattr(specs, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    monkeypatch.setattr(specs, "get_tensor_model_parallel_world_size", lambda: 1)
+    model, layer = tiny_identity(), SimpleNamespace(num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE)
+    specs.check_identity(model, [layer] * NUM_LAYERS)
+    for layers in ([layer] * 2 * NUM_LAYERS, [SimpleNamespace(num_kv_heads=NUM_KV_HEADS, head_size=96)] * NUM_LAYERS):
+        with pytest.raises(ValueError, match="expected 3 with 2 of 32: choose a method without filters"):
+            specs.check_identity(model, layers)
+
+
+def test_values_narrower_than_keys_are_refused_where_vllm_does_not_attend_to_them():
+    narrow = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, head_size_v=32, dtype=torch.float32)
+    check_specs(policy_of(), {"first": narrow}, max_model_len=4096)
+    with pytest.raises(ValueError, match="narrower than keys .MiMo-V2. on CPUs, .* those of first have 32 and 64"):
+        check_specs(policy_of(), {"first": narrow}, max_model_len=4096, attends_to_narrow_values=False)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "tova"])

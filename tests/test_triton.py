@@ -90,6 +90,7 @@ def make_step(num_tokens: int, geometry: Geometry, dtype: torch.dtype, is_stride
     qkv = random_tensor(num_tokens + 3, 5 * columns, seed=num_tokens, dtype=dtype)
     qkv[num_tokens:] = float("nan")
     key, value = (qkv[:, first * columns : (first + 1) * columns].view(-1, heads, size) for first in (3, 4))
+    value = value[..., : geometry.content - size]
     slots = torch.randperm(geometry.num_blocks * geometry.block_size, generator=torch.Generator().manual_seed(1))[
         :num_tokens
     ]
@@ -100,14 +101,16 @@ def make_step(num_tokens: int, geometry: Geometry, dtype: torch.dtype, is_stride
 
 
 WRITES = [
-    # tokens, KV heads, head size, block size, layout, dtype of keys
-    (1, 1, 64, 16, "LBNHC", "bf16"),
-    (63, 3, 80, 16, "LBHNC", "fp16"),
-    (60, 8, 128, 32, "BLNHC", "bf16"),
-    (97, 2, 256, 16, "BLHNC", "bf16"),
-    (130, 5, 100, 64, "LBNHC", "fp32"),
-    (257, 2, 96, 128, "LBHNC", "bf16"),
-    (600, 2, 64, 256, "LBNHC", "fp16"),
+    # tokens, KV heads, head size and that of values, block size, layout, dtype of keys
+    (1, 1, (64, 64), 16, "LBNHC", "bf16"),
+    (63, 3, (80, 80), 16, "LBHNC", "fp16"),
+    (60, 8, (128, 128), 32, "BLNHC", "bf16"),
+    (61, 4, (192, 128), 32, "LBHNC", "bf16"),
+    (35, 2, (96, 60), 16, "BLNHC", "fp32"),
+    (97, 2, (256, 256), 16, "BLHNC", "bf16"),
+    (130, 5, (100, 100), 64, "LBNHC", "fp32"),
+    (257, 2, (96, 96), 128, "LBHNC", "bf16"),
+    (600, 2, (64, 64), 256, "LBNHC", "fp16"),
 ]
 
 
@@ -117,13 +120,13 @@ WRITES = [
     [(False, None), (True, None), (True, "e4m3"), (True, "e5m2")],
     ids=["contiguous", "qkv", "e4m3", "e5m2"],
 )
-@pytest.mark.parametrize(("tokens", "heads", "size", "block", "layout", "dtype"), WRITES, ids=lambda value: str(value))
-def test_write_and_score_matches_reference(tokens, heads, size, block, layout, dtype, is_strided, fp8):
+@pytest.mark.parametrize(("tokens", "heads", "sizes", "block", "layout", "dtype"), WRITES, ids=lambda value: str(value))
+def test_write_and_score_matches_reference(tokens, heads, sizes, block, layout, dtype, is_strided, fp8):
     if fp8 and not HAS_FP8:
         pytest.skip("this GPU has no fp8")
     cache_dtype = FP8[fp8] if fp8 else DTYPES[dtype]
-    num_blocks = tokens // block + 3
-    geometry = Geometry(1, num_blocks, heads, block, size, cache_dtype, layout)
+    num_blocks, (size, value_size) = tokens // block + 3, sizes
+    geometry = Geometry(1, num_blocks, heads, block, size, cache_dtype, layout, value_size=value_size)
     key, value, slots = make_step(tokens, geometry, DTYPES[dtype], is_strided)
     if fp8:
         if DEVICE.type == "cpu":  # Triton 3.9's interpreter loses the carry of rounding: numbers that fp8 holds exactly
@@ -299,9 +302,9 @@ def test_the_best_scores_are_kept(sequences, scores):
 @pytest.mark.parametrize("is_shared", [False, True], ids=["head", "layer"])
 def test_compact_matches_reference(case, is_shared):
     dtype = [torch.bfloat16, torch.float32, torch.uint8, torch.float16][case[1] % 4]
-    geometry = Geometry(
-        num_kv_heads=3, head_size=[8, 10, 16, 20][case[1] % 4], dtype=dtype, layout=LAYOUTS[case[1] % 4]
-    )
+    kind = case[1] % 4
+    sizes = dict(head_size=[8, 10, 16, 20][kind], value_size=[None, 6, None, 12][kind])
+    geometry = Geometry(num_kv_heads=3, dtype=dtype, layout=LAYOUTS[kind], **sizes)
     fast, slow = (Sequences(case[0], geometry, seed=case[1]) for _ in range(2))
     cache, batch = fast.cache, fast.batch
     selections = 1 if is_shared else cache.num_kv_heads

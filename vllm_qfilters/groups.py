@@ -38,21 +38,33 @@ class LayerKinds(NamedTuple):
         """Of vLLM's ModelConfig. A window that the longest context does not leave is none."""
         config = model_config.hf_text_config
         types = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
+        if types is None and getattr(config, "hybrid_layer_pattern", None):  # MiMo-V2, as it was published
+            types = ["sliding_attention" if slides else "full_attention" for slides in config.hybrid_layer_pattern]
         window = model_config.get_sliding_window() or 0
         if not 0 < window < model_config.max_model_len:
             window = 0
         if model_config.is_hybrid:
-            types = types or ["hybrid"] * model_config.get_total_num_hidden_layers()
+            types = types or ["hybrid"] * num_attention_layers(model_config)
             num_sliding = types.count("sliding_attention") if window else 0
             num_full = sum(kind in _FULL for kind in types)
             num_full += 0 if window else types.count("sliding_attention")
             num_states = sum(kind in _STATE for kind in types) or len(types)  # of layers that are of two kinds
             return cls(num_full, num_sliding, num_states, window if num_sliding else 0)
-        total = len(types) if types else model_config.get_total_num_hidden_layers()
+        total = len(types) if types else num_attention_layers(model_config)
         total -= num_sharing_layers(config)
         types = types[:total] if types else None
         num_sliding = 0 if not window else types.count("sliding_attention") if types else total
         return cls(total - num_sliding, num_sliding, 0, window if num_sliding else 0)
+
+
+def attention_per_layer(hf_text_config: Any) -> int:
+    """Attention layers in each layer that vLLM counts."""
+    return 2 if getattr(hf_text_config, "model_type", None) == "longcat_flash" else 1
+
+
+def num_attention_layers(model_config: Any) -> int:
+    """Of a model all of whose layers attend. model_config: vLLM's."""
+    return model_config.get_total_num_hidden_layers() * attention_per_layer(model_config.hf_text_config)
 
 
 def num_sharing_layers(hf_text_config: Any) -> int:

@@ -86,7 +86,7 @@ def _key_at(keys, pages, token, num_seen, block_stride, slot_stride, BLOCK_SIZE:
     do_not_specialize_on_alignment=["sinks_ptr", "group_sizes_ptr"],
 )
 def _observed_terms_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     observations_ptr,  # [num_observations, 5]
@@ -157,7 +157,7 @@ def _observed_terms_kernel(
     do_not_specialize_on_alignment=["sinks_ptr", "group_sizes_ptr"],
 )
 def _observed_attention_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     observations_ptr,  # [num_observations, 5]

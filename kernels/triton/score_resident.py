@@ -41,7 +41,7 @@ def _load_vectors(
     do_not_specialize_on_alignment=["key_scales_ptr"],
 )
 def _score_resident_kernel(
-    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
+    cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
     filters_ptr,  # [num_sequences or 1, num_layers, num_heads, head_size]

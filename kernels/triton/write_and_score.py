@@ -26,7 +26,7 @@ _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 def _write_and_score_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
     value_ptr,  # [num_tokens, num_kv_heads, value_size]
-    cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]; not read unless WRITES
+    cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size + value_size]; not read unless WRITES
     planes_ptr,  # [num_blocks, num_planes, num_kv_heads, block_size]
     filters_ptr,  # [num_kv_heads, head_size]
     slots_ptr,  # [num_tokens]
@@ -61,13 +61,14 @@ def _write_and_score_kernel(
     page = slot // BLOCK_SIZE
     in_page = slot % BLOCK_SIZE
     dim = tl.arange(0, DIMS)
-    mask = is_token[:, None] & (dim < HEAD_SIZE)[None, :]
+    key_mask = is_token[:, None] & (dim < HEAD_SIZE)[None, :]
+    value_mask = is_token[:, None] & (dim < VALUE_SIZE)[None, :]
     token = token.to(tl.int64)
 
     key_at = key_ptr + token[:, None] * key_token_stride + head * key_head_stride + dim[None, :]
     value_at = value_ptr + token[:, None] * value_token_stride + head * value_head_stride + dim[None, :]
-    key = tl.load(key_at, mask=mask, other=0.0)
-    value = tl.load(value_at, mask=is_token[:, None] & (dim < VALUE_SIZE)[None, :], other=0.0)
+    key = tl.load(key_at, mask=key_mask, other=0.0)
+    value = tl.load(value_at, mask=value_mask, other=0.0)
 
     if WRITES:
         row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
@@ -79,11 +80,11 @@ def _write_and_score_kernel(
             scaled_value = tl.div_rn(value.to(tl.float32), tl.load(value_scale_ptr))
             quantised_key = tl.clamp(scaled_key, -FP8_MAX, FP8_MAX)
             quantised_value = tl.clamp(scaled_value, -FP8_MAX, FP8_MAX)
-            tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=mask)
-            tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=mask)
+            tl.store(at, quantised_key.to(cache_ptr.dtype.element_ty), mask=key_mask)
+            tl.store(at + HEAD_SIZE, quantised_value.to(cache_ptr.dtype.element_ty), mask=value_mask)
         else:
-            tl.store(at, key, mask=mask)
-            tl.store(at + HEAD_SIZE, value, mask=mask)
+            tl.store(at, key, mask=key_mask)
+            tl.store(at + HEAD_SIZE, value, mask=value_mask)
 
     if SCORE > 0:
         key = key.to(tl.float32)
@@ -121,10 +122,11 @@ def write_and_score(
     graphs.
 
     Args:
-        key, value: shape ``[num_tokens, num_kv_heads, head_size]``, elements of a head side by side; tokens beyond
-            ``slot_mapping`` are padding. Values may be smaller than keys where none are written.
-        cache: one layer's view ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, of the dtype of the keys or
-            fp8; None where vLLM has written keys and values.
+        key: shape ``[num_tokens, num_kv_heads, head_size]``, elements of a head side by side; tokens beyond
+            ``slot_mapping`` are padding.
+        value: likewise, of ``value_size``, which is no more than ``head_size``.
+        cache: one layer's view ``[num_blocks, num_kv_heads, block_size, head_size + value_size]``, of the dtype of the
+            keys or fp8; None where vLLM has written keys and values.
         planes: of that layer, shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
         slot_mapping: shape ``[num_tokens]``, int64: ``page * block_size + slot``, -1 for padding.
         stat: what to store in the first plane; computed before quantising.
@@ -132,16 +134,19 @@ def write_and_score(
         seed: for ``TokenStat.RANDOM``.
         key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
     """
-    num_tokens, (num_kv_heads, head_size) = slot_mapping.shape[0], key.shape[1:]
+    num_tokens, (num_kv_heads, head_size), value_size = slot_mapping.shape[0], key.shape[1:], value.shape[2]
     num_blocks, num_planes, _, block_size = planes.shape
     assert planes.shape[2] == num_kv_heads and planes.dtype == torch.float32
     assert key.stride(2) == value.stride(2) == planes.stride(3) == 1, "innermost dimensions must be dense"
+    assert value.shape[1] == num_kv_heads and value_size <= head_size, (
+        f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
+    )
     is_fp8 = cache is not None and cache.dtype in _FP8_DTYPES
     if cache is not None:
-        assert cache.shape == (num_blocks, num_kv_heads, block_size, 2 * head_size) and cache.stride(3) == 1, (
-            f"cache {tuple(cache.shape)} for keys {tuple(key.shape)}"
+        content = head_size + value_size
+        assert cache.shape == (num_blocks, num_kv_heads, block_size, content) and cache.stride(3) == 1, (
+            f"cache {tuple(cache.shape)} for keys {tuple(key.shape)} and values {tuple(value.shape)}"
         )
-        assert value.shape[1:] == key.shape[1:], f"values {tuple(value.shape)}, keys {tuple(key.shape)}"
         assert is_fp8 or cache.dtype == key.dtype == value.dtype, (
             f"cache {cache.dtype}, keys {key.dtype}, values {value.dtype}"
         )
@@ -171,7 +176,7 @@ def write_and_score(
         *((0, 0, 0) if cache is None else cache.stride()[:3]),
         *planes.stride()[:3],
         HEAD_SIZE=head_size,
-        VALUE_SIZE=value.shape[2],
+        VALUE_SIZE=value_size,
         WRITES=cache is not None,
         BLOCK_SIZE=block_size,
         SCORE=int(stat),

@@ -16,6 +16,13 @@ BACKENDS = {
     AttentionBackendEnum.FLASH_ATTN: "vllm_qfilters.attention.backends.flash_attn.QFiltersFlashAttentionBackend",
     AttentionBackendEnum.TRITON_ATTN: "vllm_qfilters.attention.backends.triton_attn.QFiltersTritonAttentionBackend",
     AttentionBackendEnum.FLASHINFER: "vllm_qfilters.attention.backends.flashinfer.QFiltersFlashInferBackend",
+    # Models whose values are narrower than keys (MiMo-V2) choose one of these themselves.
+    AttentionBackendEnum.FLASH_ATTN_DIFFKV: (
+        "vllm_qfilters.attention.backends.flash_attn_diffkv.QFiltersFlashAttentionDiffKVBackend"
+    ),
+    AttentionBackendEnum.TRITON_ATTN_DIFFKV: (
+        "vllm_qfilters.attention.backends.triton_attn_diffkv.QFiltersTritonAttentionDiffKVBackend"
+    ),
 }
 MLA_BACKENDS = {
     AttentionBackendEnum.TRITON_MLA: "vllm_qfilters.attention.backends.triton_mla.QFiltersTritonMLABackend",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_qfilters.groups import LayerKinds, num_sharing_layers
+from vllm_qfilters.groups import LayerKinds, num_attention_layers, num_sharing_layers
 
 FORMAT = "vllm-qfilters"
 VERSION = 3
@@ -65,7 +65,7 @@ class ModelIdentity:
     def from_model_config(cls, model_config: Any) -> "ModelIdentity":
         """From vLLM's ModelConfig."""
         config = model_config.hf_text_config
-        num_layers, num_kv_heads = model_config.get_total_num_hidden_layers(), model_config.get_total_num_kv_heads()
+        num_layers, num_kv_heads = num_attention_layers(model_config), model_config.get_total_num_kv_heads()
         head_size = model_config.get_head_size()
         kinds = LayerKinds.of(model_config)
         if kinds.num_states or num_sharing_layers(config):
@@ -94,12 +94,17 @@ class ModelIdentity:
 
 def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, int]]:
     """Numbers and sizes of KV heads that layers have, of a configuration of Transformers that keeps what differs
-    between layers in one of each (Gemma 4); empty: they do not differ.
+    between layers in one of each (Gemma 4), or has numbers of its own for those with a sliding window (MiMo-V2);
+    empty: they do not differ.
 
     Args:
         with_windows: of layers with a sliding window too.
     """
     config = hf_text_config
+    num_sliding_heads = getattr(config, "swa_num_key_value_heads", None)
+    if num_sliding_heads is not None:
+        of_full = {(config.num_key_value_heads, config.head_dim)}
+        return of_full | {(num_sliding_heads, config.swa_head_dim)} if with_windows else of_full
     if not getattr(config, "is_heterogeneous", False):
         return set()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

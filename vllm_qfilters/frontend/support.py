@@ -29,6 +29,7 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 _KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 # Of vLLM 0.33: one goes by the name of the backend, which is that of vLLM's own, the other always does.
 WRITES_ITS_CACHE = frozenset({"BeamForCausalLM", "FlintForCausalLM"})
+HAS_NARROW_VALUES = frozenset({"MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "MiMoV2OmniForCausalLM"})
 BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
 
@@ -155,6 +156,10 @@ REFUSALS = (
         ),
         "MLA (latent attention) models on GPUs with the attention backend that vLLM chooses there; use "
         "--attention-backend TRITON_MLA",
+    ),
+    Refusal(
+        lambda start: start.is_on_cpu and start.model.architecture in HAS_NARROW_VALUES,
+        "models whose values are narrower than keys (MiMo-V2) on CPUs, where vLLM has no attention for them",
     ),
     Refusal(
         lambda start: start.cache.kv_sharing_fast_prefill,

@@ -55,6 +55,7 @@ from vllm_qfilters.filters.fingerprint import fingerprint
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, Filters, ModelIdentity, Part
 from vllm_qfilters.filters.load import AUTO, cached_file, given_file, keep, part_of
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
+from vllm_qfilters.groups import attention_per_layer, num_attention_layers
 from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
 from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
@@ -67,7 +68,7 @@ from vllm_qfilters.worker.kept_tokens import KeptTokens
 from vllm_qfilters.worker.lengths import ResidentLengths
 from vllm_qfilters.worker.page_scorer import PageScorer
 from vllm_qfilters.worker.softmax import softmax_of
-from vllm_qfilters.worker.specs import check_layers, check_specs, compressed_group, is_compressed
+from vllm_qfilters.worker.specs import check_identity, check_layers, check_specs, compressed_group, is_compressed
 from vllm_qfilters.worker.timer import CompactionTimer
 
 logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers print it
@@ -83,6 +84,7 @@ class CompressedModelRunner:
         attending: by the name of each layer with a KV cache of its own, that layer and those that attend to it as well.
         group: KV cache group of ``layers``.
         ops: operators on the cache, once it exists.
+        attends_to_narrow_values: whether vLLM's attention takes values that are narrower than keys.
         cache: keys, values and token stats of ``layers``, once they exist.
         lengths: what sequences hold in the cache.
         recorder: keeps last queries where scores go by them.
@@ -91,6 +93,7 @@ class CompressedModelRunner:
     """
 
     ops: Ops
+    attends_to_narrow_values = True
     cache: Cache
     compactor: Compactor
 
@@ -181,7 +184,8 @@ class CompressedModelRunner:
             if self.has_latents:
                 write_keys(layer, keys, with_heads(layer.kv_cache), nowhere)
                 continue
-            layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, nowhere)
+            values = keys[..., : layer.head_size_v]
+            layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, nowhere)
         if self.page_scorer is not None:
             self.page_scorer.warm_up()
         if not self.compression.evicts_whole_pages:
@@ -265,7 +269,7 @@ class CompressedModelRunner:
         specs = super().get_kv_cache_spec()
         # A backend may have changed the block size since the front end looked.
         self.compression = self.compression.for_block_size(self.cache_config.block_size)
-        check_specs(self.compression, specs, self.model_config.max_model_len)
+        check_specs(self.compression, specs, self.model_config.max_model_len, self.attends_to_narrow_values)
         layers = self.compilation_config.static_forward_context
         block_size = self.cache_config.block_size
         spec_cls = QFiltersPageSpec if self.compression.evicts_whole_pages else QFiltersSpec
@@ -327,12 +331,14 @@ class CompressedModelRunner:
         self.layers = [by_name[name] for name in names]
         check_layers(dict(zip(names, self.layers, strict=True)))
         of_one_shape = [group for group in groups if _kv_shape(group) == _kv_shape(groups[self.group])]
-        calibrated = sorted((name for group in of_one_shape for name in group.layer_names), key=extract_layer_index)
+        calibrated = sorted((name for group in of_one_shape for name in group.layer_names), key=self._layer_index)
         self.calibrated_layers = [by_name[name] for name in calibrated]
         if not self.has_latents and self.layers[0].impl.alibi_slopes is not None:
             raise ValueError(
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
             )
+        if self.compression.entry.needs_filters:
+            check_identity(ModelIdentity.from_model_config(self.model_config), self.calibrated_layers)
         self.bind_cache()
         if self.has_latents:
             for layer in self.layers:
@@ -448,7 +454,7 @@ class CompressedModelRunner:
         first_kv_head, num_kv_heads = self._kv_heads()
         recorded, self.kept_tokens = self.kept_tokens, None
         return {
-            "layers": [extract_layer_index(layer.layer_name) for layer in self.layers],
+            "layers": [self._layer_index(layer.layer_name) for layer in self.layers],
             "first_kv_head": first_kv_head,
             "num_kv_heads": num_kv_heads,
             "requests": recorded.masks(),
@@ -548,9 +554,13 @@ class CompressedModelRunner:
         """Where ``layers`` stand in files that do not name theirs: among all of the model, or of those that are
         calibrated where others are different."""
         model = ModelIdentity.from_model_config(self.model_config)
-        if model.num_layers == self.model_config.get_total_num_hidden_layers():
-            return tuple(extract_layer_index(layer.layer_name) for layer in self.layers)
+        if model.num_layers == num_attention_layers(self.model_config):
+            return tuple(self._layer_index(layer.layer_name) for layer in self.layers)
         return tuple(map(self.calibrated_layers.index, self.layers))
+
+    def _layer_index(self, name: str) -> int:
+        """Which attention layer of the model has this name."""
+        return extract_layer_index(name, attention_per_layer(self.model_config.hf_text_config))
 
     def _page_scorer(self, filters: Filters | None) -> PageScorer:
         scores = self.cache.scores

@@ -39,6 +39,7 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
     """Compacts with the operators of csrc/."""
 
     ops = CPU_OPS
+    attends_to_narrow_values = False
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

@@ -80,7 +80,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             self.kv_caches_in_their_dtype(),
             self.compression.num_planes,
             self.key_scales(),
-            has_values=not self.has_latents,
+            value_size=0 if self.has_latents else self.layers[0].head_size_v,
             planes=self.separate_planes(),
         )
         self.lengths = DeviceResidentLengths(self.compressed_groups, self.max_num_reqs, self.device)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from vllm.config import CUDAGraphMode
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
@@ -16,6 +17,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_qfilters.core.spec import QFiltersSpec
+from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.policy import Policy
 
 # Kinds of states that were seen beside compressed attention, of those that vLLM has.
@@ -31,9 +33,14 @@ def is_compressed(config: Policy, spec: KVCacheSpec) -> bool:
     return not (isinstance(spec, MambaSpec) or (config.beside.window and type(spec) is SlidingWindowSpec))
 
 
-def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: int) -> None:
+def check_specs(
+    config: Policy, specs: dict[str, KVCacheSpec], max_model_len: int, attends_to_narrow_values: bool = True
+) -> None:
     """Refuses models whose compressed layers do not all hold keys and values of the same shape, or that have layers
     which attend in other ways than causally, to all or to a sliding window.
+
+    Args:
+        attends_to_narrow_values: whether vLLM's attention takes values that are narrower than keys.
 
     Raises:
         ValueError: names the first layer that does not fit.
@@ -60,15 +67,21 @@ def check_specs(config: Policy, specs: dict[str, KVCacheSpec], max_model_len: in
             )
         if not is_compressed(config, spec):
             continue
-        if spec.head_size_v != spec.head_size and type(spec) is not MLAAttentionSpec:
+        if spec.head_size_v > spec.head_size:
             raise ValueError(
-                "KV compression does not support values of another size than keys (MiMo-V2): those of "
-                f"{name} have {spec.head_size_v} and {spec.head_size} elements"
+                f"KV compression does not support values wider than keys: those of {name} have {spec.head_size_v} and "
+                f"{spec.head_size} elements"
             )
-        if (spec.num_kv_heads, spec.head_size) != (first.num_kv_heads, first.head_size):
+        if spec.head_size_v < spec.head_size and not (attends_to_narrow_values or type(spec) is MLAAttentionSpec):
+            raise ValueError(
+                "KV compression does not support values narrower than keys (MiMo-V2) on CPUs, where vLLM has no "
+                f"attention for them: those of {name} have {spec.head_size_v} and {spec.head_size} elements"
+            )
+        shape, wanted = ((each.num_kv_heads, each.head_size, each.head_size_v) for each in (spec, first))
+        if shape != wanted:
             raise ValueError(
                 f"KV compression needs the same KV heads in every layer that it evicts from: {name} has "
-                f"{spec.num_kv_heads} x {spec.head_size}, the first one {first.num_kv_heads} x {first.head_size}"
+                "{} of {} and {} elements per key and value, the first one {} of {} and {}".format(*shape, *wanted)
             )
 
 
@@ -98,6 +111,31 @@ def check_layers(layers: Mapping[str, object]) -> None:
             raise ValueError(
                 f"KV compression does not support models with attention layers of their own (Inkling), as {name} is one"
             )
+
+
+def check_identity(model: ModelIdentity, layers: Sequence[Attention | MLAAttention]) -> None:
+    """Refuses models whose layers are not what their configuration says: filters would be looked for, and kept, for
+    others.
+
+    Args:
+        layers: that are calibrated on this rank.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    number = len(layers) if get_pp_group().world_size == 1 else model.num_layers
+    found = number, layers[0].num_kv_heads, layers[0].head_size
+    expected = (
+        model.num_layers,
+        max(1, model.num_kv_heads // get_tensor_model_parallel_world_size()),
+        model.head_size,
+    )
+    if found != expected:
+        raise ValueError(
+            f"KV compression does not know the attention layers of {model.architecture} from its configuration: "
+            "there are {} with {} KV heads of {} elements, expected {} with {} of {}".format(*found, *expected)
+            + ": choose a method without filters, such as streaming or knorm"
+        )
 
 
 def _check_attention(config: Policy, name: str, spec: KVCacheSpec, max_model_len: int) -> None:
