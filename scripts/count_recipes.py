@@ -62,7 +62,7 @@ TRAITS = {
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",
     ),
     "own_attention": ("attention layers of its own", None),
-    "narrow_values": ("values narrower than keys", "tests/test_triton.py::test_write_and_score_matches_reference"),
+    "narrow_values": ("values narrower than keys", "tests/test_gpu_engine.py::test_values_narrower_than_keys"),
     "shared_cache": (
         "layers that share a cache",
         "tests/test_architectures.py::test_engine_matches_hugging_face_with_the_same_rule",

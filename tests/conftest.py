@@ -170,6 +170,39 @@ def laguna_engines(tiny_laguna, laguna_filters):
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma3n(tmp_path_factory):
+    """Folder of a model whose last layers share caches: see :func:`tests.models.make_tiny_gemma3n`."""
+    return models.make_tiny_gemma3n(tmp_path_factory.mktemp("tiny-gemma3n"))
+
+
+@pytest.fixture(scope="session")
+def gemma3n_filters(tiny_gemma3n, make_filters):
+    return make_filters("gemma3n", model=tiny_gemma3n, num_heads=2 * models.NUM_HEADS)  # of two layers
+
+
+@pytest.fixture(scope="session")
+def tiny_lfm2(tmp_path_factory):
+    """Folder of a model with states beside its attention: see :func:`tests.models.make_tiny_lfm2`."""
+    return models.make_tiny_lfm2(tmp_path_factory.mktemp("tiny-lfm2"))
+
+
+@pytest.fixture(scope="session")
+def lfm2_filters(tiny_lfm2, make_filters):
+    return make_filters("lfm2", model=tiny_lfm2, layers=[1])
+
+
+@pytest.fixture(scope="session")
+def tiny_mimo(tmp_path_factory):
+    """Folder of a model whose values are narrower than its keys: see :func:`tests.models.make_tiny_mimo`."""
+    return models.make_tiny_mimo(tmp_path_factory.mktemp("tiny-mimo"))
+
+
+@pytest.fixture(scope="session")
+def mimo_filters(tiny_mimo, make_filters):
+    return make_filters("mimo", model=tiny_mimo, layers=[0])
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen_vl(tmp_path_factory):
     """Folder of a model with M-RoPE: see :func:`tests.models.make_tiny_qwen2_5_vl`."""
     return models.make_tiny_qwen2_5_vl(tmp_path_factory.mktemp("tiny-qwen-vl"))
@@ -210,15 +243,13 @@ def interpreted_runs(request, tmp_path_factory):
     if not is_among("test_gpu_engine.py", request.session.items):
         yield None
         return
-    families = ("exaone", "qwen_vl", "deepseek")
-    names = (
-        "tiny_model",
-        "tiny_filters",
-        *(f"tiny_{family}" for family in families),
-        *(f"{family}_filters" for family in families),
-    )
-    folder = tmp_path_factory.mktemp("calibrated")
-    runs = InterpretedRuns(folder, **{name: request.getfixturevalue(name) for name in names})
+    filters = {"model": "tiny_filters"}
+    filters |= {name: f"{name}_filters" for name in ("exaone", "gemma3n", "lfm2", "mimo", "qwen_vl", "deepseek")}
+    models = {
+        name: (request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(of_name)[0])
+        for name, of_name in filters.items()
+    }
+    runs = InterpretedRuns(tmp_path_factory.mktemp("calibrated"), models)
     yield runs
     runs.stop()
 

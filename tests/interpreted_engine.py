@@ -33,18 +33,21 @@ torch.cpu._is_amx_tile_supported = lambda: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's Triton writer asks for that of its cache
 
 from vllm import LLM, SamplingParams, _custom_ops
+from vllm.config import CUDAGraphMode
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from tests import states
 from tests.engines import register_qwen_vl
 from tests.interpreted_runs import RESULTS, prompt_after
-from tests.paged import ForbiddenReads
+from tests.paged import ForbiddenReads, PeakMemory
 from tests.specialisations import counted, recorded
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
@@ -78,6 +81,7 @@ def register_triton(backends: dict) -> None:
     in_place_of = {
         AttentionBackendEnum.CPU_ATTN: AttentionBackendEnum.TRITON_ATTN,
         AttentionBackendEnum.AMX_MLA: AttentionBackendEnum.TRITON_MLA,
+        AttentionBackendEnum.TRITON_ATTN_DIFFKV: AttentionBackendEnum.TRITON_ATTN_DIFFKV,  # a model chooses it itself
     }
     register({on_cpus: backends[in_triton] for on_cpus, in_triton in in_place_of.items()})
 
@@ -140,6 +144,61 @@ def record_steps(runner: GPUModelRunner) -> list[dict]:
 
     runner.execute_model = recorded_step
     return steps
+
+
+def watch_compactions(runner: QFiltersGPUModelRunner) -> list[int]:
+    """A list that gets, at every compaction from now on, the most bytes it took at once."""
+    apply, peaks = runner.compactor.apply, []
+
+    def watched(*args, **kwargs):
+        with PeakMemory() as taken:
+            kept = apply(*args, **kwargs)
+        peaks.append(taken.bytes)
+        return kept
+
+    runner.compactor.apply = watched
+    return peaks
+
+
+def contents(runner: QFiltersGPUModelRunner) -> list[torch.Tensor]:
+    """Copies of all pages but vLLM's null page, which nobody reads: keys, values, token stats, and states."""
+    layers = runner.compilation_config.static_forward_context.values()
+    caches = [
+        cache
+        for layer in layers
+        for cache in (layer.kv_cache if isinstance(layer.kv_cache, tuple) else [layer.kv_cache])
+    ]
+    return [pages[1:].clone() for pages in (*caches, runner.cache.planes.transpose(0, 1))]
+
+
+def check_capture(runner: QFiltersGPUModelRunner) -> int:
+    """Runs what vLLM would capture in CUDA graphs, two sequences that decode and a prompt: it must see lengths of its
+    own, and leave nothing behind, although the step before announced what was evicted. Returns how many it ran."""
+    groups, before, captures = runner.compressed_groups, contents(runner), []
+    runner.lengths._evicted["ended"] = runner.cache.block_size
+    runner.lengths.start_step(["ended"])
+    if runner.recorder is not None:
+        runner.recorder.start_step(["ended"], [1], [7], [8])
+
+    def run(manager, create_forward_fn, *_):
+        for descriptor, lengths in (
+            (BatchExecutionDescriptor(CUDAGraphMode.FULL, 2, 2, uniform_token_count=1), [1, 1]),
+            (BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 6, 1), [6]),
+        ):
+            forward = create_forward_fn(descriptor, True)
+            assert runner.lengths._lengths[groups.index(True), : len(lengths)].tolist() == lengths
+            forward(CUDAGraphMode.NONE)
+            captures.append(descriptor)
+
+    capture, CudaGraphManager.capture = CudaGraphManager.capture, run
+    runner.cudagraph_manager.needs_capture = lambda: True
+    torch.accelerator.empty_cache, torch.accelerator.get_memory_info = lambda: None, lambda: (0, 0)
+    runner.capture_model(profile_only=True)  # which locks no workspace
+    CudaGraphManager.capture = capture
+    assert all(map(torch.equal, before, contents(runner)))
+    assert runner.lengths.of_step is None and (runner.recorder is None or not runner.recorder._blocks)
+    runner.forget(["ended"], [])
+    return len(captures)
 
 
 def check_metadata(runner: QFiltersGPUModelRunner, scheduler) -> None:
@@ -272,12 +331,14 @@ def run(
     if is_recorded:
         engine.collective_rpc("record_kept_tokens")
     is_alone = engine.llm_engine.vllm_config.parallel_config.world_size == 1  # else no worker is in this process
-    steps = []
+    steps, peaks = [], []
     if is_alone:
         runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
         steps = record_steps(runner)
         if compression is not None:
             check_metadata(runner, scheduler)
+            if not runner.compression.evicts_whole_pages:
+                peaks = watch_compactions(runner)
     QFiltersGPUModelRunner.warm_up = warm_up
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs, launched_while_serving, said = [], set(), []
@@ -322,6 +383,10 @@ def run(
         assert not scheduler.block_manager.evicted and not scheduler.block_manager.limits
     if is_recorded:
         result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
+    if compression is not None and is_alone:
+        cache_bytes = sum(tensor.size for tensor in runner.kv_cache_config.kv_cache_tensors)
+        result |= {"compaction_bytes": runner.compaction_bytes(cache_bytes), "compactions_took": peaks}
+        result["captures"] = check_capture(runner)
     if calibration is not None:
         engine.collective_rpc("calibrate_filters", args=(calibration["sequences"], "test", calibration["path"]))
     return result
@@ -332,7 +397,8 @@ def main() -> None:
     sys.modules["tests.interpreted_engine"] = sys.modules["__main__"]
     InterpretedWorker.__module__ = "tests.interpreted_engine"
     job = json.load(sys.stdin)
-    print(RESULTS + json.dumps({name: run(job, **wanted) for name, wanted in job["runs"].items()}))
+    with states.stood_in():
+        print(RESULTS + json.dumps({name: run(job, **wanted) for name, wanted in job["runs"].items()}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 
 from tests.background import Background
 from tests.models import random_prompt
@@ -16,10 +17,12 @@ LLM = dict(
     max_model_len=512,
     max_num_batched_tokens=128,
 )
+WITHOUT_PREFIXES = dict(LLM, enable_prefix_caching=False)  # of models with states
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
 # Factors of random queries as wide as these would let last bits, which differ between kernels, decide.
 EVICTING_LATENTS = dict(EVICTING, rank=0)
 MLA = dict(LLM, block_size=16, num_gpu_blocks_override=64)  # pages of as many tokens as CPU_MLA has
+LIKE_HUGGING_FACE = dict(EVICTING, rank=0)  # whose rule knows the whole covariance of queries or none
 PAGES = dict(EVICTING, budget=128, granularity="page")
 STATIC = dict(EVICTING, granularity="head", filter="static")
 LONG = random_prompt(150, seed=1)
@@ -63,26 +66,17 @@ class InterpretedRuns:
 
     Args:
         folder: for the filters that runs calibrate.
-        tiny_model, tiny_filters, tiny_exaone, tiny_qwen_vl, exaone_filters, qwen_vl_filters, tiny_deepseek,
-            deepseek_filters: the fixtures of these names.
+        models: by name, the folder of a model and the file of its filters; "model" is that of the runs that name none.
 
     Attributes:
         calibrated: by number of pipeline stages, where the engines leave their filters.
     """
 
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        *,
-        tiny_model,
-        tiny_filters,
-        tiny_exaone,
-        exaone_filters,
-        tiny_qwen_vl,
-        qwen_vl_filters,
-        tiny_deepseek,
-        deepseek_filters,
-    ) -> None:
+    def __init__(self, folder: pathlib.Path, models: Mapping[str, tuple[pathlib.Path, pathlib.Path]]) -> None:
+        def of(name: str, compression: dict, **job) -> dict:
+            model, filters = models[name]
+            return dict(compression=dict(compression, filters=str(filters)), model=str(model), **job)
+
         self.calibrated = {stages: folder / f"{stages}.safetensors" for stages in (1, 2)}
         calibration = {stages: dict(sequences=CALIBRATION, path=str(path)) for stages, path in self.calibrated.items()}
         runs = {
@@ -100,31 +94,18 @@ class InterpretedRuns:
                 requests=BATCHES,
                 calibration=calibration[2],
             ),
-            "exaone": dict(
-                compression=dict(EVICTING, filters=str(exaone_filters[0])),
-                llm=LLM,
-                requests=BATCHES,
-                model=str(tiny_exaone),
-            ),
-            "qwen_vl": dict(
-                compression=dict(EVICTING, filters=str(qwen_vl_filters[0])),
-                llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}),
-                requests=BATCHES,
-                model=str(tiny_qwen_vl),
+            "exaone": of("exaone", EVICTING, llm=LLM, requests=BATCHES),
+            "gemma3n": of("gemma3n", EVICTING, llm=LLM, requests=ONE),
+            "lfm2": of("lfm2", EVICTING, llm=WITHOUT_PREFIXES, requests=BATCHES[:1]),
+            "mimo": of("mimo", LIKE_HUGGING_FACE, llm=LLM, requests=ONE),
+            "qwen_vl": of(
+                "qwen_vl", EVICTING, llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}), requests=BATCHES
             ),
             "turns": dict(compression=EVICTING, llm=dict(LLM, async_scheduling=True), requests=TURNS),
-            "plain, mla": dict(compression=None, llm=MLA, requests=SHORT, model=str(tiny_deepseek)),
-            "budget above length, mla": dict(
-                compression=dict(EVICTING_LATENTS, budget=256, filters=str(deepseek_filters[0])),
-                llm=MLA,
-                requests=SHORT,
-                model=str(tiny_deepseek),
-            ),
-            "evicting, mla": dict(
-                compression=dict(EVICTING_LATENTS, filters=str(deepseek_filters[0])),
-                llm=dict(MLA, async_scheduling=True),
-                requests=[*BATCHES, *TURNS],
-                model=str(tiny_deepseek),
+            "plain, mla": dict(compression=None, llm=MLA, requests=SHORT, model=str(models["deepseek"][0])),
+            "budget above length, mla": of("deepseek", dict(EVICTING_LATENTS, budget=256), llm=MLA, requests=SHORT),
+            "evicting, mla": of(
+                "deepseek", EVICTING_LATENTS, llm=dict(MLA, async_scheduling=True), requests=[*BATCHES, *TURNS]
             ),
             "session": dict(compression=dict(EVICTING, prefix="resume"), llm=LLM, requests=SESSION),
             "cut twice": dict(
@@ -134,7 +115,8 @@ class InterpretedRuns:
             ),
             **{method: dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS},
         }
-        job = dict(model=str(tiny_model), filters=str(tiny_filters[0]), runs=runs)
+        model, filters = map(str, models["model"])
+        job = dict(model=model, filters=filters, runs=runs)
         self._process = Background(
             "tests.interpreted_engine", environment={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=json.dumps(job)
         )

@@ -32,6 +32,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     NemotronHConfig,
@@ -263,6 +265,39 @@ def make_tiny_laguna(folder: pathlib.Path) -> pathlib.Path:
     model = LagunaForCausalLM(config).to(torch.float32)
     for layer in model.model.layers:  # so that attention differs from token to token
         layer.self_attn.q_norm.weight.data *= 3
+    model.save_pretrained(folder)
+    return folder
+
+
+MIMO_ROPE = {**ROPE, "partial_rotary_factor": 0.5}
+
+
+def make_tiny_mimo(folder: pathlib.Path) -> pathlib.Path:
+    """Values are half as wide as keys. The first layer attends to everything, with half as many KV heads as the others,
+    which have a sliding window and attention sinks. The configuration is that of Transformers, and beside it what vLLM
+    reads, as the published ones have it."""
+    torch.manual_seed(0)
+    config = MiMoV2FlashConfig(
+        **{**_shape(), "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), MIMO_ROPE)},
+        v_head_dim=HEAD_SIZE // 2,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        mlp_layer_types=["dense"] * NUM_LAYERS,
+        sliding_window=SLIDING_WINDOW,
+        pad_token_id=0,
+        layernorm_epsilon=1e-5,
+        partial_rotary_factor=MIMO_ROPE["partial_rotary_factor"],
+        rope_theta=MIMO_ROPE["rope_theta"],
+        hybrid_layer_pattern=[0, 1, 1],
+        add_swa_attention_sink_bias=True,
+        swa_num_attention_heads=NUM_HEADS,
+        swa_num_key_value_heads=2 * NUM_KV_HEADS,
+        swa_head_dim=HEAD_SIZE,
+        swa_v_head_dim=HEAD_SIZE // 2,
+    )
+    config.sliding_window_size = SLIDING_WINDOW
+    model = MiMoV2FlashForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers[1:]:
+        torch.nn.init.normal_(layer.self_attn.sinks)
     model.save_pretrained(folder)
     return folder
 

@@ -3,7 +3,8 @@ product.
 
 Knows Llama; EXAONE 4, whose layers without a sliding window have no RoPE; Gemma 3, whose layers with one have another
 RoPE; SmolLM3, with layers without RoPE; Laguna, whose layers differ in their query heads, and in how much of them
-turns; DeepSeek-V3, whose cache holds a latent and a rotary part per token, which together stand for the key and the
+turns; MiMo-V2, whose values are narrower than its keys;
+DeepSeek-V3, whose cache holds a latent and a rotary part per token, which together stand for the key and the
 value of one KV head; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
 GPT-OSS, which has a sink beside its tokens; LFM2, Qwen3-Next, Qwen3.5 and Nemotron-H, with layers that keep a state in
 place of keys and values, of which nothing is evicted."""
@@ -174,6 +175,8 @@ def _store_in_fp8(cache) -> None:
 def _kv_heads(model, layer: int) -> int:
     if has_latents(model):
         return 1
+    if model.config.model_type == "mimo_v2_flash":
+        return model.config.num_attention_heads // model.model.layers[layer].self_attn.num_key_value_groups
     differ = getattr(model.config, "is_heterogeneous", False)
     return (model.config.per_layer_config[layer] if differ else model.config).num_key_value_heads
 
@@ -222,7 +225,7 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         or (family == "smollm3" and not model.config.no_rope_layers[layer])
     ):
         return vectors
-    if family in ("gemma3_text", "gemma3n_text", "gemma4_text", "laguna"):
+    if family in ("gemma3_text", "gemma3n_text", "gemma4_text", "laguna", "mimo_v2_flash"):
         of_layer = (model.config.layer_types[layer],)
     if (
         "vl" in family or family == "qwen3_5_text"

@@ -5,14 +5,17 @@ Pipeline stages are processes that send to one another with gloo in place of NCC
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tests.engines import tokens_and_logprobs
+from tests import states
+from tests.engines import Engines, tokens_and_logprobs
 from tests.interpreted_runs import (
     BATCHES,
     CALIBRATION,
     CROWD,
     EVICTING,
     EVICTING_LATENTS,
+    LIKE_HUGGING_FACE,
     METHODS,
     ONE,
     PAGES,
@@ -23,7 +26,9 @@ from tests.interpreted_runs import (
     TURNS,
     prompt_after,
 )
-from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, tiny_identity
+from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, SLIDING_WINDOW, tiny_identity
+from tests.oracle import teacher_forced_logprobs
+from tests.test_oracle import make_rule
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
 
@@ -52,6 +57,20 @@ def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
     seen = [result for result in runs.values() if "compactions" in result and len(result["v2_stages"]) == 1]
     assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
+
+
+def test_no_compaction_takes_more_memory_than_is_set_aside(runs):
+    """Of a cache of the engine's size, whatever is in it: layers that share caches, states, latents."""
+    seen = {name: result for name, result in runs.items() if result.get("compactions_took")}
+    assert {"evicting", "gemma3n", "lfm2", "mimo", "evicting, mla"} <= seen.keys()
+    assert all(0 < max(result["compactions_took"]) <= result["compaction_bytes"] for result in seen.values())
+
+
+def test_capturing_leaves_nothing_behind(runs):
+    """What vLLM runs to capture CUDA graphs, with lengths of its own; the runs compare caches."""
+    captures = {name: result["captures"] for name, result in runs.items() if "captures" in result}
+    assert {"evicting", "pages", "gemma3n", "lfm2", "mimo", "evicting, mla"} <= captures.keys()
+    assert set(captures.values()) == {2}
 
 
 # What decoding launches of ours. Slots and resident lengths take the one launch that slots take anyway, keys and their
@@ -180,6 +199,38 @@ def test_sliding_windows_and_a_layer_without_rope(runs, exaone_engines):
     result = runs["exaone"]
     assert result["compactions"] >= 5
     assert_like_v1(exaone_engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), BATCHES, result)
+
+
+def test_layers_that_share_a_cache(runs, tiny_gemma3n, gemma3n_filters):
+    """Gemma 3n."""
+    result, engines = runs["gemma3n"], Engines(tiny_gemma3n, gemma3n_filters[0])
+    assert result["compactions"] >= 2
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), ONE, result)
+
+
+def test_states_beside_attention(runs, tiny_lfm2, lfm2_filters):
+    """LFM2."""
+    result, engines = runs["lfm2"], Engines(tiny_lfm2, lfm2_filters[0], enable_prefix_caching=False)
+    assert result["compactions"] >= 4
+    with states.stood_in():
+        engine = engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING)
+        assert_like_v1(engine, BATCHES[:1], result)
+
+
+def test_values_narrower_than_keys(runs, tiny_mimo, mimo_filters):
+    """MiMo-V2, like Hugging Face's: on CPUs vLLM has no attention for it. What Hugging Face's configuration makes of
+    the published number is a window of one token more than vLLM's."""
+    window = dict(sliding_window=SLIDING_WINDOW)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_mimo, dtype=torch.float32, attn_implementation="eager", **window
+    ).eval()
+    assert runs["mimo"]["compactions"] >= 2
+    ((request,),) = ONE
+    (output,) = runs["mimo"]["outputs"]
+    expected, _ = teacher_forced_logprobs(
+        model, request["prompt"], output["token_ids"], mimo_filters[1], make_rule(LIKE_HUGGING_FACE)
+    )
+    torch.testing.assert_close(torch.tensor(output["logprobs"]), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
 def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):
