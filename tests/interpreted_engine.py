@@ -172,7 +172,7 @@ def contents(runner: QFiltersGPUModelRunner) -> list[torch.Tensor]:
 
 
 def check_capture(runner: QFiltersGPUModelRunner) -> int:
-    """Runs what vLLM would capture in CUDA graphs, two sequences that decode and a prompt: it must see lengths of its
+    """Runs what vLLM would capture in CUDA graphs, a prompt and two sequences that decode: it must see lengths of its
     own, and leave nothing behind, although the step before announced what was evicted. Returns how many it ran."""
     groups, before, captures = runner.compressed_groups, contents(runner), []
     runner.lengths._evicted["ended"] = runner.cache.block_size
@@ -182,8 +182,8 @@ def check_capture(runner: QFiltersGPUModelRunner) -> int:
 
     def run(manager, create_forward_fn, *_):
         for descriptor, lengths in (
+            (BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 6, 1), [6]),  # the largest first, as vLLM does
             (BatchExecutionDescriptor(CUDAGraphMode.FULL, 2, 2, uniform_token_count=1), [1, 1]),
-            (BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 6, 1), [6]),
         ):
             forward = create_forward_fn(descriptor, True)
             assert runner.lengths._lengths[groups.index(True), : len(lengths)].tolist() == lengths

@@ -82,4 +82,5 @@ def rotate(positions, query, key, *args) -> None:
     flat = [heads.reshape(len(positions), -1) for heads in (query, key)]
     _rotate_of_vllm(positions, *flat, *args)
     for heads, turned in zip((query, key), flat, strict=True):
-        heads.copy_(turned.view(heads.shape))
+        if heads.data_ptr() != turned.data_ptr():  # else it was turned in place
+            heads.copy_(turned.view(heads.shape))

@@ -87,7 +87,7 @@ def test_heads_of_layers_that_share_a_cache_are_reckoned_together():
     sharing = dict(num_heads=32, num_kv_heads=8, head_size=128, kv_sharing_target_layer_name="31")
     shared.compilation_config.static_forward_context["32"] = SimpleNamespace(**sharing)
     wide.compilation_config.static_forward_context["31"] = SimpleNamespace(num_heads=64, num_kv_heads=8, head_size=128)
-    size = cache_bytes(shared) // 100  # of which all layers are cut at once
+    size = cache_bytes(shared) // 1000  # of which all layers are cut at once
     assert shared.compaction_bytes(size) == wide.compaction_bytes(size) > make_runner().compaction_bytes(size)
 
 
