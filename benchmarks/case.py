@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
             reason = last[0].partition(": ")[2]
             print(f"  not measured: {reason}", file=sys.stderr)
             raise NotMeasured(reason)
-        sys.exit(f"{variant} failed:\n{done.stderr[-3000:]}")
+        ended = f", ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+        sys.exit(f"{variant} failed{ended}:\n{done.stderr[-3000:]}")
     return json.loads(measured[0].removeprefix(_MEASURED))
 
 

@@ -9,10 +9,11 @@ Its continuous batching (``CacheEvictionConfig``) keeps ``--start`` and ``--rece
 all within the budget, in blocks of 32, by accumulated attention (NORM_SUM) or by ADAPTIVE_RKV. It evicts nothing while
 a prompt is read: a prompt needs room for all of its tokens, and is seen whole. Ours with ``prefill: full`` does so too.
 The model is exported to build/openvino/ once, in float32; weights and cache have the precision that vLLM's have.
-Variants whose packages are not there are left out.
+Variants whose packages are not there are left out. OpenVINO needs two cores or more.
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def measure(job: dict[str, Any]) -> Numbers:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise NotMeasured(f"OpenVINO GenAI is not there ({error}): see --help, then --python") from None
+    if len(os.sched_getaffinity(0)) < 2:
+        raise NotMeasured("OpenVINO GenAI needs two cores or more")  # with one its process dies
     precision = peers.named_precision(job, PRECISIONS)
     num_blocks = (job["sequences"] + 1) * -(-(job["context"] + peers.most_tokens(job)) // BLOCK_SIZE)
     scheduling = genai.SchedulerConfig()

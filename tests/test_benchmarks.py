@@ -270,6 +270,13 @@ def test_a_child_is_given_the_command_and_its_job(monkeypatch):
     assert case._run_child("ours", {"python": "other-python"}) == {"step_ms": 2}
 
 
+def test_a_variant_that_a_signal_ended_is_named_with_it(monkeypatch):
+    monkeypatch.setattr(case.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -8, "", ""))
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks openvino", "MODEL"])
+    with pytest.raises(SystemExit, match="OpenVINO failed, ended by SIGFPE:"):
+        case._run_child("OpenVINO", {})
+
+
 def test_without_a_case_they_are_listed(monkeypatch, capsys):
     main = importlib.import_module("benchmarks.__main__").main
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
