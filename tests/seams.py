@@ -154,6 +154,27 @@ OVERRIDDEN = {
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": (
         "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
     ),
+    "vllm.v1.attention.backends.flash_attn_diffkv:FlashAttentionDiffKVBackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.flash_attn_diffkv:FlashAttentionDiffKVBackend.get_impl_cls": "",
+    "vllm.v1.attention.backends.flash_attn_diffkv:FlashAttentionDiffKVBackend.set_head_size_v": "cls head_size_v",
+    "vllm.v1.attention.backends.flash_attn_diffkv:FlashAttentionDiffKVImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
+    "vllm.v1.attention.backends.flash_attn_diffkv:FlashAttentionDiffKVImpl.forward": (
+        "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+    ),
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.get_builder_cls": "",
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.get_impl_cls": "",
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.set_head_size_v": "cls head_size_v",
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVImpl.do_kv_cache_update": (
+        "self layer key value kv_cache slot_mapping"
+    ),
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVImpl.forward": (
+        "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+    ),
+    "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.__init__": "self *args **kwargs",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_blocks": "self request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_request_blocks": "self request",
