@@ -79,8 +79,9 @@ def gated_delta_net(
 
 def rotate(positions, query, key, *args) -> None:
     """As vLLM's function ``rotary_embedding``."""
-    flat = [heads.reshape(len(positions), -1) for heads in (query, key)]
-    _rotate_of_vllm(positions, *flat, *args)
-    for heads, turned in zip((query, key), flat, strict=True):
+    given = [heads for heads in (query, key) if heads is not None]  # a layer that shares a cache has no keys
+    flat = [heads.reshape(len(positions), -1) for heads in given]
+    _rotate_of_vllm(positions, *flat, *([] if len(flat) == 2 else [None]), *args)
+    for heads, turned in zip(given, flat, strict=True):
         if heads.data_ptr() != turned.data_ptr():  # else it was turned in place
             heads.copy_(turned.view(heads.shape))

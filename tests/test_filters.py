@@ -1101,6 +1101,7 @@ def look_for_filters(monkeypatch, group, wanted="auto", load_format="auto", rank
         load_config=SimpleNamespace(load_format=load_format),
         weights_fingerprint=lambda: WEIGHTS if wanted == "auto" and load_format == "auto" else 1 / 0,
         calibrate_filters=lambda sequences, description, rank: SimpleNamespace(of=lambda part: (rank, part)),
+        _few_tokens=lambda: None,
         _random_sequences=lambda: [[1, 2, 3]],
         _part=lambda: "part",
     )
@@ -1123,7 +1124,7 @@ def test_one_rank_looks_for_filters_and_all_take_what_it_found(monkeypatch, rank
     for is_first, where in ((True, "here"), (False, "there")):
         ranks.is_first_rank = is_first
         found = FiltersFile(where, "content", f"cache {where}")
-        monkeypatch.setattr(runner_module, "cached_file", lambda model, weights, rank, found=found: found)
+        monkeypatch.setattr(runner_module, "cached_file", lambda *_, found=found: found)
         assert look_for_filters(monkeypatch, ranks) == (("here", "part"), "cache here")
     assert [each and each.path for each in sent] == ["here", None]
 

@@ -501,16 +501,13 @@ class CompressedModelRunner:
         # Random weights, as benchmarks and trainers start with, come from no file.
         is_random = self.load_config.load_format == "dummy"
         found, weights, ranks, rank = None, "", get_world_group(), self.compression.rank
-        num_tokens = fitting(self, SEQUENCE_TOKENS)
-        few = num_tokens if num_tokens < SEQUENCE_TOKENS else None
         if ranks.is_first_rank:  # for all: another one may be on another machine, with other files
             if wanted != AUTO:
                 found = given_file(wanted, model, rank)
             elif not is_random:
                 weights = self.weights_fingerprint()
-                found = cached_file(model, weights, rank)
-                if found is None and few is not None:
-                    found = cached_file(model, weights, rank, few)
+                for few in dict.fromkeys((None, self._few_tokens())):
+                    found = found or cached_file(model, weights, rank, few)
         found = ranks.broadcast_object(found)
         if found is not None:
             return part_of(found, model, self._part(), ranks), found.origin
@@ -525,8 +522,13 @@ class CompressedModelRunner:
                     "that are loaded into the model later give --kv-compression-config.filters"
                 )
         else:
-            kept = keep(filters, model, weights, few) if self._is_first_rank else "kept by another rank"
+            kept = keep(filters, model, weights, self._few_tokens()) if self._is_first_rank else "kept by another rank"
         return filters.of(self._part()), f"calibrated now ({description}), {kept}"
+
+    def _few_tokens(self) -> int | None:
+        """How many tokens filters are calibrated from where there is room for fewer than usual; else None."""
+        num_tokens = fitting(self, SEQUENCE_TOKENS)
+        return num_tokens if num_tokens < SEQUENCE_TOKENS else None
 
     def _random_sequences(self) -> list[list[int]]:
         return random_sequences(self.model_config.get_vocab_size(), NUM_SEQUENCES, fitting(self, SEQUENCE_TOKENS))
