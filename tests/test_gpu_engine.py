@@ -211,7 +211,7 @@ def test_layers_that_share_a_cache(runs, tiny_gemma3n, gemma3n_filters):
 def test_states_beside_attention(runs, tiny_lfm2, lfm2_filters):
     """LFM2."""
     result, engines = runs["lfm2"], Engines(tiny_lfm2, lfm2_filters[0], enable_prefix_caching=False)
-    assert result["compactions"] >= 4
+    assert result["compactions"] >= 3
     with states.stood_in():
         engine = engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING)
         assert_like_v1(engine, BATCHES[:1], result)
