@@ -64,7 +64,8 @@ def attention_per_layer(hf_text_config: Any) -> int:
 
 def num_attention_layers(model_config: Any) -> int:
     """Of a model all of whose layers attend. model_config: vLLM's."""
-    return model_config.get_total_num_hidden_layers() * attention_per_layer(model_config.hf_text_config)
+    num_layers: int = model_config.get_total_num_hidden_layers()
+    return num_layers * attention_per_layer(model_config.hf_text_config)
 
 
 def num_sharing_layers(hf_text_config: Any) -> int:
