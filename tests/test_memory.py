@@ -82,7 +82,6 @@ def test_a_longer_sequence_takes_no_more(max_budget):
 
 
 def test_heads_of_layers_that_share_a_cache_are_reckoned_together():
-    """What engines with such layers, and with states, take is measured in tests/test_gpu_engine.py."""
     shared, wide = make_runner(), make_runner()
     sharing = dict(num_heads=32, num_kv_heads=8, head_size=128, kv_sharing_target_layer_name="31")
     shared.compilation_config.static_forward_context["32"] = SimpleNamespace(**sharing)
