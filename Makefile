@@ -15,9 +15,12 @@ TORCH     := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backe
 METADATA  := ./scripts/vllm-metadata
 # torch.compile makes the demo wait a minute more at every start, for a tenth more speed: not worth it for a first look.
 EAGER     := --enforce-eager
+# Of the tests, each with cores of its own. On a GPU they would share it.
+WORKERS   ?= 2
 else
 PINNED    := requirements/cuda.in
 OVERRIDES := --overrides requirements/overrides-demo.txt
+WORKERS   ?= 0
 endif
 # What this machine is fast in: bfloat16, or float32 on CPUs without a matrix product of it. Asked once the package is installed.
 # Before 4.4 make exports nothing to what `shell` runs.
@@ -59,7 +62,7 @@ serve: $(VENV)/installed $(MODEL)/config.json
 	    --kv-cache-memory-bytes 1073741824 --kv-compression qfilters --kv-compression-config.budget 1024
 
 test: $(VENV)/installed $(MODEL)/config.json
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

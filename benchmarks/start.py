@@ -26,6 +26,7 @@ from benchmarks.case import Case, Numbers, bar_panels
 
 ANSWER_TOKENS = 16
 LONGEST_START = 900  # seconds
+LONGEST_ANSWER = 120  # seconds
 LONGEST_STOP = 60  # seconds
 
 
@@ -73,7 +74,11 @@ def start(job: dict[str, Any], environment: Mapping[str, str], log: pathlib.Path
         return time.perf_counter() - begin
     finally:
         server.terminate()
-        server.wait(LONGEST_STOP)
+        try:
+            server.wait(LONGEST_STOP)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
 
 
 def command(job: Mapping[str, Any], port: int) -> list[str]:
@@ -95,11 +100,11 @@ def _answers(model: str, port: int) -> bool:
     body = json.dumps({"model": model, "prompt": "Once", "max_tokens": ANSWER_TOKENS, "ignore_eos": True}).encode()
     url, headers = f"http://localhost:{port}/v1/completions", {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=LONGEST_ANSWER) as answer:
             return bool(json.load(answer)["choices"][0]["text"])
     except urllib.error.HTTPError:
         raise
-    except OSError:  # nobody listens yet
+    except OSError:  # nobody listens yet, or answers
         return False
 
 

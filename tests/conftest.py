@@ -4,6 +4,13 @@ import os
 import sys
 import tempfile
 
+# Each worker of pytest-xdist has cores of its own: an engine's threads wait for one another, and two engines that share
+# cores slow each other tenfold. Before PyTorch is imported, which counts them.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, own or cores)
+
 # Before vLLM is imported: engines of the tests run in this process, so that tests can look into them.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
@@ -32,9 +39,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from tests import models
-from tests.background import Background
 from tests.engines import TEXT_ONLY, Engines, MLAEngines, make_empty_cache, register_qwen_vl
-from tests.interpreted_runs import InterpretedRuns
 from vllm_qfilters import cpu
 from vllm_qfilters.kernels import IMPLEMENTATION
 
@@ -47,18 +52,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "sampled(every): one in so many cases is run, all of them with --all-cases")
 
 
-WAIT_FOR_THE_BACKGROUND = ("test_compile_kernels.py", "test_gpu_engine.py")
-
-
-def is_among(name: str, items) -> bool:
-    """Whether tests of the file ``name`` are."""
-    return any(item.path.name == name for item in items)
+# Minutes each: first, so that no worker is left with one of them when the others have ended.
+LONGEST = ("test_gpu_engine.py", "test_server.py", "test_architectures.py", "test_parallel.py", "test_offline_ray.py")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases of sampled tests: many of a kind, of which each change is seen by a few. Those that wait for a
-    process in the background come last."""
-    items.sort(key=lambda item: item.path.name in WAIT_FOR_THE_BACKGROUND)
+    """Leaves out cases of sampled tests: many of a kind, of which each change is seen by a few."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if config.getoption("--all-cases"):
         return
     seen, kept, left_out = collections.Counter(), [], []
@@ -233,35 +233,3 @@ def deepseek_filters(tiny_deepseek, make_filters):
 @pytest.fixture(scope="session")
 def deepseek_engines(tiny_deepseek, deepseek_filters):
     return MLAEngines(tiny_deepseek, deepseek_filters[0])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreted_runs(request, tmp_path_factory):
-    """The runs of ``tests/test_gpu_engine.py``, if it is among the tests: they begin at once, in a process of their
-    own, since Triton's interpreter takes long, and one thread.
-    """
-    if not is_among("test_gpu_engine.py", request.session.items):
-        yield None
-        return
-    filters = {"model": "tiny_filters"}
-    filters |= {name: f"{name}_filters" for name in ("exaone", "gemma3n", "lfm2", "mimo", "qwen_vl", "deepseek")}
-    models = {
-        name: (request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(of_name)[0])
-        for name, of_name in filters.items()
-    }
-    runs = InterpretedRuns(tmp_path_factory.mktemp("calibrated"), models)
-    yield runs
-    runs.stop()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kernel_compilation(request, tmp_path_factory):
-    """That of ``tests/test_compile_kernels.py``, if it is among the tests, in the same way."""
-    if not is_among("test_compile_kernels.py", request.session.items):
-        yield None
-        return
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    compilation = Background("tests.compile_kernels", "80", "90", environment=environment)
-    yield compilation
-    compilation.stop()

@@ -47,7 +47,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from tests import states
 from tests.engines import register_qwen_vl
 from tests.interpreted_runs import RESULTS, prompt_after
-from tests.paged import ForbiddenReads
+from tests.paged import ForbiddenReads, PeakMemory
 from tests.specialisations import counted, recorded
 from vllm_qfilters import kv_compression
 from vllm_qfilters.attention import register
@@ -144,6 +144,20 @@ def record_steps(runner: GPUModelRunner) -> list[dict]:
 
     runner.execute_model = recorded_step
     return steps
+
+
+def watch_compactions(runner: QFiltersGPUModelRunner) -> list[int]:
+    """A list that gets, at every compaction from now on, the most bytes it took at once."""
+    apply, peaks = runner.compactor.apply, []
+
+    def watched(*args, **kwargs):
+        with PeakMemory() as taken:
+            kept = apply(*args, **kwargs)
+        peaks.append(taken.bytes)
+        return kept
+
+    runner.compactor.apply = watched
+    return peaks
 
 
 def contents(runner: QFiltersGPUModelRunner) -> list[torch.Tensor]:
@@ -317,12 +331,14 @@ def run(
     if is_recorded:
         engine.collective_rpc("record_kept_tokens")
     is_alone = engine.llm_engine.vllm_config.parallel_config.world_size == 1  # else no worker is in this process
-    steps = []
+    steps, peaks = [], []
     if is_alone:
         runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
         steps = record_steps(runner)
         if compression is not None:
             check_metadata(runner, scheduler)
+            if not runner.compression.evicts_whole_pages:
+                peaks = watch_compactions(runner)
     QFiltersGPUModelRunner.warm_up = warm_up
     batches = requests if isinstance(requests[0], list) else [requests]
     outputs, launched_while_serving, said = [], set(), []
@@ -368,6 +384,8 @@ def run(
     if is_recorded:
         result["kept"] = kept_of_requests(engine.collective_rpc("take_kept_tokens"))
     if compression is not None and is_alone:
+        cache_bytes = sum(tensor.size for tensor in runner.kv_cache_config.kv_cache_tensors)
+        result |= {"compaction_bytes": runner.compaction_bytes(cache_bytes), "compactions_took": peaks}
         result["captures"] = check_capture(runner)
     if calibration is not None:
         engine.collective_rpc("calibrate_filters", args=(calibration["sequences"], "test", calibration["path"]))

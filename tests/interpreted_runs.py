@@ -3,9 +3,10 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Mapping
 
-from tests.background import Background
 from tests.models import random_prompt
 
 RESULTS = "results: "  # before those of tests/interpreted_engine.py, whose other lines are vLLM's log
@@ -62,7 +63,7 @@ def prompt_after(said: list[int], request: dict) -> list[int]:
 
 
 class InterpretedRuns:
-    """All runs in one process, which starts at once and gives way to the tests beside it.
+    """All runs, in one process.
 
     Args:
         folder: for the filters that runs calibrate.
@@ -116,15 +117,17 @@ class InterpretedRuns:
             **{method: dict(compression=dict(EVICTING, method=method), llm=LLM, requests=ONE) for method in METHODS},
         }
         model, filters = map(str, models["model"])
-        job = dict(model=model, filters=filters, runs=runs)
-        self._process = Background(
-            "tests.interpreted_engine", environment={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=json.dumps(job)
-        )
+        self._job = dict(model=model, filters=filters, runs=runs)
 
     def results(self) -> dict[str, dict]:
-        """Waits for the runs; the result of each, by name."""
-        (results,) = [line for line in self._process.output().splitlines() if line.startswith(RESULTS)]
+        """Runs them: minutes, since Triton's interpreter takes long. The result of each, by name."""
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.interpreted_engine"],
+            input=json.dumps(self._job),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-6000:]
+        (results,) = [line for line in process.stdout.splitlines() if line.startswith(RESULTS)]
         return json.loads(results.removeprefix(RESULTS))
-
-    def stop(self) -> None:
-        self._process.stop()

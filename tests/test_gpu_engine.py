@@ -24,6 +24,7 @@ from tests.interpreted_runs import (
     SHARING,
     STATIC,
     TURNS,
+    InterpretedRuns,
     prompt_after,
 )
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, SLIDING_WINDOW, tiny_identity
@@ -31,6 +32,20 @@ from tests.oracle import teacher_forced_logprobs
 from tests.test_oracle import make_rule
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
+
+
+NOT_COUNTED = ("lagkv", "cur", "keydiff")
+
+
+@pytest.fixture(scope="module")
+def interpreted_runs(request, tmp_path_factory):
+    filters = {"model": "tiny_filters"}
+    filters |= {name: f"{name}_filters" for name in ("exaone", "gemma3n", "lfm2", "mimo", "qwen_vl", "deepseek")}
+    models = {
+        name: (request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(of_name)[0])
+        for name, of_name in filters.items()
+    }
+    return InterpretedRuns(tmp_path_factory.mktemp("calibrated"), models)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +72,15 @@ def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
     seen = [result for result in runs.values() if "compactions" in result and len(result["v2_stages"]) == 1]
     assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
+
+
+def test_no_compaction_takes_more_memory_than_is_set_aside(runs):
+    """Of a cache of the engine's size, whatever is in it: layers that share caches, states, latents. What some methods
+    for comparison take is not counted (:func:`vllm_qfilters.worker.compactor.layer_bytes`)."""
+    seen = {name: run for name, run in runs.items() if run.get("compactions_took") and name not in NOT_COUNTED}
+    assert {"evicting", "gemma3n", "lfm2", "mimo", "evicting, mla", "snapkv", "tova"} <= seen.keys()
+    took = {name: (max(run["compactions_took"]), run["compaction_bytes"]) for name, run in seen.items()}
+    assert all(0 < most <= set_aside for most, set_aside in took.values()), took
 
 
 def test_capturing_leaves_nothing_behind(runs):

@@ -220,6 +220,8 @@ class QFiltersManager(FullAttentionManager):
         request_id = request.request_id
         if request_id not in self.evicted:
             first = self.num_cached_block.get(request_id, 0)
+            if num_tokens // self.block_size <= first and self.block_size == self.block_pool.hash_block_size:
+                return  # vLLM finds no page filled either: it asks twice for every running request at every step
             super().cache_blocks(request, num_tokens, *args, **kwargs)
             self._has_filled(request_id, first, self.num_cached_block.get(request_id, 0))
         elif (standing := self._standings.get(request_id)) is not None:
