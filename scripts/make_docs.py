@@ -5,9 +5,9 @@
     python scripts/make_docs.py --check    # changes nothing, prints differences, ends with status 1 if there are any
 
 Whole pages: docs/options.md from the configuration and the catalogue of methods, docs/results.md from all files of
-benchmarks/results/. Parts between ``<!-- NAME: ... -->`` and ``<!-- /NAME -->`` of README.md, docs/budget.md and
-docs/filters.md: from the same sources; README's table is made from the files of benchmarks/results/ whose names begin
-with ``readme-``.
+benchmarks/results/. Parts between ``<!-- NAME: ... -->`` and ``<!-- /NAME -->`` of README.md, docs/budget.md,
+docs/filters.md and docs/peers.md: from the same sources; README's table is made from the files of benchmarks/results/
+whose names begin with ``readme-``.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.pages import filters, options, readme, results
+from scripts.pages import filters, options, peers, readme, results
 from scripts.pages.markdown import fill_in
 
 RESULTS = ROOT / "benchmarks" / "results"
-WITH_PARTS = ("README.md", "docs/budget.md", "docs/filters.md")
+WITH_PARTS = ("README.md", "docs/budget.md", "docs/filters.md", "docs/peers.md")
 
 
 def make(folder: pathlib.Path = RESULTS) -> dict[str, str]:
@@ -38,6 +38,7 @@ def make(folder: pathlib.Path = RESULTS) -> dict[str, str]:
         **readme.parts(of_readme, files),
         "plots": readme.plots(folder, "benchmarks/results"),
         "filters": filters.tensors(),
+        "peers": peers.peers(files),
     }
     pages = {path: fill_in((ROOT / path).read_text(encoding="utf-8"), parts) for path in WITH_PARTS}
     return {"docs/options.md": options.page(), "docs/results.md": results.page(files, "../benchmarks/results"), **pages}
