@@ -58,7 +58,8 @@ class CachingWorker(Worker):
         self.cuts: dict[str, int] = {}  # positions of the last cuts
 
     def step(self, output: SchedulerOutput) -> None:
-        self.ended += [self.tokens.pop(req_id) for req_id in output.finished_req_ids if req_id in self.tokens]
+        # vLLM has a set of names, whose order differs from process to process.
+        self.ended += [self.tokens.pop(req_id) for req_id in sorted(output.finished_req_ids) if req_id in self.tokens]
         for req_id in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self.cuts.pop(req_id, None)
         for row in output.compaction.compactions:
@@ -203,7 +204,7 @@ class Conversations(Simulation):
 
 
 @pytest.mark.parametrize(
-    "chunk, prefill_interval, seed, policy", [(32, 8, 1, "fcfs"), (24, 24, 2, "priority"), (64, 2, 3, "fcfs")]
+    "chunk, prefill_interval, seed, policy", [(32, 8, 4, "fcfs"), (24, 24, 2, "priority"), (64, 2, 3, "fcfs")]
 )
 @pytest.mark.parametrize("granularity", ["layer", "page"])
 def test_what_starts_behind_a_prefix_is_what_a_cold_reading_gives(
@@ -227,9 +228,8 @@ def test_what_starts_behind_a_prefix_is_what_a_cold_reading_gives(
     simulation.finish()
     simulation.audit_ended()
     stats = scheduler.compression_stats
-    # vLLM seeds its hashes anew in every process, so that these differ: 4 to 37 hits were seen.
-    assert stats.prefix_hits > 1 and stats.prefix_hit_tokens > 50 * stats.prefix_hits
-    assert simulation.num_checked_behind_prefixes and simulation.preemptions
+    assert stats.prefix_hits > 5 and stats.prefix_hit_tokens > 50 * stats.prefix_hits
+    assert simulation.num_checked_behind_prefixes > 10 and simulation.preemptions > 5
 
 
 class Asked:
