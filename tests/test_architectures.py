@@ -235,7 +235,8 @@ def test_quantized_weights(method, tmp_path, empty_cache):
     """Filters are calibrated of queries, whatever made them: bit-identical to plain vLLM where nothing is evicted."""
     model, llm = models.make_tiny_quantized(tmp_path / "model", method), dict(LLM, dtype="bfloat16")
     plain, compressed = run_engines(model, REQUESTS, [None, dict(budget=1536)], **llm)
-    assert compressed == plain
+    # These differed once, and nobody knows which of them was off: docs/lab-notebook.md.
+    assert compressed == plain, f"plain vLLM agrees with itself: {run_engine(model, REQUESTS, None, **llm) == plain}"
     (cached,) = (empty_cache / "qfilters").iterdir()
     options = dict(budget=256, sinks=4, interval=32, chunk=256, filters=str(cached))
     evicted = run_engine(model, REQUESTS, options, **llm)
