@@ -33,7 +33,6 @@ from tests.test_oracle import make_rule
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
 
-
 NOT_COUNTED = ("lagkv", "cur", "keydiff")
 
 
