@@ -17,10 +17,10 @@ COLUMNS = {"plain": "plain vLLM", "qfilters": "qfilters", "streaming": "Streamin
 PREFIX_CACHE_PAGE = 16  # tokens: the block size of vLLM on GPUs
 _COMPARED = ("qfilters", "streaming")
 _TASKS = {  # what a task of `vllm-qfilters eval` is, with the tokens of its prompts
-    "streaming": "texts of {} tokens",
-    "prompt": "text after a prompt of {} tokens",
-    "passkey": "one number in {} tokens",
-    "kv": "one of several numbers in {} tokens",
+    "streaming": "{count} texts of {length} tokens",
+    "prompt": "text after a prompt of {length} tokens",
+    "passkey": "one number in {length} tokens",
+    "kv": "one of several numbers in {length} tokens",
 }
 HISTORY = 30_000  # tokens of a conversation, as an example
 _MISSING_ROWS = (
@@ -285,7 +285,8 @@ def _cell_at(measured: Results, task: str, method: str, budget: int) -> Values |
 
 def _name(measured: Results, task: str) -> str:
     name, _, length = task.partition("-")
-    return _TASKS[name].format(length or number(measured.settings(task)["tokens"]))
+    settings = measured.settings(task)
+    return _TASKS[name].format(length=length or number(settings["tokens"]), count=settings.get("sequences"))
 
 
 def _same() -> dict[str, str]:
