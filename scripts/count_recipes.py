@@ -181,6 +181,9 @@ def check(traits: set[str]) -> None:
         is_encoder_decoder=False,
         is_hybrid="hybrid" in traits,
         use_mla="mla" in traits,
+        is_attention_free=False,
+        uses_alibi=False,
+        attention_chunk_size=WINDOW if "chunked" in traits else None,
         rswa_window=WINDOW if "rswa" in traits else None,
         hf_text_config=SimpleNamespace(),
     )
@@ -199,8 +202,6 @@ def check(traits: set[str]) -> None:
         specs["window"] = SlidingWindowSpec(**{**usual, "head_size": 128}, sliding_window=WINDOW)
     if "narrow_values" in traits:
         specs["first"] = FullAttentionSpec(**usual, head_size_v=32)
-    if "chunked" in traits:
-        specs["chunked"] = FullAttentionSpec(**usual, attention_chunk_size=WINDOW)
     if "hybrid" in traits:
         kind = next((kind for trait, kind in STATES.items() if trait in traits), MambaAttentionBackendEnum.LINEAR)
         specs["state"] = MambaSpec(block_size=32, shapes=((2, 64),), dtypes=(torch.float32,), mamba_type=kind)

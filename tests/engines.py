@@ -11,6 +11,7 @@ from types import ModuleType
 
 from transformers.utils import is_torchvision_available
 from vllm import LLM, SamplingParams, envs
+from vllm.distributed import parallel_state
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.models import registry
 from vllm.model_executor.models.registry import ModelRegistry
@@ -47,6 +48,13 @@ def keep_alive(llm: LLM) -> LLM:
     """An engine that is collected takes down what all engines of the process share: of this one that never happens."""
     _alive.append(llm)
     return llm
+
+
+def share_group_of_experts() -> None:
+    """vLLM makes the group that experts are spread over with the first engine of a process, where that has any. Of one
+    rank it is that of its tensor parallelism. Call before an engine with experts starts."""
+    if parallel_state._EP is None:
+        parallel_state._EP = parallel_state._TP
 
 
 class Engines:

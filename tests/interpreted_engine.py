@@ -24,9 +24,15 @@ import numpy as np
 import torch
 import triton.backends
 
-# vLLM for CPUs uses Triton only where it has a backend for them.
-driver = types.SimpleNamespace(is_active=lambda: True)
-triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=driver)
+
+class Driver:
+    """vLLM for CPUs uses Triton only where it has a backend for them."""
+
+    is_active = staticmethod(lambda: True)
+    get_current_target = staticmethod(lambda: types.SimpleNamespace(backend="cpu"))
+
+
+triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
 
 # With MLA vLLM then chooses AMX_MLA, whose place ours takes, and leaves prompts in chunks and prefixes switched on.
 torch.cpu._is_amx_tile_supported = lambda: True
@@ -45,7 +51,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from tests import states
-from tests.engines import register_qwen_vl
+from tests.engines import register_qwen_vl, share_group_of_experts
 from tests.interpreted_runs import RESULTS, prompt_after
 from tests.paged import ForbiddenReads, PeakMemory
 from tests.specialisations import counted, recorded
@@ -166,6 +172,7 @@ def contents(runner: QFiltersGPUModelRunner) -> list[torch.Tensor]:
     caches = [
         cache
         for layer in layers
+        if hasattr(layer, "kv_cache")  # layers of experts have none
         for cache in (layer.kv_cache if isinstance(layer.kv_cache, tuple) else [layer.kv_cache])
     ]
     return [pages[1:].clone() for pages in (*caches, runner.cache.planes.transpose(0, 1))]
@@ -324,6 +331,7 @@ def run(
     QFiltersGPUModelRunner.warm_up = recorded_warm_up
     if "limit_mm_per_prompt" in llm:
         register_qwen_vl("qwen2_5_vl")
+    share_group_of_experts()
     engine = LLM(model or job["model"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32", **llm, **options)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     preempted = watch(scheduler, "_preempt_request")
@@ -367,6 +375,7 @@ def run(
     result = {
         "outputs": outputs,
         "v2_stages": engine.collective_rpc(runs_v2),
+        "pages": engine.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "preemptions": len(preempted),
         "async_scheduling": scheduler.scheduler_config.async_scheduling,
         "steps": list(steps),

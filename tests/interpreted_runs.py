@@ -18,6 +18,7 @@ LLM = dict(
     max_model_len=512,
     max_num_batched_tokens=128,
 )
+NARROW = dict(LLM, num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 20)  # as many pages as there is room for
 WITHOUT_PREFIXES = dict(LLM, enable_prefix_caching=False)  # of models with states
 EVICTING = dict(budget=96, window=24, sinks=4, interval=32, chunk=64, prefill_interval=32)
 # Factors of random queries as wide as these would let last bits, which differ between kernels, decide.
@@ -98,7 +99,7 @@ class InterpretedRuns:
             "exaone": of("exaone", EVICTING, llm=LLM, requests=BATCHES),
             "gemma3n": of("gemma3n", EVICTING, llm=LLM, requests=ONE),
             "lfm2": of("lfm2", EVICTING, llm=WITHOUT_PREFIXES, requests=BATCHES[:1]),
-            "mimo": of("mimo", LIKE_HUGGING_FACE, llm=LLM, requests=ONE),
+            "mimo": of("mimo", LIKE_HUGGING_FACE, llm=NARROW, requests=ONE),
             "qwen_vl": of(
                 "qwen_vl", EVICTING, llm=dict(LLM, limit_mm_per_prompt={"image": 0, "video": 0}), requests=BATCHES
             ),

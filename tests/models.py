@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Exaone4Config,
     Exaone4ForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -34,12 +37,15 @@ from transformers import (
     LlamaForCausalLM,
     MiMoV2FlashConfig,
     MiMoV2FlashForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -51,6 +57,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from vllm_qfilters.filters.format import FORMAT, Filters, ModelIdentity
@@ -439,6 +447,101 @@ def make_tiny_nemotron_h(folder: pathlib.Path) -> pathlib.Path:
     model = NemotronHForCausalLM(config).to(torch.float32)
     model.model.layers[2].mixer.q_proj.weight.data *= 2  # so that attention differs from token to token
     model.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_falcon_h1(folder: pathlib.Path) -> pathlib.Path:
+    """Mamba 2 and attention in every layer, side by side."""
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        **_shape(),
+        mamba_d_ssm=NUM_HEADS * HEAD_SIZE,
+        mamba_n_heads=NUM_HEADS,
+        mamba_d_head=HEAD_SIZE,
+        mamba_d_state=HEAD_SIZE,
+        mamba_chunk_size=64,
+        pad_token_id=0,
+    )
+    FalconH1ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_zamba2(folder: pathlib.Path) -> pathlib.Path:
+    """Mamba 2 in every layer; before it, in the first and in the last one, attention with RoPE in heads of their own
+    size, each with weights of its own."""
+    torch.manual_seed(0)
+    shape = _shape(num_kv_heads=NUM_HEADS)
+    del shape["head_dim"]
+    config = Zamba2Config(
+        **{**shape, "tie_word_embeddings": True},
+        layers_block_type=["hybrid", "linear_attention", "hybrid"],
+        num_mem_blocks=2,
+        use_mem_rope=True,
+        mamba_d_state=HEAD_SIZE,
+        n_mamba_heads=2 * NUM_HEADS,
+        chunk_size=64,
+        adapter_rank=16,
+        time_step_min=1e-9,  # as of Nemotron-H
+        time_step_floor=1e-3,
+        pad_token_id=0,
+    )
+    Zamba2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_minicpm3(folder: pathlib.Path) -> pathlib.Path:
+    """Keys and values of heads are made of latents before they are cached; the last half of each query turns."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in _shape(num_kv_heads=NUM_HEADS).items() if name != "head_dim"}
+    config = MiniCPM3Config(
+        **shape,
+        kv_lora_rank=HEAD_SIZE,
+        q_lora_rank=48,
+        qk_nope_head_dim=HEAD_SIZE,
+        qk_rope_head_dim=HEAD_SIZE,
+        scale_emb=1,
+        pad_token_id=0,
+    )
+    MiniCPM3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+class NemotronNasConfig(PreTrainedConfig):
+    """As the published models have it in a file of their own: each layer's attention and MLP in a block of its own."""
+
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.block_configs = [
+            SimpleNamespace(**{part: SimpleNamespace(**values) for part, values in block.items()})
+            for block in block_configs
+        ]
+
+    def to_dict(self) -> dict:
+        blocks = [{part: vars(values) for part, values in vars(block).items()} for block in self.block_configs]
+        return {**super().to_dict(), "block_configs": blocks}
+
+
+def make_tiny_nemotron_nas(folder: pathlib.Path) -> pathlib.Path:
+    """A Llama whose layer in the middle has no attention. In the folder ``whole`` it has one that adds nothing, for
+    Hugging Face, which knows no such model."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**_shape())).to(torch.float32)
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    model.save_pretrained(folder / "whole")
+    tensors = load_file(folder / "whole" / "model.safetensors")
+    absent = ("model.layers.1.self_attn.", "model.layers.1.input_layernorm.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(absent)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "whole" / "config.json").read_text())
+    mlp = {"no_op": False, "intermediate_size": config["intermediate_size"]}
+    group = {"n_heads_in_group": NUM_HEADS // NUM_KV_HEADS}
+    attention = [{"no_op": layer == 1, **group} for layer in range(NUM_LAYERS)]
+    config |= {"model_type": NemotronNasConfig.model_type, "architectures": ["DeciLMForCausalLM"]}
+    config["block_configs"] = [{"attention": of_layer, "ffn": mlp} for of_layer in attention]
+    (folder / "config.json").write_text(json.dumps(config))
+    AutoConfig.register(NemotronNasConfig.model_type, NemotronNasConfig, exist_ok=True)
     return folder
 
 

@@ -7,9 +7,11 @@ turns; MiMo-V2, whose values are narrower than its keys;
 DeepSeek-V3, whose cache holds a latent and a rotary part per token, which together stand for the key and the
 value of one KV head; Qwen2.5-VL and Qwen3-VL, see :class:`TextModel`; Gemma 2, which caps its logits;
 GPT-OSS, which has a sink beside its tokens; LFM2, Qwen3-Next, Qwen3.5 and Nemotron-H, with layers that keep a state in
-place of keys and values, of which nothing is evicted."""
+place of keys and values, of which nothing is evicted; Falcon-H1 and Zamba2, with layers that keep both; MiniCPM3, see
+:func:`caching_heads`."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import torch
 
@@ -40,6 +42,22 @@ class Rule:
         return attends(model, layer) and not is_spared
 
 
+def caching_heads(model):
+    """MiniCPM3, which makes keys and values of heads of latents, with those in its cache, as vLLM has it."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.head_dim = attention.qk_head_dim
+
+        def forward(*args, cache, of_latents=attention.forward, expand=attention.expand_kv, **kwargs):
+            def update(latents, rotary, *rest, **more):
+                return cache.update(*expand(latents, rotary), *rest, **more)
+
+            return of_latents(*args, cache=None if cache is None else SimpleNamespace(update=update), **kwargs)
+
+        attention.forward, attention.expand_kv = forward, lambda keys, values: (keys, values)
+    return model
+
+
 class TextModel:
     """The language model of one with images, for prompts of text, as if it were a model of its own."""
 
@@ -62,7 +80,7 @@ def teacher_forced_logprobs(
     """
     from transformers import DynamicCache
 
-    keeps_states = not all(attends(model, i) for i in range(len(model.model.layers)))
+    keeps_states = any(keeps_state(model, i) for i in range(len(model.model.layers)))
     cache = DynamicCache(config=model.config) if keeps_states else DynamicCache()  # whatever the model slides
     if rule.has_fp8_cache:
         _store_in_fp8(cache)
@@ -182,7 +200,7 @@ def _kv_heads(model, layer: int) -> int:
 
 
 def has_latents(model) -> bool:
-    return getattr(model.config, "kv_lora_rank", None) is not None
+    return model.config.model_type == "deepseek_v3"
 
 
 def _slides(model, layer: int) -> bool:
@@ -192,7 +210,7 @@ def _slides(model, layer: int) -> bool:
     )
 
 
-STATES = ("conv", "linear_attention")  # names of layers that keep one
+STATES = ("conv", "linear_attention")  # names of layers that keep one and do not attend
 
 
 def with_caches(model) -> range:
@@ -202,10 +220,16 @@ def with_caches(model) -> range:
 
 def attends(model, layer: int) -> bool:
     types = getattr(model.config, "layer_types", None)
-    return not types or types[layer] in ("full_attention", "sliding_attention")
+    return not types or types[layer] in ("full_attention", "sliding_attention", "hybrid")
+
+
+def keeps_state(model, layer: int) -> bool:
+    types = getattr(model.config, "layer_types", None) or ()
+    return bool(types) and types[layer] in (*STATES, "hybrid")
 
 
 def attention_of(layer):
+    layer = getattr(layer, "shared_transformer", layer)  # Zamba2
     return layer.mixer if hasattr(layer, "mixer") else layer.self_attn
 
 
@@ -238,6 +262,9 @@ def rotate(model, layer: int, vectors: torch.Tensor, positions: torch.Tensor) ->
         cos, sin = model.model.rotary_emb(vectors, positions[None], *of_layer)
     if family == "gpt_oss":  # one number for both halves
         cos, sin = (torch.cat((part, part), -1) for part in (cos, sin))
+    if family == "minicpm3":  # the last elements turn
+        still, turned = vectors[..., : -cos.shape[-1]], vectors[..., -cos.shape[-1] :]
+        return torch.cat((still, _turn(turned, cos, sin)), -1)
     turned, still = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
     return torch.cat((_turn(turned, cos, sin), still), -1)
 
@@ -309,7 +336,7 @@ def hook_queries(layer, see):
     hook.
     """
     attention = attention_of(layer)
-    if hasattr(attention, "kv_b_proj"):
+    if hasattr(attention, "kv_b_proj") and not hasattr(attention, "head_dim"):
         return attention.q_b_proj.register_forward_hook(lambda _, __, out: see(_absorbed(attention, out[0])))
     if hasattr(attention, "q_layernorm"):
         return attention.q_layernorm.register_forward_hook(lambda _, __, out: see(out[0].transpose(0, 1)))
@@ -319,7 +346,7 @@ def hook_queries(layer, see):
         return attention.q_norm.register_forward_hook(
             lambda _, __, out: see(out[0].transpose(0, 1) if is_by_token else out[0])
         )
-    return attention.q_proj.register_forward_hook(
+    return (attention.q_proj or attention.q_b_proj).register_forward_hook(
         lambda _, __, out: see(out[0].unflatten(-1, (-1, attention.head_dim)).transpose(0, 1))
     )
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
-from vllm.distributed import parallel_state
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers import rotary_embedding
 
 from tests import models
-from tests.engines import BLOCK, Engine, Engines, tokens_and_logprobs
+from tests.engines import BLOCK, Engine, Engines, share_group_of_experts, tokens_and_logprobs
 from tests.marks import needs_avx512
 from tests.models import HEAD_SIZE, NUM_HEADS, SLIDING_WINDOW, random_prompt
-from tests.oracle import teacher_forced_logprobs
+from tests.oracle import caching_heads, teacher_forced_logprobs
 from tests.run_engine import run_engine, run_engines
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
 from vllm_qfilters import kv_compression
@@ -43,11 +42,19 @@ FAMILIES = {
     "gemma3n": models.make_tiny_gemma3n,
     "gemma4": models.make_tiny_gemma4,
     "gemma4_sharing": functools.partial(models.make_tiny_gemma4, num_sharing=2),
+    "minicpm3": models.make_tiny_minicpm3,
+    "nemotron_nas": models.make_tiny_nemotron_nas,
 }
 # What else is said of the filters that are made for them.
 GEMMA4 = dict(layers=[2], kv_shape=(1, 2 * HEAD_SIZE))
 SHARING = dict(num_heads=2 * NUM_HEADS)  # of two layers
-FILTERS = {"gemma4": GEMMA4, "gemma4_sharing": GEMMA4 | SHARING, "gemma3n": SHARING}
+FILTERS = {
+    "gemma4": GEMMA4,
+    "gemma4_sharing": GEMMA4 | SHARING,
+    "gemma3n": SHARING,
+    "minicpm3": dict(kv_shape=(NUM_HEADS, 2 * HEAD_SIZE)),
+    "nemotron_nas": dict(layers=[0, 2]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +74,11 @@ def family(tmp_path_factory, tiny_exaone, exaone_filters, exaone_engines, tiny_l
             )
             filters = models.make_tiny_filters(path, model=folder, **FILTERS.get(name, {}))
             engines = Engines(folder, path)
-            if name == "gpt_oss" and parallel_state._EP is None:
-                # vLLM makes the group that experts are spread over with the first engine of a process, where that has
-                # any. Of one rank it is that of its tensor parallelism.
-                parallel_state._EP = parallel_state._TP
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+            share_group_of_experts()
+        whole = folder / "whole" if name == "nemotron_nas" else folder
+        hf_model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32, attn_implementation="eager").eval()
         hf_model.model.do_not_compile = True  # vLLM decorates the classes of Transformers that it serves
-        return engines, filters, hf_model
+        return engines, filters, caching_heads(hf_model) if name == "minicpm3" else hf_model
 
     return get
 
@@ -101,6 +106,9 @@ def options_of(case: str) -> dict:
         ("gemma4", "static-layer"),
         ("gemma4_sharing", "expected-layer"),
         ("gemma4_sharing", "page"),
+        ("minicpm3", "expected-layer"),
+        ("minicpm3", "page"),
+        ("nemotron_nas", "expected-layer"),
     ],
 )
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
@@ -119,6 +127,7 @@ def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
         ("smollm3", [True, True, False]),
         ("laguna", [True] * 3),
         ("gemma3n", [True] * 3),
+        ("minicpm3", [True] * 3),
     ],
 )
 def test_calibration_sees_how_queries_turn(name, has_rope, family):

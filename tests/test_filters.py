@@ -20,7 +20,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LongcatFlashConfig, MiMoV2FlashConfig
+from transformers import LongcatFlashConfig, MiMoV2FlashConfig, MiniCPM3Config
 
 from tests.models import (
     HEAD_SIZE,
@@ -34,6 +34,7 @@ from tests.models import (
     tiny_identity,
 )
 from tests.run_engine import run_engine
+from tests.test_refusals import nemotron_nas
 from vllm_qfilters.filters import calibrate, format, load, reader
 from vllm_qfilters.filters import fingerprint as fingerprint_module
 from vllm_qfilters.filters.calibrate import make_filters, random_sequences
@@ -1060,8 +1061,11 @@ def test_all_ranks_together_make_the_filters_of_one(one_stage, monkeypatch, num_
             (4, 4, 192),
             (2, 4, 192),
         ),
+        # A key of heads has elements that do not turn, and those that do.
+        (MiniCPM3Config(num_hidden_layers=2, num_attention_heads=4), (2, 4, 32), (2, 4, 96)),
+        (nemotron_nas((8, None, 8)), (3, 4, 128), (2, 4, 128)),
     ],
-    ids=["LongCat-Flash", "MiMo-V2", "MiMo-V2, published"],
+    ids=["LongCat-Flash", "MiMo-V2", "MiMo-V2, published", "MiniCPM3", "Nemotron NAS"],
 )  # fmt: skip
 def test_layers_and_heads_of_models_that_count_them_in_ways_of_their_own(config, counted, expected):
     """counted: by vLLM. Layers, KV heads, and elements of a key."""
@@ -1094,9 +1098,8 @@ def test_random_sequences_are_the_same_every_time_and_use_the_whole_vocabulary()
 def look_for_filters(monkeypatch, group, wanted="auto", load_format="auto", rank=8):
     """As a rank of a group of ranks does."""
     monkeypatch.setattr(runner_module, "get_world_group", lambda: group)
-    monkeypatch.setattr(runner_module.ModelIdentity, "from_model_config", lambda model_config: tiny_identity())
     runner = SimpleNamespace(
-        model_config=None,
+        identity=tiny_identity(),
         compression=SimpleNamespace(entry=entry("qfilters", "static"), filters=wanted, rank=rank),
         load_config=SimpleNamespace(load_format=load_format),
         weights_fingerprint=lambda: WEIGHTS if wanted == "auto" and load_format == "auto" else 1 / 0,

@@ -3,6 +3,8 @@
 Pipeline stages are processes that send to one another with gloo in place of NCCL.
 """
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,7 @@ from tests.interpreted_runs import (
     EVICTING_LATENTS,
     LIKE_HUGGING_FACE,
     METHODS,
+    NARROW,
     ONE,
     PAGES,
     SESSION,
@@ -30,6 +33,7 @@ from tests.interpreted_runs import (
 from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, SLIDING_WINDOW, tiny_identity
 from tests.oracle import teacher_forced_logprobs
 from tests.test_oracle import make_rule
+from tests.test_size import cells, run
 from vllm_qfilters.filters.format import Filters
 from vllm_qfilters.filters.reader import load
 
@@ -247,6 +251,18 @@ def test_values_narrower_than_keys(runs, tiny_mimo, mimo_filters):
         model, request["prompt"], output["token_ids"], mimo_filters[1], make_rule(LIKE_HUGGING_FACE)
     )
     torch.testing.assert_close(torch.tensor(output["logprobs"]), torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+def test_pages_of_narrow_values_are_as_many_as_are_reckoned(runs, tiny_mimo, capsys):
+    argv = ["--kv-cache-memory-bytes", NARROW["kv_cache_memory_bytes"], "--block-size", NARROW["block_size"]]
+    argv += ["--max-model-len", NARROW["max_model_len"], "--max-num-batched-tokens", NARROW["max_num_batched_tokens"]]
+    options = [f"--kv-compression-config.{name}={value}" for name, value in LIKE_HUGGING_FACE.items()]
+    lengths = ["--budget", LIKE_HUGGING_FACE["budget"], "--length", NARROW["max_model_len"]]
+    printed = run(capsys, tiny_mimo, *argv, "--dtype", "float32", *lengths, *options)
+    pages, _ = cells(printed, 512, 96)
+    assert pages == 3 + 2 * 3, "of two layers with a window of up to three pages"
+    assert re.search(r" 512 +96 +216 KiB ", printed)
+    assert runs["mimo"]["pages"] == NARROW["kv_cache_memory_bytes"] // ((216 << 10) // pages)
 
 
 def test_mrope_with_prompts_of_text(runs, qwen_vl_engines):

@@ -13,14 +13,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from vllm.distributed import parallel_state
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 from tests import models, states
-from tests.engines import ANY_BUDGET, TEXT_ONLY, Engine, Engines, register_qwen_vl, tokens_and_logprobs
-from tests.models import random_prompt
+from tests.engines import (
+    ANY_BUDGET,
+    TEXT_ONLY,
+    Engine,
+    Engines,
+    register_qwen_vl,
+    share_group_of_experts,
+    tokens_and_logprobs,
+)
+from tests.models import HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, random_prompt
 from tests.oracle import TextModel
 from tests.test_groups import answers, assert_close, held_by_group
 from tests.test_oracle import assert_calibrates_like_hugging_face, assert_like_hugging_face, make_rule
@@ -36,22 +43,26 @@ from vllm_qfilters.worker.specs import STATES, check_specs
 class Family(NamedTuple):
     """Attributes:
 
-    attention: index of the layer that attends.
+    attention: indices of the layers that attend.
     block_size: tokens per page, of 32 that are asked for, in float32: vLLM makes a page as large as a state.
     has_prefix_caching: on CPUs too, where vLLM 0.32 fails over the states that Mamba 2 leaves for it.
+    kv_shape: number and size of KV heads.
     """
 
     make: Callable[[pathlib.Path], pathlib.Path]
-    attention: int
+    attention: list[int]
     block_size: int
     has_prefix_caching: bool
+    kv_shape: tuple[int, int] = (NUM_KV_HEADS, HEAD_SIZE)
 
 
 FAMILIES = {
-    "lfm2": Family(models.make_tiny_lfm2, 1, 32, True),
-    "qwen3_next": Family(models.make_tiny_qwen3_next, 1, 96, True),
-    "qwen3_5": Family(models.make_tiny_qwen3_5, 1, 96, True),
-    "nemotron_h": Family(models.make_tiny_nemotron_h, 2, 64, False),
+    "lfm2": Family(models.make_tiny_lfm2, [1], 32, True),
+    "qwen3_next": Family(models.make_tiny_qwen3_next, [1], 96, True),
+    "qwen3_5": Family(models.make_tiny_qwen3_5, [1], 96, True),
+    "nemotron_h": Family(models.make_tiny_nemotron_h, [2], 64, False),
+    "falcon_h1": Family(models.make_tiny_falcon_h1, [0, 1, 2], 64, False),
+    "zamba2": Family(models.make_tiny_zamba2, [0, 2], 32, False, (NUM_HEADS, 2 * HEAD_SIZE)),
 }
 CASES = {
     "expected-layer": dict(window=0.1, rank=0),
@@ -84,10 +95,11 @@ def family(tmp_path_factory, operators):
     def get(name: str):
         folder = FAMILIES[name].make(tmp_path_factory.mktemp(name))
         path = tmp_path_factory.mktemp("filters") / f"{name}.safetensors"
-        filters = models.make_tiny_filters(path, model=folder, layers=[FAMILIES[name].attention])
+        filters = models.make_tiny_filters(
+            path, model=folder, layers=FAMILIES[name].attention, kv_shape=FAMILIES[name].kv_shape
+        )
         engines = Engines(folder, path, enable_prefix_caching=False, **llm_of(name))
-        if name == "qwen3_next" and parallel_state._EP is None:
-            parallel_state._EP = parallel_state._TP  # as for GPT-OSS, in tests/test_architectures.py
+        share_group_of_experts()
         auto = AutoModelForImageTextToText if name == "qwen3_5" else AutoModelForCausalLM
         hf_model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         return folder, path, engines, filters, TextModel(hf_model) if name == "qwen3_5" else hf_model
@@ -109,6 +121,9 @@ def llm_of(name: str) -> dict:
         ("qwen3_5", "expected-layer"),
         ("nemotron_h", "streaming"),
         ("nemotron_h", "expected-layer"),
+        ("falcon_h1", "expected-layer"),
+        ("zamba2", "expected-layer"),
+        ("zamba2", "page"),
     ],
 )
 def test_engine_matches_hugging_face_with_the_same_rule(name, case, family):
@@ -131,7 +146,8 @@ def test_calibration_sees_how_queries_turn(name, family):
     _, _, engines, _, hf_model = family(name)
     case = "expected-head-covariance" if name == "qwen3_next" else "expected-layer"
     engine = engines.get(**options_of(name, case))
-    assert [rotation.is_identity for rotation in engine.runner.rotations()] == [name == "nemotron_h"]
+    are_identities = [rotation.is_identity for rotation in engine.runner.rotations()]
+    assert are_identities == [name == "nemotron_h"] * len(FAMILIES[name].attention)
     assert_calibrates_like_hugging_face(engine, hf_model)
 
 
@@ -226,6 +242,12 @@ LAYERS = ["linear_attention"] * 3 + ["full_attention"]
         ("scheduler_config.disable_hybrid_kv_cache_manager", True, {}, "in one KV cache group; drop --disable-hybrid"),
         ("cache_config.prefix_match_unit", 16, {}, "prefix cache hits within a page; drop --prefix-match-unit"),
         ("model_config.hf_text_config.layer_types", [*LAYERS, "sliding_attention"], {}, "and have sliding windows"),
+        (
+            "model_config.hf_text_config.layer_types",
+            [*LAYERS, *LAYERS[3:] * 4],
+            {},
+            "many more layers attend than keep",
+        ),
         (None, None, dict(evict="pressure"), "evict='pressure' of models that keep states beside attention"),
         (None, None, dict(prefix="resume"), "prefix='resume' of models with sliding windows or states"),
     ],

@@ -142,6 +142,7 @@ def supported_config() -> SimpleNamespace:
         model_config=SimpleNamespace(
             runner_type="generate", is_encoder_decoder=False, use_mla=False, rswa_window=None, architecture="Llama",
             original_max_model_len=4096, max_model_len=4096, is_moe=True, is_hybrid=False, hf_text_config=LlamaConfig(),
+            is_attention_free=False, uses_alibi=False, attention_chunk_size=None,
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
@@ -157,6 +158,15 @@ def supported_config() -> SimpleNamespace:
     )  # fmt: skip
 
 
+def nemotron_nas(heads_in_group: tuple[int | None, ...]) -> SimpleNamespace:
+    """What is read of its configuration; None: a layer without attention."""
+    blocks = [
+        SimpleNamespace(attention=SimpleNamespace(no_op=number is None, n_heads_in_group=number))
+        for number in heads_in_group
+    ]
+    return SimpleNamespace(block_configs=blocks, num_attention_heads=32)
+
+
 @pytest.mark.parametrize(
     "name, value, reason",
     [
@@ -168,6 +178,36 @@ def supported_config() -> SimpleNamespace:
             r"models whose layers differ in the number or the size of their KV heads, unless those",
         ),
         ("model_config.architecture", "FlintForCausalLM", r"models that write keys and values themselves, .*: Flint"),
+        (
+            "model_config.hf_text_config",
+            nemotron_nas((8, 4, None)),
+            r"models whose layers differ in the number or the size",
+        ),
+        (
+            "model_config.hf_text_config",
+            LlamaConfig(param_sink_number=128),
+            "models that put sinks of their own into the",
+        ),
+        ("model_config.is_attention_free", True, r"models without attention \(Mamba\), which keep no KV cache"),
+        ("model_config.uses_alibi", True, "ALiBi, which takes a token's place in the cache for its position"),
+        (
+            "model_config.attention_chunk_size",
+            8192,
+            r"models with layers that attend to chunks of the sequence \(Llama",
+        ),
+        (
+            "model_config.architecture",
+            "JambaForCausalLM",
+            "models that keep states of Mamba 1 beside .*: JambaForCausalLM",
+        ),
+        ("model_config.architecture", "BailingMoeV2_5ForCausalLM", "models that keep states of lightning attention"),
+        ("model_config.architecture", "HrmTextForCausalLM", "models whose prompts attend in both directions: HrmText"),
+        (
+            "model_config.architecture",
+            "IQuestLoopCoderForCausalLM",
+            "models whose layers run again with a KV cache",
+        ),
+        ("model_config.architecture", "Step1ForCausalLM", "models with ALiBi: Step1ForCausalLM"),
         ("model_config.architecture", "MiMoV2ForCausalLM", r"models whose values are narrower than keys .* on CPUs"),
         ("model_config.rswa_window", 128, r"models whose generated tokens alone attend to a sliding window \(R-SWA\)"),
         ("model_config.original_max_model_len", -1, "--max-model-len auto"),

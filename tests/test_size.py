@@ -12,10 +12,9 @@ import threading
 from typing import ClassVar
 
 import pytest
-from vllm.distributed import parallel_state
 
 from tests import models, states
-from tests.engines import Engine
+from tests.engines import Engine, share_group_of_experts
 from tests.models import random_prompt
 from vllm_qfilters import commands, kv_compression
 from vllm_qfilters.commands.sizing.cache import CompressedPool, Held, Layers, PlainPool, fitting
@@ -73,8 +72,14 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
+# MiMo-V2-Flash, of which the first layer, every sixth and the last one attend to everything.
 MIMO = {
-    "model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"], "head_dim": 192, "v_head_dim": 128,
+    "model_type": "mimo_v2_flash", "architectures": ["MiMoV2FlashForCausalLM"], "hidden_size": 4096,
+    "num_hidden_layers": 48, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128,
+    "swa_num_attention_heads": 64, "swa_num_key_value_heads": 8, "swa_head_dim": 192, "swa_v_head_dim": 128,
+    "hybrid_layer_pattern": [int(layer % 6 != 5 and layer not in (0, 47)) for layer in range(48)],
+    "sliding_window": 128, "sliding_window_size": 128, "max_position_embeddings": 262_144, "vocab_size": 152_576,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -134,6 +139,21 @@ def test_an_engine_has_as_many_pages_as_were_reckoned(name, method, folder_of, c
     assert_holds_what_is_reckoned(folder_of(narrow(REAL[name][0])), method, capsys)
 
 
+def test_values_narrower_than_keys(folder_of, capsys):
+    """MiMo-V2-Flash, of 9 layers of full attention and 39 others, which are in five groups and take twice as much.
+    Transformers makes its window one token longer than vLLM does."""
+    argv = ("--kv-cache-memory-bytes", "40G", "--length", 32_768, "--budget", 2048)
+    printed = run(capsys, folder_of(MIMO), *argv)
+    heads = "4 KV heads of 192, values of 128 (8 of 192, values of 128 with a window)"
+    assert f"9 layers of full attention and 39 with a sliding window of 129, {heads}; pages of 16 tokens" in printed
+    of_full, of_window = 4 * (192 + 128) * 2, 8 * (192 + 128) * 2
+    assert f"A token takes {show(9 * of_full + 39 * of_window)} with plain vLLM, {show(48 * of_window)} with" in printed
+    windows = 5 * 9  # groups and pages
+    assert cells(printed, 32_768, "plain vLLM")[0] == 32_768 // 32 + windows
+    num_pages = (40 << 30) // (9 * 16 * of_window) - 1
+    assert cells(printed, 32_768, "2,048") == (128 + windows, num_pages // (128 + windows))
+
+
 @METHODS
 def test_sliding_windows_with_other_kv_heads(method, capsys, tmp_path):
     """Gemma 4: a token takes twice as much in a layer with a window, whose pages have half as many in plain vLLM."""
@@ -154,8 +174,7 @@ def test_sliding_windows_with_other_kv_heads(method, capsys, tmp_path):
 )
 def test_states_beside_attention(make, method, block_size, keeps_prefixes, capsys, tmp_path):
     """Pages are widened until they are as large as a state."""
-    if parallel_state._EP is None:
-        parallel_state._EP = parallel_state._TP  # as for GPT-OSS, in tests/test_architectures.py
+    share_group_of_experts()
     with states.stood_in():
         printed = assert_holds_what_is_reckoned(make(tmp_path), method, capsys, block_size, keeps_prefixes)
     assert re.search(rf": 1 layers .* and 2 that keep a state of .* pages of {block_size} tokens\n", printed)
@@ -294,7 +313,7 @@ def test_a_plot(folder_of, capsys, tmp_path):
         ({}, ["--memory", "8GiB", "--block-size", "48", "--kv-compression-config.interval", "64"], "not a multiple"),
         (DEEPSEEK, ["--memory", "8GiB", "--kv-compression", "knorm"], "method 'knorm' with MLA"),
         ({"quantization_config": {"quant_method": "fp8"}}, ["--memory", "8GiB"], "quantised by fp8 .* give --weights"),
-        (MIMO, ["--memory", "8GiB"], r"values of another size than keys \(128 and 192\)"),
+        ({"v_head_dim": 128}, ["--memory", "8GiB"], r"values of another size than keys \(128 and 64\)"),
     ],
 )
 def test_what_cannot_be_reckoned_is_refused_saying_what_to_change(change, argv, reason, folder_of, capsys):

@@ -63,9 +63,22 @@ def attention_per_layer(hf_text_config: Any) -> int:
 
 
 def num_attention_layers(model_config: Any) -> int:
-    """Of a model all of whose layers attend. model_config: vLLM's."""
+    """Of a model without states. model_config: vLLM's."""
     num_layers: int = model_config.get_total_num_hidden_layers()
+    num_layers -= sum(bool(attention.no_op) for attention in attention_blocks(model_config.hf_text_config))
     return num_layers * attention_per_layer(model_config.hf_text_config)
+
+
+def attention_index(hf_text_config: Any, index: int) -> int:
+    """Which of the layers that attend is the one with this index among all of them, counted as vLLM's names do."""
+    return index - sum(bool(attention.no_op) for attention in attention_blocks(hf_text_config)[:index])
+
+
+def attention_blocks(hf_text_config: Any) -> list[Any]:
+    """What the configuration says of the attention of each layer, where a search of architectures chose that, and left
+    it out of some (Nemotron NAS): ``no_op`` and ``n_heads_in_group``. Empty for other models."""
+    blocks = getattr(hf_text_config, "block_configs", None) or ()
+    return [block.attention for block in blocks if hasattr(block, "attention")]
 
 
 def num_sharing_layers(hf_text_config: Any) -> int:
@@ -88,11 +101,13 @@ class GroupsBeside:
         window: tokens that layers with a sliding window attend to, the query's own among them; 0 if there are none.
         num_windows: groups of such layers.
         num_states: groups of layers that keep a state.
+        splits_attention: layers of full attention are in several groups too, being many more than keep a state.
     """
 
     window: int = 0
     num_windows: int = 0
     num_states: int = 0
+    splits_attention: bool = False
 
     @classmethod
     def of(cls, kinds: LayerKinds) -> "GroupsBeside":
@@ -102,7 +117,8 @@ class GroupsBeside:
         size = layers_per_group((kinds.num_full, num_sliding, kinds.num_states)) if kinds.num_full else 1
         if num_sliding and kinds.num_full > size and not kinds.num_states:
             return cls()
-        return cls(kinds.window if num_sliding else 0, cdiv(num_sliding, size), cdiv(kinds.num_states, size))
+        is_split = kinds.num_states > 0 and kinds.num_full > size
+        return cls(kinds.window if num_sliding else 0, cdiv(num_sliding, size), cdiv(kinds.num_states, size), is_split)
 
     @property
     def number(self) -> int:

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_qfilters.filters.bank import query_factors
-from vllm_qfilters.filters.format import STORED_RANK, Filters, ModelIdentity
+from vllm_qfilters.filters.format import STORED_RANK, Filters
 from vllm_qfilters.filters.rotary import Rotation
 from vllm_qfilters.filters.statistics import JoinedLayers, LayerStatistics, QuerySpread
 from vllm_qfilters.groups import PAGES_OF_STATE
@@ -97,8 +97,7 @@ def calibrate(
             for num_tokens in _run(runner, list(sequence)):
                 progress.update(num_tokens)
     names = [attending[0].layer_name for attending in layers]
-    num_kv_heads = ModelIdentity.from_model_config(runner.model_config).num_kv_heads
-    return make_filters(names, statistics, num_kv_heads, description, rank)
+    return make_filters(names, statistics, runner.identity.num_kv_heads, description, rank)
 
 
 def rotations_in_use(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_qfilters.groups import LayerKinds, num_attention_layers, num_sharing_layers
+from vllm_qfilters.groups import LayerKinds, attention_blocks, num_attention_layers, num_sharing_layers
 
 FORMAT = "vllm-qfilters"
 VERSION = 3
@@ -66,7 +66,7 @@ class ModelIdentity:
         """From vLLM's ModelConfig."""
         config = model_config.hf_text_config
         num_layers, num_kv_heads = num_attention_layers(model_config), model_config.get_total_num_kv_heads()
-        head_size = model_config.get_head_size()
+        head_size = head_size_of(model_config)
         kinds = LayerKinds.of(model_config)
         if kinds.num_states or num_sharing_layers(config):
             num_layers = kinds.num_full + kinds.num_sliding
@@ -76,8 +76,6 @@ class ModelIdentity:
             num_layers = kinds.num_full
             ((num_kv_heads, head_size),) = kv_shapes(config, with_windows=False)
         rope = dict(getattr(config, "rope_parameters", None) or {})
-        if str(rope.get("rope_type")).startswith("deepseek_"):  # vLLM's name for it, once the model is loaded
-            rope["rope_type"] = "yarn"
         first_trained_on = rope.get("original_max_position_embeddings")
         return cls(
             name=str(model_config.model),
@@ -94,8 +92,8 @@ class ModelIdentity:
 
 def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, int]]:
     """Numbers and sizes of KV heads that layers have, of a configuration of Transformers that keeps what differs
-    between layers in one of each (Gemma 4), or has numbers of its own for those with a sliding window (MiMo-V2);
-    empty: they do not differ.
+    between layers in one of each (Gemma 4), or has numbers of its own for those with a sliding window (MiMo-V2) or for
+    every layer (Nemotron NAS); empty: they do not differ.
 
     Args:
         with_windows: of layers with a sliding window too.
@@ -105,6 +103,9 @@ def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, 
     if num_sliding_heads is not None:
         of_full = {(config.num_key_value_heads, config.head_dim)}
         return of_full | {(num_sliding_heads, config.swa_head_dim)} if with_windows else of_full
+    blocks = [attention for attention in attention_blocks(config) if not attention.no_op]
+    if blocks:
+        return {(config.num_attention_heads // attention.n_heads_in_group, None) for attention in blocks}
     if not getattr(config, "is_heterogeneous", False):
         return set()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -112,6 +113,16 @@ def kv_shapes(hf_text_config: Any, with_windows: bool = True) -> set[tuple[int, 
         config.per_layer_config[index] for index, kind in enumerate(types) if with_windows or kind == "full_attention"
     ]
     return {(layer.num_key_value_heads, getattr(layer, "head_dim", None)) for layer in layers}
+
+
+def head_size_of(model_config: Any) -> int:
+    """Elements of a key. model_config: vLLM's, which where latents become keys of heads before they are cached
+    (MiniCPM3) knows of those alone that turn."""
+    config = model_config.hf_text_config
+    nope, rotary = (getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+    if not model_config.use_mla and getattr(config, "kv_lora_rank", None) and nope and rotary:
+        return int(nope + rotary)
+    return int(model_config.get_head_size())
 
 
 def most_query_heads(hf_text_config: Any, with_windows: bool = True) -> int:

@@ -29,6 +29,14 @@ logger = init_logger("vllm.kv_compression")  # below "vllm", whose handlers prin
 _KEYS_OF_VLLM = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 # Of vLLM 0.33: one goes by the name of the backend, which is that of vLLM's own, the other always does.
 WRITES_ITS_CACHE = frozenset({"BeamForCausalLM", "FlintForCausalLM"})
+# Of vLLM 0.32 and 0.33, by what their configurations do not say of them.
+NOT_SUPPORTED = {
+    "BailingMoeV2_5ForCausalLM": "models that keep states of lightning attention beside attention",
+    "HrmTextForCausalLM": "models whose prompts attend in both directions",
+    "IQuestLoopCoderForCausalLM": "models whose layers run again with a KV cache and a sliding window of their own",
+    "JambaForCausalLM": "models that keep states of Mamba 1 beside attention",
+    "Step1ForCausalLM": "models with ALiBi",
+}
 HAS_NARROW_VALUES = frozenset({"MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "MiMoV2OmniForCausalLM"})
 BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
@@ -98,6 +106,10 @@ class Refusal(NamedTuple):
     message: str
 
 
+def _is(architecture: str) -> Callable[[Start], bool]:
+    return lambda start: bool(start.model.architecture == architecture)
+
+
 def _has_other_kv_heads_in_some_layers(start: Start) -> bool:
     """Of those that are compressed."""
     return len(kv_shapes(start.model.hf_text_config, with_windows=not start.policy.beside.window)) > 1
@@ -109,6 +121,19 @@ MODEL_REFUSALS = (
         lambda start: start.model.runner_type == "pooling", "pooling models, which keep no KV cache while decoding"
     ),
     Refusal(lambda start: start.model.is_encoder_decoder, "encoder-decoder models"),
+    Refusal(lambda start: start.model.is_attention_free, "models without attention (Mamba), which keep no KV cache"),
+    Refusal(
+        lambda start: start.model.uses_alibi,
+        "ALiBi, which takes a token's place in the cache for its position (Bloom, MPT)",
+    ),
+    Refusal(
+        lambda start: start.model.attention_chunk_size is not None,
+        "models with layers that attend to chunks of the sequence (Llama 4)",
+    ),
+    Refusal(
+        lambda start: getattr(start.model.hf_text_config, "param_sink_number", 0) > 0,
+        "models that put sinks of their own into the KV cache (openPangu Pro MoE V2)",
+    ),
     Refusal(
         lambda start: start.model.use_mla and start.model.is_hybrid,
         "MLA (latent attention) models that have states beside their attention (Kimi-Linear, Ling 2.6)",
@@ -131,6 +156,7 @@ MODEL_REFUSALS = (
         "models that write keys and values themselves, past vLLM's attention backends (Beam, Flint): {start.model."
         "architecture}",
     ),
+    *(Refusal(_is(architecture), f"{what}: {architecture}") for architecture, what in NOT_SUPPORTED.items()),
     Refusal(
         lambda start: start.model.rswa_window is not None,
         "models whose generated tokens alone attend to a sliding window (R-SWA)",
@@ -138,6 +164,10 @@ MODEL_REFUSALS = (
     Refusal(
         lambda start: start.model.is_hybrid and start.policy.beside.window > 0,
         "models that keep states beside attention and have sliding windows (Inkling)",
+    ),
+    Refusal(
+        lambda start: start.policy.beside.splits_attention,
+        "models of which many more layers attend than keep a state, so that vLLM has several KV cache groups of them",
     ),
     Refusal(
         _has_other_kv_heads_in_some_layers,

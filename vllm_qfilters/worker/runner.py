@@ -55,7 +55,7 @@ from vllm_qfilters.filters.fingerprint import fingerprint
 from vllm_qfilters.filters.format import HORIZON, STORED_RANK, Filters, ModelIdentity, Part
 from vllm_qfilters.filters.load import AUTO, cached_file, given_file, keep, part_of
 from vllm_qfilters.filters.rotary import RotaryTable, Rotation
-from vllm_qfilters.groups import attention_per_layer, num_attention_layers
+from vllm_qfilters.groups import attention_index, attention_per_layer, num_attention_layers
 from vllm_qfilters.kernels.ops import PLAIN_SOFTMAX, Cache, Ops, TokenStat
 from vllm_qfilters.messages import QFiltersSchedulerOutput
 from vllm_qfilters.methods.base import Method, Model, RecentQueries, make
@@ -81,6 +81,7 @@ class CompressedModelRunner:
         layers: attention layers that are compressed, in order, once the cache exists.
         calibrated_layers: attention layers whose keys have the shape of theirs, in order; those with a sliding window
             are among them also where they are not compressed, so that filters serve either way.
+        identity: of the model, as filters files have it.
         attending: by the name of each layer with a KV cache of its own, that layer and those that attend to it as well.
         group: KV cache group of ``layers``.
         ops: operators on the cache, once it exists.
@@ -100,6 +101,8 @@ class CompressedModelRunner:
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.compression = Policy.from_vllm_config(vllm_config)
+        # As the front end knows it: some models write into their configuration while they are loaded.
+        self.identity = ModelIdentity.from_model_config(self.model_config)
         self.lengths = ResidentLengths()
         self.compaction_timer = CompactionTimer(device)
         self.layers: list[torch.nn.Module] = []
@@ -157,8 +160,7 @@ class CompressedModelRunner:
         method = self._method(filters)
         if not self.compression.evicts_whole_pages:
             num_heads = self.most_query_heads if self.compression.expects_attention else self.cache.num_kv_heads
-            of_model = ModelIdentity.from_model_config(self.model_config).num_kv_heads
-            of_copies = functools.partial(mean_over_copies, num_kv_heads=of_model)
+            of_copies = functools.partial(mean_over_copies, num_kv_heads=self.identity.num_kv_heads)
             shared = self.compression.heads_keep_the_same
             self.compactor = Compactor(method, num_heads, shared, mean_over_ranks, of_copies)
         if method.stat == TokenStat.NONE:
@@ -338,7 +340,7 @@ class CompressedModelRunner:
                 "KV compression does not support ALiBi, which takes a token's place in the cache for its position"
             )
         if self.compression.entry.needs_filters:
-            check_identity(ModelIdentity.from_model_config(self.model_config), self.calibrated_layers)
+            check_identity(self.identity, self.calibrated_layers)
         self.bind_cache()
         if self.has_latents:
             for layer in self.layers:
@@ -413,12 +415,21 @@ class CompressedModelRunner:
             modules = dict(self.model.named_modules(remove_duplicate=False))  # layers share one rotary embedding
             head_size, num_positions = self.layers[0].head_size, self.model_config.max_model_len + HORIZON
             none, possible, of_layers = Rotation(None, head_size), {}, []
-            first = self.layers[0].kv_lora_rank if self.has_latents else 0
+            places = {module: name for name, module in modules.items()}
+            # Of keys made of latents the last elements turn, in heads of their own too (MiniCPM3).
+            is_behind = getattr(self.model_config.hf_text_config, "kv_lora_rank", None) is not None
             for layer in self.calibrated_layers:
-                rotary_emb = _rotary_emb(modules, layer.layer_name)
+                # Where a layer stands, which its name does not say in all models (Falcon-H1, Zamba2).
+                rotary_emb = _rotary_emb(modules, places.get(layer, layer.layer_name))
                 if rotary_emb not in possible:
                     tables = _rotary_tables(rotary_emb, layer.layer_name, num_positions)
-                    possible[rotary_emb] = [*(Rotation(table, head_size, first) for table in tables), none]
+                    possible[rotary_emb] = [
+                        *(
+                            Rotation(table, head_size, head_size - table.rotary_dim if is_behind else 0)
+                            for table in tables
+                        ),
+                        none,
+                    ]
                 of_layers.append(possible[rotary_emb])
             self._rotations = rotations_in_use(self, self._attending_to(self.calibrated_layers), of_layers)
         return self._rotations
@@ -492,12 +503,11 @@ class CompressedModelRunner:
 
     def weights_fingerprint(self) -> str:
         """What the weights are, for the cache of filters."""
-        model = ModelIdentity.from_model_config(self.model_config)
-        return fingerprint(model, self.load_config.download_dir)
+        return fingerprint(self.identity, self.load_config.download_dir)
 
     def _find_or_calibrate_filters(self) -> tuple[Filters, str]:
         """Of the layers and heads of this rank, and a word on where they came from."""
-        model, wanted = ModelIdentity.from_model_config(self.model_config), self.compression.filters
+        model, wanted = self.identity, self.compression.filters
         # Random weights, as benchmarks and trainers start with, come from no file.
         is_random = self.load_config.load_format == "dummy"
         found, weights, ranks, rank = None, "", get_world_group(), self.compression.rank
@@ -535,7 +545,7 @@ class CompressedModelRunner:
 
     def _kv_heads(self) -> tuple[int, int]:
         """The first KV head of the model that this rank holds, and how many it holds."""
-        total = ModelIdentity.from_model_config(self.model_config).num_kv_heads
+        total = self.identity.num_kv_heads
         first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
         return first, self.layers[0].num_kv_heads
 
@@ -555,14 +565,14 @@ class CompressedModelRunner:
     def _indices_of_layers(self) -> tuple[int, ...]:
         """Where ``layers`` stand in files that do not name theirs: among all of the model, or of those that are
         calibrated where others are different."""
-        model = ModelIdentity.from_model_config(self.model_config)
-        if model.num_layers == num_attention_layers(self.model_config):
+        if self.identity.num_layers == num_attention_layers(self.model_config):
             return tuple(self._layer_index(layer.layer_name) for layer in self.layers)
         return tuple(map(self.calibrated_layers.index, self.layers))
 
     def _layer_index(self, name: str) -> int:
         """Which attention layer of the model has this name."""
-        return extract_layer_index(name, attention_per_layer(self.model_config.hf_text_config))
+        config = self.model_config.hf_text_config
+        return attention_index(config, extract_layer_index(name, attention_per_layer(config)))
 
     def _page_scorer(self, filters: Filters | None) -> PageScorer:
         scores = self.cache.scores
@@ -635,10 +645,10 @@ def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
     return ", ".join(parts)
 
 
-def _rotary_emb(modules: dict[str, torch.nn.Module], layer_name: str) -> torch.nn.Module | None:
+def _rotary_emb(modules: dict[str, torch.nn.Module], place: str) -> torch.nn.Module | None:
     """The rotary embedding nearest to an attention layer: ``...self_attn.attn`` -> ``...self_attn.rotary_emb``, or, in
     models that Transformers implements, that of the whole model."""
-    name, dot, _ = layer_name.rpartition(".")
+    name, dot, _ = place.rpartition(".")
     while f"{name}{dot}rotary_emb" not in modules and dot:
         name, dot, _ = name.rpartition(".")
     return modules.get(f"{name}{dot}rotary_emb")

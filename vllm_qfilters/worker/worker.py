@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_qfilters.filters.format import STORED_RANK, ModelIdentity, save
+from vllm_qfilters.filters.format import STORED_RANK, save
 from vllm_qfilters.filters.load import cache_path
 
 
@@ -40,7 +40,7 @@ class CompressedWorker:
         Returns:
             The path.
         """
-        model = ModelIdentity.from_model_config(self.model_config)
+        model = self.model_runner.identity
         path = path or str(cache_path(model, self.model_runner.weights_fingerprint()))
         filters = self.model_runner.calibrate_filters(sequences, description, rank)
         if self.rank == 0:

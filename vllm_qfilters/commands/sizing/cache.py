@@ -35,8 +35,8 @@ class Layers:
         head_size: elements of a key, likewise.
         value_size: elements of a value; 0 where a latent is both (MLA).
         element_bytes: of the cache's dtype.
-        sliding_kv_heads: number and size of the KV heads of a layer with a sliding window on this device, if they are
-            others than those of full attention.
+        sliding_kv_heads: of a layer with a sliding window on this device, if its KV heads are others than those of full
+            attention: their number, and the elements of a key and of a value.
         num_states: that keep a state of the sequence.
         state_bytes: of the state of one of them.
     """
@@ -48,7 +48,7 @@ class Layers:
     head_size: int
     value_size: int
     element_bytes: int
-    sliding_kv_heads: tuple[int, int] | None = None
+    sliding_kv_heads: tuple[int, int, int] | None = None
     num_states: int = 0
     state_bytes: int = 0
 
@@ -66,8 +66,8 @@ class Layers:
         """Bytes of one token in one layer with a sliding window."""
         if self.sliding_kv_heads is None:
             return self.token_bytes()
-        number, size = self.sliding_kv_heads
-        return number * 2 * size * self.element_bytes
+        number, head_size, value_size = self.sliding_kv_heads
+        return number * (head_size + value_size) * self.element_bytes
 
     @property
     def all_token_bytes(self) -> int:

@@ -21,8 +21,8 @@ from vllm_qfilters.commands.sizing.cache import (
     fitting,
 )
 from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, KVCompressionConfig
-from vllm_qfilters.filters.format import kv_shapes, most_query_heads
-from vllm_qfilters.groups import LayerKinds, layers_per_group
+from vllm_qfilters.filters.format import head_size_of, kv_shapes, most_query_heads
+from vllm_qfilters.groups import LayerKinds
 from vllm_qfilters.policy import Policy, resolve
 
 if TYPE_CHECKING:
@@ -200,10 +200,11 @@ class _Sizes:
         parallel = self._engine_args.tensor_parallel_size * self._engine_args.pipeline_parallel_size
         where = f", on each of {parallel} devices" if parallel > 1 else ""
         planes = self._planes_in_pages
-        heads = f"{layers.num_kv_heads} KV heads of" if layers.value_size else "latents of"
-        heads += f" {layers.head_size}"
+        heads = f"latents of {layers.head_size}"
+        if layers.value_size:
+            heads = _heads(layers.num_kv_heads, layers.head_size, layers.value_size, what="KV heads of")
         if layers.sliding_kv_heads:
-            heads += " ({} of {} with a window)".format(*layers.sliding_kv_heads)
+            heads += f" ({_heads(*layers.sliding_kv_heads)} with a window)"
         plain, compressed = layers.all_token_bytes, layers.number * self._compressed.token_bytes
         of_compression = " and with compression" if compressed == plain else f", {show(compressed)} with compression"
         if planes:
@@ -372,6 +373,11 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def _heads(number: int, head_size: int, value_size: int, what: str = "of") -> str:
+    """A number of KV heads, and the elements of each."""
+    return f"{number} {what} {head_size}" + (f", values of {value_size}" if value_size != head_size else "")
+
+
 def show(num_bytes: int) -> str:
     """A size with three digits or four, such as 132 KiB."""
     power = 0 if num_bytes < 1 else min(4, int(math.log2(num_bytes)) // 10)
@@ -408,19 +414,12 @@ def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
             "models that keep states beside attention have several KV cache groups: use --pipeline-parallel-size 1, "
             "and drop --disable-hybrid-kv-cache-manager"
         )
-    if num_states and num_full > layers_per_group((num_full, num_states)):
-        raise UsageError(
-            f"models with more layers of full attention ({num_full}) than layers that keep a state ({num_states}), "
-            "which vLLM puts into several KV cache groups, are not supported"
-        )
-    num_kv_heads, head_size, sliding = model_config.get_total_num_kv_heads(), model_config.get_head_size(), None
-    if not model_config.use_mla and getattr(config, "v_head_dim", None) not in (None, 0, head_size):
-        raise UsageError(f"values of another size than keys ({config.v_head_dim} and {head_size}) are not supported")
+    num_kv_heads, head_size, sliding = model_config.get_total_num_kv_heads(), head_size_of(model_config), None
     if len(kv_shapes(config)) > 1:  # MODEL_REFUSALS let those of full attention be of one shape
         of_full = kv_shapes(config, with_windows=False)
         ((num_kv_heads, head_size),) = of_full
         ((number, size),) = kv_shapes(config) - of_full
-        sliding = max(1, number // ranks), size
+        sliding = max(1, number // ranks), size, getattr(config, "swa_v_head_dim", None) or size
     stages = engine_args.pipeline_parallel_size
     cache_dtype = engine_args.kv_cache_dtype
     return Layers(
@@ -429,12 +428,31 @@ def _layers(model_config: "ModelConfig", engine_args: "EngineArgs") -> Layers:
         window=window,
         num_kv_heads=1 if model_config.use_mla else max(1, num_kv_heads // ranks),
         head_size=head_size,
-        value_size=0 if model_config.use_mla else head_size,
+        value_size=_value_size(model_config, head_size),
         element_bytes=1 if cache_dtype.startswith("fp8") else _bytes(model_config.dtype),
         sliding_kv_heads=sliding,
         num_states=num_states,
         state_bytes=_state_bytes(model_config, engine_args) if num_states else 0,
     )
+
+
+def _value_size(model_config: "ModelConfig", head_size: int) -> int:
+    """Elements of a value in the cache, whose keys have ``head_size``; 0 with MLA.
+
+    Raises:
+        UsageError: values are of another size, and it is not known whether the cache holds them so.
+    """
+    from vllm_qfilters.frontend.support import HAS_NARROW_VALUES
+
+    config = model_config.hf_text_config
+    size: int = getattr(config, "v_head_dim", None) or head_size
+    if model_config.use_mla:
+        return 0
+    if model_config.architecture in HAS_NARROW_VALUES:
+        return size
+    if size != head_size and not getattr(config, "kv_lora_rank", None):  # values of latents are filled up to keys
+        raise UsageError(f"values of another size than keys ({size} and {head_size}) are not supported")
+    return head_size
 
 
 def _state_bytes(model_config: "ModelConfig", engine_args: "EngineArgs") -> int:
