@@ -167,9 +167,10 @@ def _run_child(variant: str, job: dict[str, Any]) -> Numbers:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     measured = [line for line in done.stdout.splitlines() if line.startswith(_MEASURED)]
     if done.returncode or not measured:
-        last = done.stderr.strip().splitlines()[-1:]
-        if last and last[0].startswith(NotMeasured.__module__ + "." + NotMeasured.__name__):
-            reason = last[0].partition(": ")[2]
+        raised = f"{NotMeasured.__module__}.{NotMeasured.__name__}: "
+        reasons = [line.removeprefix(raised) for line in done.stderr.splitlines() if line.startswith(raised)]
+        if reasons:  # behind which a library may print more while the process ends
+            reason = reasons[-1]
             print(f"  not measured: {reason}", file=sys.stderr)
             raise NotMeasured(reason)
         ended = f", ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""

@@ -20,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import get_current_attn_backends
 
+from tests import states
 from tests.engines import share_group_of_experts
 from vllm_qfilters import kv_compression
 from vllm_qfilters.filters.format import ModelIdentity
@@ -119,7 +120,8 @@ def test_what_the_door_accepts_no_worker_refuses(architecture, tmp_path, monkeyp
     except ValueError as error:
         assert "KV compression does not support" in str(error)
         return
-    with set_current_vllm_config(vllm_config):
+    # vLLM registers operators of states with the first layer that a process makes: those of other tests too.
+    with states.stood_in(), set_current_vllm_config(vllm_config):
         start_one_rank(tmp_path)
         try:
             with torch.device("meta"):

@@ -17,7 +17,6 @@ from tests.server import Server
 from vllm_qfilters import kv_compression
 from vllm_qfilters.commands.inspection import command
 from vllm_qfilters.commands.inspection.command import assemble
-from vllm_qfilters.filters.format import ModelIdentity
 from vllm_qfilters.filters.reader import load
 
 COMPRESSION = dict(budget=192, window=48, interval=32, chunk=128, prefill_interval=64)
@@ -101,7 +100,7 @@ def test_two_ranks_that_hold_the_same_latents_answer_as_one(
     one.drop_everything()
     sequences, path, rank = [random_prompt(60, seed=3)], tmp_path / "filters.safetensors", LATENT + ROTARY
     two.llm.collective_rpc("calibrate_filters", args=(sequences, "", str(path), rank))
-    calibrated = load(path, ModelIdentity.from_model_config(one.llm.model_config))
+    calibrated = load(path, one.runner.identity)
     of_one = one.runner.calibrate_filters(sequences, "", rank)
     for name in ("filters", "query_mean_before_rope", "score_mean", "score_std"):
         torch.testing.assert_close(getattr(calibrated, name), getattr(of_one, name), atol=1e-3, rtol=1e-3)
