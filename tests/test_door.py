@@ -16,7 +16,6 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import get_current_attn_backends
 
@@ -93,6 +92,17 @@ def start_one_rank(folder) -> None:
     share_group_of_experts()
 
 
+def groups_of(vllm_config, specs):
+    """As vLLM splits layers into KV cache groups."""
+    try:
+        from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+    except ImportError:  # 0.32
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+        return get_kv_cache_groups(vllm_config, specs)
+    return get_kv_cache_config_builder(vllm_config).get_kv_cache_groups(vllm_config, specs)
+
+
 @pytest.mark.parametrize(
     "architecture",
     [*ALWAYS, *(pytest.param(each, marks=pytest.mark.sampled(8)) for each in sorted(MODEL_TYPES.keys() - {*ALWAYS}))],
@@ -139,7 +149,7 @@ def test_what_the_door_accepts_no_worker_refuses(architecture, tmp_path, monkeyp
         specs = worker.get_kv_cache_spec()
         layouts = get_supported_kv_cache_layouts(get_current_attn_backends(vllm_config))
         resolve_kv_cache_layout(vllm_config, [[layout.name for layout in layouts]], specs.values())
-        groups = get_kv_cache_groups(vllm_config, specs)
+        groups = groups_of(vllm_config, specs)
         worker.initialize_kv_cache(KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=groups))
         softmax_of(worker._attending_to(worker.layers), torch.device("meta"))
         assert worker.identity.num_heads == worker.most_query_heads
