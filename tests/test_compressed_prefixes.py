@@ -264,6 +264,20 @@ def test_a_longer_prompt_starts_at_the_end_of_the_last_one(granularity, tiny_mod
     assert ask(prompt[:301]) == 300
 
 
+@pytest.mark.parametrize("num_tokens", [20, 21, 22, 23])
+def test_pages_that_an_answer_fills_one_by_one_are_found(num_tokens, tiny_model):
+    """Of a sequence that was never cut, as with plain vLLM."""
+    simulation = Asked(tiny_model).simulation
+    simulation.ask(prompt_of(9), max_tokens=num_tokens)
+    simulation.finish()
+    history = simulation.worker.ended[-1]
+    simulation.ask([*history, *prompt_of(5, seed=1)], max_tokens=4)
+    simulation.step()
+    (new,) = simulation.in_flight[-1][0].scheduled_new_reqs
+    computed = 9 + num_tokens - 1  # the last token was not
+    assert new.num_computed_tokens == computed // BLOCK * BLOCK
+
+
 def test_a_prompt_that_begins_alike_starts_at_a_cut_that_was_kept(tiny_model):
     """Cuts are at multiples of 8, the first at 80; every ninth stays, for 72 tokens are held behind each. Behind one
     are three more pages up to the next."""

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from scripts.pages.markdown import NOT_MEASURED, number, table
-from scripts.pages.results import File, Values, by_variant
+from scripts.pages.results import File, Values, anchor, by_variant
 
 _CASES = ("openvino", "llama_cpp", "kvpress")
 _COLUMNS = {
@@ -31,7 +31,7 @@ def _table(file: File) -> str:
     title = f"{options['sequences']} prompts of {number(options['context'])} tokens, budget {number(options['budget'])}"
     rounds = "a single round" if len(file.rounds) == 1 else f"median of {len(file.rounds)} rounds"
     origin = ", ".join(filter(None, [run["cpu"], run.get("isa"), f"vLLM {run['vllm']}", rounds]))
-    link = f"[{file.path.name}](results.md#{file.path.name.replace('.', '')})"
+    link = f"[{file.path.name}](results.md#{anchor(file)})"
     return "\n\n".join(
         [table([title, *(_COLUMNS[key] for key in columns)], rows), f"{origin}, commit {run['commit']}: {link}."]
     )

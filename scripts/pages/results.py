@@ -94,7 +94,7 @@ def page(files: Sequence[File], plots: str) -> str:
     index = plain_table(
         ["file", "measured", "machine", "commit", "remarks"],
         [
-            [f"[{file.path.name}](#{_anchor(file)})", file.summary, *_machine_and_commit(file), _listed(file.remarks)]
+            [f"[{file.path.name}](#{anchor(file)})", file.summary, *_machine_and_commit(file), _listed(file.remarks)]
             for file in files
         ],
     )
@@ -116,7 +116,7 @@ def spread(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ({number(min(values))} to {number(max(values))})"
 
 
-def _anchor(file: File) -> str:
+def anchor(file: File) -> str:
     return "".join(letter for letter in file.path.name.lower() if letter.isalnum() or letter in "-_")
 
 
