@@ -3,11 +3,10 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Mapping
 
 from tests.models import random_prompt
+from tests.processes import output_of
 
 RESULTS = "results: "  # before those of tests/interpreted_engine.py, whose other lines are vLLM's log
 
@@ -122,13 +121,7 @@ class InterpretedRuns:
 
     def results(self) -> dict[str, dict]:
         """Runs them: minutes, since Triton's interpreter takes long. The result of each, by name."""
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.interpreted_engine"],
-            input=json.dumps(self._job),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr[-6000:]
-        (results,) = [line for line in process.stdout.splitlines() if line.startswith(RESULTS)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        output = output_of("tests.interpreted_engine", environment=environment, stdin=json.dumps(self._job))
+        (results,) = [line for line in output.splitlines() if line.startswith(RESULTS)]
         return json.loads(results.removeprefix(RESULTS))

@@ -4,11 +4,10 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.processes import output_of
 from vllm_qfilters import kernels
 
 MOST_REGISTERS = 232  # per thread: a block of 8 warps fits on a multiprocessor
@@ -19,10 +18,8 @@ MOST_SHARED = 80 << 10  # bytes per block: two blocks fit on a multiprocessor, w
 def report(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.compile_kernels", "80", "90"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-6000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    output = output_of("tests.compile_kernels", "80", "90", environment=environment)
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.parametrize("capability", ["80", "90"], ids="sm_{}".format)
