@@ -82,7 +82,7 @@ def measure(job: dict[str, Any]) -> Numbers:
     def step() -> None:
         try:
             pipeline.step()
-        except RuntimeError as error:  # ADAPTIVE_RKV of 2026.4.1.0, at some lengths
+        except RuntimeError as error:  # ADAPTIVE_RKV of 2026.4.1.0, at its first eviction
             raise NotMeasured(f"OpenVINO GenAI failed: {str(error).strip().splitlines()[-1]}") from error
 
     def read(handles: Sequence[Any]) -> tuple[float, float]:
