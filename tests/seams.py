@@ -85,6 +85,8 @@ PATCHED = {
         "self vllm_config engine_idxs custom_stat_loggers enable_default_loggers aggregate_engine_logging client_count"
     ),
     "vllm.plugins:load_endpoint_plugins": "supported_tasks",
+    "vllm.config.vllm:VllmConfig.compute_hash": "self include_version",
+    "vllm.v1.worker.startup_plan:compute_plan_fingerprint": "vllm_config rank world_size",
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params": (
         "self max_tokens default_sampling_params"
     ),

@@ -8,6 +8,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests import seams
@@ -135,6 +136,29 @@ def test_registering_twice_patches_once():
     patched = EngineArgs.add_cli_args
     register()
     assert EngineArgs.add_cli_args is patched
+
+
+def test_options_change_what_memory_is_planned_for_and_not_what_was_compiled(tiny_model):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.startup_plan import compute_plan_fingerprint
+
+    from vllm_qfilters.frontend.engine_args import kv_compression
+
+    def hashes(**engine_args):
+        config = EngineArgs(str(tiny_model), skip_tokenizer_init=True, **engine_args).create_engine_config()
+        return (
+            VllmConfig.compute_hash.__wrapped__(config),
+            config.compute_hash(),
+            compute_plan_fingerprint(config, 0, 1),
+        )
+
+    plain, one, other = hashes(), hashes(**kv_compression(budget=512)), hashes(**kv_compression(budget=1024))
+    assert plain[0] == plain[1] != one[1] == other[1]
+    assert len({plain[2], one[2], other[2]}) == 3
+    assert one[0] != other[0], "vLLM no longer compiles anew for other options: the patch can go"
+    users = kv_compression(budget=512)
+    users["additional_config"]["of the user"] = 1
+    assert hashes(**users)[1] != one[1]
 
 
 def test_engine_arguments_without_the_flag_are_untouched(tiny_model):

@@ -40,6 +40,7 @@ def _run_compiled(model: str, compression: dict | None) -> list[dict]:
 def compiled(empty_cache, monkeypatch):
     monkeypatch.delenv("TORCH_COMPILE_DISABLE")
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "0")  # else what was traced runs as it is
+    return empty_cache
 
 
 def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_model, tiny_filters):
@@ -49,7 +50,19 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_model, tiny_fil
 
 def test_evicts_as_an_eager_engine_does(tiny_model, tiny_filters):
     options = dict(EVICTING, filters=str(tiny_filters[0]))
-    compiled, eager = run_compiled(tiny_model, options), run_engine.run_engine(tiny_model, REQUESTS, options, **LLM)
+    assert_alike(run_compiled(tiny_model, options), run_engine.run_engine(tiny_model, REQUESTS, options, **LLM))
+
+
+def test_other_options_find_what_was_compiled(tiny_model, tiny_filters, compiled):
+    options = dict(EVICTING, filters=str(tiny_filters[0]))
+    run_compiled(tiny_model, options)
+    options |= dict(budget=160, granularity="head")
+    found = run_compiled(tiny_model, options)
+    assert len(list((compiled / "torch_compile_cache" / "torch_aot_compile").iterdir())) == 1
+    assert_alike(found, run_engine.run_engine(tiny_model, REQUESTS, options, **LLM))
+
+
+def assert_alike(compiled, eager):
     for ours, theirs in zip(compiled, eager, strict=True):
         assert ours["token_ids"] == theirs["token_ids"]
         torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(theirs["logprobs"]), atol=2e-4, rtol=0)

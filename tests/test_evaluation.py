@@ -4,12 +4,22 @@ import json
 import math
 import random
 import re
+import subprocess
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_qfilters.commands.evaluation import copying, generations, needles, ruler, statistics, tasks, texts
+from vllm_qfilters.commands.evaluation import (
+    copying,
+    environment,
+    generations,
+    needles,
+    ruler,
+    statistics,
+    tasks,
+    texts,
+)
 from vllm_qfilters.commands.evaluation.engine import (
     EngineError,
     EngineFinished,
@@ -634,3 +644,20 @@ def test_an_engine_that_does_not_start_says_why(tmp_path):
     with pytest.raises(EngineError, match="model") as raised:
         list(run_engine(EngineArgs(model=str(tmp_path)), []))
     assert "\n" not in str(raised.value) and "died" not in str(raised.value)
+
+
+def test_the_commit_is_marked_where_more_than_results_has_changed(tmp_path):
+    package, results = tmp_path / "package", tmp_path / environment.RESULTS
+    for folder in (package, results):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (results / "decode.json").write_text("{}")
+    author = ("-c", "user.name=one", "-c", "user.email=one@example.com")
+    for command in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "one")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = environment.describe_run(package)["commit"]
+    assert commit and "+" not in commit
+    (results / "decode.json").write_text("{1: 2}")
+    assert environment.describe_run(package)["commit"] == commit
+    (package / "__init__.py").write_text("# another program")
+    assert environment.describe_run(package)["commit"] == commit + "+changes"

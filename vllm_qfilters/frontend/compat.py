@@ -19,6 +19,11 @@ flag. The targets are of vLLM 0.32 and 0.33; tests/test_compat.py fails when one
 ``vllm.plugins.load_endpoint_plugins``
     lets ``endpoint`` add a route to the API server: entry points of that group are warned of in the log of every server
     where VLLM_PLUGINS is not set. It goes when endpoint plugins can be named in the configuration.
+``VllmConfig.compute_hash``, ``startup_plan.compute_plan_fingerprint``
+    let a model that was compiled under some options be used under others: additional_config is hashed whole, so that
+    another budget would compile everything anew, but no option of ours changes what is compiled. Only that KV
+    compression is on counts. The options do change how much memory the cache gets, which VLLM_ENABLE_STARTUP_PLAN keeps
+    by the same hash: there they are counted again. Both go when vLLM lets a part of additional_config say its own hash.
 ``CompletionRequest.to_beam_search_params``, ``ChatCompletionRequest.to_beam_search_params``
     refuse a ``kv_budget`` with a 400: beams are requests made anew, to which vLLM hands on no ``vllm_xargs``, so that
     the budget would be lost without a word. Patched in API servers with KV compression alone, whose endpoint plugin is
@@ -26,7 +31,9 @@ flag. The targets are of vLLM 0.32 and 0.33; tests/test_compat.py fails when one
 """
 
 import argparse
+import copy
 import functools
+import hashlib
 import inspect
 import json
 import weakref
@@ -39,8 +46,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.worker import startup_plan
 
-from vllm_qfilters.config import REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY, KVCompressionConfig
+from vllm_qfilters.config import ADDITIONAL_CONFIG_KEY, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY, KVCompressionConfig
 from vllm_qfilters.frontend.engine_args import apply_kv_compression
 from vllm_qfilters.frontend.metrics import KVCompressionStatLogger
 from vllm_qfilters.frontend.support import (
@@ -67,6 +75,8 @@ def apply_patches() -> None:
     _patch(InputProcessor, "process_inputs", _with_request_check)
     _patch(StatLoggerManager, "__init__", _with_stat_logger)
     _patch(vllm.plugins, "load_endpoint_plugins", _with_endpoint)
+    _patch(VllmConfig, "compute_hash", _without_options)
+    _patch(startup_plan, "compute_plan_fingerprint", _with_options)
     setattr(EngineArgs, _MARK, True)
 
 
@@ -196,6 +206,32 @@ def _with_stat_logger(init: Function) -> Function:
         init(self, vllm_config, *args, **kwargs)
         if KVCompressionConfig.from_vllm_config(vllm_config) is not None:
             self.stat_loggers.insert(0, KVCompressionStatLogger(vllm_config, self.engine_indexes))
+
+    return wrapper
+
+
+def _without_options(compute_hash: Function) -> Function:
+    @functools.wraps(compute_hash)
+    def wrapper(self: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        additional = self.additional_config
+        if not isinstance(additional, dict) or ADDITIONAL_CONFIG_KEY not in additional:
+            return compute_hash(self, *args, **kwargs)
+        alike = copy.copy(self)
+        alike.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: True}
+        return compute_hash(alike, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_options(compute_plan_fingerprint: Function) -> Function:
+    @functools.wraps(compute_plan_fingerprint)
+    def wrapper(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> str:
+        fingerprint: str = compute_plan_fingerprint(vllm_config, *args, **kwargs)
+        config = KVCompressionConfig.from_vllm_config(vllm_config)
+        if config is None:
+            return fingerprint
+        options = json.dumps([fingerprint, config.to_dict()], sort_keys=True)
+        return hashlib.sha256(options.encode()).hexdigest()[: len(fingerprint)]
 
     return wrapper
 

@@ -15,6 +15,8 @@ from vllm_qfilters import cpu
 
 PACKAGES = ("vllm", "torch", "triton", "transformers", "xformers", "vllm-qfilters")
 
+RESULTS = "benchmarks/results"  # in the checkout: what is written there changes no program
+
 _FOLDER = pathlib.Path(__file__).parent
 
 
@@ -57,13 +59,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: pathlib.Path) -> str | None:
-    """Returns the commit of the checkout that ``folder`` is in, with ``+changes`` if files differ from it; None for an
-    installed package.
+    """Returns the commit of the checkout that ``folder`` is in, with ``+changes`` if other files than results differ;
+    None for an installed package.
     """
     commit = _git(folder, "rev-parse", "--short", "HEAD")
     if commit is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # the repository is another one, around site-packages
-    return commit + ("+changes" if _git(folder, "status", "--porcelain", "-uno") else "")
+    changed = _git(folder, "status", "--porcelain", "-uno", "--", ":/", f":(top,exclude){RESULTS}")
+    return commit + ("+changes" if changed else "")
 
 
 def _git(folder: pathlib.Path, *command: str) -> str | None:
