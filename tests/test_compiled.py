@@ -48,21 +48,13 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(tiny_model, tiny_fil
     assert run_compiled(tiny_model, options) == run_compiled(tiny_model, None)
 
 
-def test_evicts_as_an_eager_engine_does(tiny_model, tiny_filters):
-    options = dict(EVICTING, filters=str(tiny_filters[0]))
-    assert_alike(run_compiled(tiny_model, options), run_engine.run_engine(tiny_model, REQUESTS, options, **LLM))
-
-
-def test_other_options_find_what_was_compiled(tiny_model, tiny_filters, compiled):
-    options = dict(EVICTING, filters=str(tiny_filters[0]))
-    run_compiled(tiny_model, options)
-    options |= dict(budget=160, granularity="head")
-    found = run_compiled(tiny_model, options)
+def test_evicts_as_an_eager_engine_does(tiny_model, tiny_filters, compiled):
+    """Under other options too, for which what was compiled before is found."""
+    for others in ({}, dict(budget=160, granularity="head")):
+        options = EVICTING | dict(filters=str(tiny_filters[0])) | others
+        found, eager = run_compiled(tiny_model, options), run_engine.run_engine(tiny_model, REQUESTS, options, **LLM)
+        for ours, theirs in zip(found, eager, strict=True):
+            assert ours["token_ids"] == theirs["token_ids"]
+            logprobs = torch.tensor(ours["logprobs"]), torch.tensor(theirs["logprobs"])
+            torch.testing.assert_close(*logprobs, atol=2e-4, rtol=0)
     assert len(list((compiled / "torch_compile_cache" / "torch_aot_compile").iterdir())) == 1
-    assert_alike(found, run_engine.run_engine(tiny_model, REQUESTS, options, **LLM))
-
-
-def assert_alike(compiled, eager):
-    for ours, theirs in zip(compiled, eager, strict=True):
-        assert ours["token_ids"] == theirs["token_ids"]
-        torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(theirs["logprobs"]), atol=2e-4, rtol=0)
