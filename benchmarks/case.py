@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm_qfilters import cpu
-from vllm_qfilters.commands.evaluation.environment import describe_run
+from vllm_qfilters.commands.evaluation import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / environment.RESULTS
 _MEASURED = "measured: "
 
 Numbers = dict[str, Any]  # what one variant measured in one round, as JSON
@@ -89,7 +89,12 @@ class Case:
             rounds.append(of_round)
             ratios.append({name: round(ratio, 2) for name, ratio in self.ratios(of_round).items()})
             problems += self.problems(of_round)
-        described = {"case": self.name, "dry_run": arguments.dry_run, "run": describe_run(), "options": _job(arguments)}
+        described = {
+            "case": self.name,
+            "dry_run": arguments.dry_run,
+            "run": environment.describe_run(),
+            "options": _job(arguments),
+        }
         result = {**described, "rounds": rounds, "ratios": ratios}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")

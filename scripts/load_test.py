@@ -44,7 +44,7 @@ from typing import Any
 
 import aiohttp
 
-from vllm_qfilters.commands.evaluation.environment import describe_run
+from vllm_qfilters.commands.evaluation.environment import RESULTS, describe_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -535,7 +535,7 @@ def main() -> int:
     parser.add_argument("--full-size", action="store_true", help="the model as it is")
     parser.add_argument("--no-bench", dest="bench", action="store_false", help="without vllm bench serve")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "load.json")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / RESULTS / "load.json")
     arguments, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the server
     report = asyncio.run(test(arguments, flags))
