@@ -36,7 +36,7 @@ from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat
 from vllm_qfilters.kernels.triton.compaction import compact
-from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.distinctness import distinctness
 from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import score_resident
@@ -171,7 +171,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
             key_bytes + score_bytes,
         ),
         f"attention of the last {OBSERVED} queries, {of}": (observe_queries, 2 * key_bytes),
-        f"how distinct keys are, {of}": (lambda: key_distinctness(cache, batch, 7), 2 * key_bytes),
+        f"how distinct values are, {of}": (lambda: distinctness(cache, batch, True, 7), 2 * key_bytes),
         f"gather scores, {of}": (lambda: gather_scores(cache.scores, batch), 2 * 4 * num_heads * num_tokens),
         f"scores of {full_pages.numel()} pages": (
             lambda: page_scores(cache.scores, full_pages, mean, deviation),

@@ -102,8 +102,8 @@ def attention_case(cache: PagedCache) -> Case:
 
 
 def distinctness_case(cache: PagedCache) -> Case:
-    num_bytes = NUM_HEADS * RESIDENT * (2 * HEAD_SIZE * DTYPE.itemsize + 4)  # two reads of the keys
-    return case_of("key_distinctness", (cache, OLD_PAGES, RESIDENT, 7), num_bytes)
+    num_bytes = NUM_HEADS * RESIDENT * (2 * HEAD_SIZE * DTYPE.itemsize + 4)  # two reads of the values
+    return case_of("distinctness", (cache, OLD_PAGES, RESIDENT, True, 7), num_bytes)
 
 
 def select_case(shared_by_heads: bool) -> Case:
@@ -164,7 +164,7 @@ def main() -> None:
         "page_scores, 1 page, all layers": page_case(cache, 1),
         "page_scores, 8 pages, all layers": page_case(cache, 8),
         f"expected_attention, rank {RANK}, all layers": attention_case(cache),
-        "key_distinctness, all layers": distinctness_case(cache),
+        "distinctness, all layers": distinctness_case(cache),
         "select_kept, by head, all layers": select_case(shared_by_heads=False),
         "select_kept, shared by heads, all layers": select_case(shared_by_heads=True),
         f"fill_holes, {RESIDENT} to {KEPT} tokens, all layers": compact_case(cache),

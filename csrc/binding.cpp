@@ -14,8 +14,7 @@ TORCH_LIBRARY(vllm_qfilters, library) {
   library.def(
       "observed_attention(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, Tensor queries, "
       "Tensor? group_sizes, Tensor? sinks, float soft_cap) -> (Tensor, Tensor)");
-  library.def(
-      "key_distinctness(Tensor pages, Tensor key_offsets, Tensor page_table, int num_tokens, int pool) -> Tensor");
+  library.def("distinctness(Tensor pages, Tensor offsets, Tensor page_table, int num_tokens, int pool) -> Tensor");
   library.def(
       "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
       "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");
@@ -29,6 +28,6 @@ TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {
   library.impl("page_scores", &vllm_qfilters::page_scores);
   library.impl("expected_attention", &vllm_qfilters::expected_attention);
   library.impl("observed_attention", &vllm_qfilters::observed_attention);
-  library.impl("key_distinctness", &vllm_qfilters::key_distinctness);
+  library.impl("distinctness", &vllm_qfilters::distinctness);
   library.impl("fill_holes", &vllm_qfilters::fill_holes);
 }

@@ -134,23 +134,29 @@ class PagedKeys {
   const int64_t gathered_;
 };
 
-// Calls run(PagedKeys<Element>) for what the pages are made of.
+// Calls run with an element of the type that the pages are made of.
 template <typename Run>
-void with_paged_keys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, Run run) {
+void with_element_of(const at::Tensor& pages, Run run) {
   switch (pages.scalar_type()) {
     case at::kFloat:
-      return run(PagedKeys<float>(pages, key_offsets, page_table));
+      return run(float());
     case at::kBFloat16:
-      return run(PagedKeys<c10::BFloat16>(pages, key_offsets, page_table));
+      return run(c10::BFloat16());
     case at::kHalf:
-      return run(PagedKeys<c10::Half>(pages, key_offsets, page_table));
+      return run(c10::Half());
     case at::kFloat8_e4m3fn:
-      return run(PagedKeys<c10::Float8_e4m3fn>(pages, key_offsets, page_table));
+      return run(c10::Float8_e4m3fn());
     case at::kFloat8_e5m2:
-      return run(PagedKeys<c10::Float8_e5m2>(pages, key_offsets, page_table));
+      return run(c10::Float8_e5m2());
     default:
       TORCH_CHECK(false, "pages must be float32, bfloat16, float16 or fp8, found ", pages.scalar_type());
   }
+}
+
+// Calls run(PagedKeys<Element>) for what the pages are made of.
+template <typename Run>
+void with_paged_keys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table, Run run) {
+  with_element_of(pages, [&](auto element) { run(PagedKeys<decltype(element)>(pages, key_offsets, page_table)); });
 }
 
 // How the layers of a model make attention of logits.

@@ -59,10 +59,10 @@ std::tuple<at::Tensor, at::Tensor> observed_attention(  // [num_layers, num_kv_h
     const std::optional<at::Tensor>& sinks,
     double soft_cap);
 
-// Minus the cosine of each key with the mean direction of the keys of its head, averaged over neighbours.
-at::Tensor key_distinctness(          // [num_layers, num_kv_heads, num_tokens] float32
+// Minus the cosine of each key or value with their mean direction in its head, averaged over neighbours.
+at::Tensor distinctness(              // [num_layers, num_kv_heads, num_tokens] float32
     const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
-    const at::Tensor& key_offsets,    // [block_size, head_size] int64
+    const at::Tensor& offsets,        // [block_size, size of a key or value] int64
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
     int64_t pool);                    // neighbours, odd

@@ -116,9 +116,9 @@ class SequenceOps:
                 parts.append(peak)
         return _flat(parts)
 
-    def key_distinctness(self, cache: Cache, batch: CompactionBatch, pool: int) -> torch.Tensor:
+    def distinctness(self, cache: Cache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
         return _flat(
-            self.functions.key_distinctness(cache, pages, num_tokens, pool)
+            self.functions.distinctness(cache, pages, num_tokens, of_values, pool)
             for _, pages, num_tokens in _sequences(cache, batch)
         )
 

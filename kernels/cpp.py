@@ -23,7 +23,7 @@ NUM_ARGUMENTS = {
     "page_scores": 4,
     "expected_attention": 9,
     "observed_attention": 8,
-    "key_distinctness": 5,
+    "distinctness": 5,
 }
 
 
@@ -71,8 +71,8 @@ def _register_fakes() -> None:
         ),
     )
     torch.library.register_fake(
-        "vllm_qfilters::key_distinctness",
-        lambda pages, key_offsets, page_table, num_tokens, pool: _fake_attention(pages, num_tokens, torch.empty(0)),
+        "vllm_qfilters::distinctness",
+        lambda pages, offsets, page_table, num_tokens, pool: _fake_attention(pages, num_tokens, torch.empty(0)),
     )
 
 
@@ -149,9 +149,10 @@ def observed_attention(
     return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
 
 
-def key_distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
-    """See :func:`vllm_qfilters.kernels.reference.key_distinctness`."""
-    return OPERATORS.key_distinctness.default(cache.pages, cache.layout.keys, pages, num_tokens, pool)
+def distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, of_values: bool, pool: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.distinctness`."""
+    offsets = cache.layout.values if of_values and cache.value_size else cache.layout.keys
+    return OPERATORS.distinctness.default(cache.pages, offsets, pages, num_tokens, pool)
 
 
 def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

@@ -153,6 +153,7 @@ class PagedCache(_Planes):
         planes: where they are memory of their own.
 
     Attributes:
+        head_size, value_size: elements per key and per value; no value: keys stand alone.
         key_scales: what stored keys are to be multiplied by, float32, shape ``[num_layers]``.
         pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]``.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
@@ -177,7 +178,7 @@ class PagedCache(_Planes):
         if first.stride()[1:] != (page_elements, content, 1):
             shape = tuple(first.shape)
             raise ValueError(f"pages must be stored head by head, got strides {first.stride()} for shape {shape}")
-        self.layout, self.head_size = layout, layout.keys.shape[1]
+        self.layout, self.head_size, self.value_size = layout, layout.keys.shape[1], layout.values.shape[1]
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
         self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
@@ -239,6 +240,7 @@ class StridedCache(_Planes):
         planes: where they are memory of their own.
 
     Attributes:
+        head_size, value_size: elements per key and per value; no value: keys stand alone.
         key_values: shape ``[num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]``, the dtype of
             the cache.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
@@ -264,6 +266,7 @@ class StridedCache(_Planes):
         self.key_scales = key_scales
         self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
         self.head_size = content // 2 if value_size is None else content - value_size
+        self.value_size = content - self.head_size
         head_major = (self.block_size * content, content, 1)
         token_major = (content, self.num_kv_heads * content, 1)
         if not _has_strides(first, head_major) and not _has_strides(first, token_major):

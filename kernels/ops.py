@@ -268,9 +268,16 @@ class Ops(Protocol):
             question, else what stands in the plane.
         """
 
-    def key_distinctness(self, cache: Cache, batch: CompactionBatch, pool: int) -> torch.Tensor:
-        """How unlike the others of its head each key is: minus its cosine to their mean direction (KeyDiff, arXiv
-        2504.15364), averaged over ``pool`` neighbours; float32, flat, ``num_kv_heads`` heads.
+    def distinctness(self, cache: Cache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
+        """How unlike the others of its head each key or value is: minus its cosine to their mean direction (of keys:
+        KeyDiff, arXiv 2504.15364), averaged over neighbours.
+
+        Args:
+            of_values: of values; in a cache of latents, where a value is a part of its key, of keys all the same.
+            pool: neighbours, the token among them, odd.
+
+        Returns:
+            float32, flat, ``num_kv_heads`` heads.
         """
 
     def mean_standardised(

@@ -185,25 +185,29 @@ def pool_neighbours(
     return pad(mean, (0, num_newer), value=NOT_OBSERVED), pad(peak, (0, num_newer), value=NOT_OBSERVED)
 
 
-def key_distinctness(cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, pool: int) -> torch.Tensor:
-    """How unlike the others each key of a sequence is: minus its cosine with the mean direction of the keys of its
-    head, averaged over neighbours (KeyDiff, arXiv 2504.15364, but for the neighbours).
+def distinctness(
+    cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, of_values: bool, pool: int
+) -> torch.Tensor:
+    """How unlike the others each key or value of a sequence is: minus its cosine with their mean direction in its head,
+    averaged over neighbours (of keys and without neighbours: KeyDiff, arXiv 2504.15364).
 
     Args:
         cache: the cache of this rank.
         pages: the sequence's pages, shape ``[num_pages]``, int64.
         num_tokens: it holds.
+        of_values: of values; in a cache of latents, where a value is a part of its key, of keys all the same.
         pool: neighbours to average over, odd.
 
     Returns:
         shape ``[num_layers, num_kv_heads, num_tokens]``, float32.
     """
-    distinctness = []
+    resident = cache.resident_values if of_values and cache.value_size else cache.resident_keys
+    by_layer = []
     for layer in range(cache.num_layers):
-        directions = normalize(cache.resident_keys(layer, pages, num_tokens), dim=-1)
+        directions = normalize(resident(layer, pages, num_tokens), dim=-1)
         anchors = normalize(directions.mean(1, keepdim=True), dim=-1)
-        distinctness.append(-(directions * anchors).sum(-1))
-    return mean_of_neighbours(torch.stack(distinctness), pool)
+        by_layer.append(-(directions * anchors).sum(-1))
+    return mean_of_neighbours(torch.stack(by_layer), pool)
 
 
 def mean_of_neighbours(values: torch.Tensor, pool: int) -> torch.Tensor:

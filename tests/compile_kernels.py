@@ -24,7 +24,7 @@ from tests.paged import Eviction, Geometry, Sequences
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat, Turns
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
-from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.distinctness import distinctness
 from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
@@ -93,7 +93,7 @@ def launch_all(has_fp8: bool) -> None:
         if has_fp8 and geometry.dtype == torch.bfloat16:
             narrow = Sequences(sequences.evictions, dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=0)
             score_resident(narrow.cache, narrow.batch, filters, factors, torch.ones(cache.num_layers), turns)
-            key_distinctness(narrow.cache, narrow.batch, 7)
+            distinctness(narrow.cache, narrow.batch, True, 7)
             queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
             observations, scales = [Observation(0, queries, 0, is_question=True)], torch.ones(cache.num_layers)
             observe(
@@ -118,7 +118,8 @@ def launch_all(has_fp8: bool) -> None:
             13,
             shared_by_heads=True,
         )
-        key_distinctness(cache, batch, 7)
+        for of_values in (False, True):
+            distinctness(cache, batch, of_values, 7)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         sizes, sinks = torch.ones(cache.num_layers, dtype=torch.int64), torch.zeros(cache.num_layers, heads * 4)
         softmax = Softmax(0.1, soft_cap=50.0, sinks=sinks, group_sizes=sizes)
@@ -155,7 +156,7 @@ def launch_latents() -> None:
     queries = torch.zeros(2, heads, 32, size, dtype=geometry.dtype)
     observations = [Observation(0, queries, 0, is_question=True)]
     observe(cache, batch, observations, cache.scores, Softmax(0.1), 7, 13, shared_by_heads=True)
-    scores = key_distinctness(cache, batch, 7)
+    scores = distinctness(cache, batch, True, 7)
     compact(cache, batch, select_kept(scores, batch, 2, 1), 1)
 
 

@@ -494,10 +494,10 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
     return scores
 
 
-def unlikeness(keys: torch.Tensor, neighbours: int = 3) -> torch.Tensor:
-    """Of ``[heads, tokens, size]``: how far a key turns away from the mean direction, averaged over its neighbours to
-    either side."""
-    unit = keys / keys.norm(dim=-1, keepdim=True)
+def unlikeness(vectors: torch.Tensor, neighbours: int = 3) -> torch.Tensor:
+    """Of ``[heads, tokens, size]``: how far a key or value turns away from the mean direction, averaged over its
+    neighbours to either side."""
+    unit = vectors / vectors.norm(dim=-1, keepdim=True)
     turned_away = -torch.nn.functional.cosine_similarity(unit, unit.mean(1, keepdim=True), dim=-1)
     tokens = turned_away.shape[1]
     return torch.stack([turned_away[:, max(0, i - neighbours) : i + neighbours + 1].mean(1) for i in range(tokens)], 1)
@@ -513,8 +513,9 @@ def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rul
             kept_observed.append(None)
             continue
         resident = layer.keys.shape[2]
-        keys, _ = _keys_and_values(model, layer)
-        rows, others = (values[:, sinks : resident - window] for values in (scores[index], unlikeness(keys)))
+        keys, values = _keys_and_values(model, layer)
+        turned_away = unlikeness(keys if has_latents(model) else values)
+        rows, others = (values[:, sinks : resident - window] for values in (scores[index], turned_away))
         if rule.shared_by_heads:
             rows, others = (
                 ((values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, unbiased=False))

@@ -26,7 +26,7 @@ OPERATORS = (
     "select_kept",
     "expected_attention",
     "observed_attention",
-    "key_distinctness",
+    "distinctness",
     "fill_holes",
     "page_scores",
 )
@@ -398,7 +398,7 @@ def test_expected_attention_refuses(position, value, message):
 
 
 @needs_library
-@pytest.mark.parametrize("layout", ["transposed-keys", "paired-keys", "permuted"])
+@pytest.mark.parametrize("layout", ["transposed-keys", "paired", "permuted"])
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
 def test_every_byte_of_an_fp8_cache_is_read_as_what_it_is(dtype, layout):
     """One element per key, among those within a factor of 2 of it: logits that tell any two of them apart."""
@@ -522,18 +522,20 @@ def test_observed_attention_refuses(queries, message):
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("num_tokens", "pool"), [(1, 1), (1, 7), (63, 7), (64, 1), (65, 3), (200, 7)])
+@pytest.mark.parametrize("of_values", [False, True], ids=["keys", "values"])
 @pytest.mark.parametrize("head_size", [16, 40])
-def test_key_distinctness_matches_reference(head_size, num_tokens, pool, layout, dtype):
+def test_distinctness_matches_reference(head_size, of_values, num_tokens, pool, layout, dtype):
     _, cache = make_cache(
         Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
     )
     cache.layout = LAYOUTS[layout](16, head_size)
     cache.key_scales = torch.tensor([0.25, 3.0])  # angles do not depend on it
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
-    cache.pages[1, pages[0], 1] = 0  # keys of no direction
-    found = cpp.key_distinctness(cache, pages, num_tokens, pool)
+    cache.pages[1, pages[0], 1] = 0  # keys and values of no direction
+    found = cpp.distinctness(cache, pages, num_tokens, of_values, pool)
     assert found.shape == (2, 2, num_tokens) and found.isfinite().all()
-    torch.testing.assert_close(found, reference.key_distinctness(cache, pages, num_tokens, pool), atol=1e-5, rtol=1e-4)
+    expected = reference.distinctness(cache, pages, num_tokens, of_values, pool)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @needs_library
@@ -541,11 +543,11 @@ def test_key_distinctness_matches_reference(head_size, num_tokens, pool, layout,
     ("position", "value", "message"),
     [*NO_PAGED_KEYS, pytest.param(4, 6, "an odd number of neighbours", id="even-pool")],
 )
-def test_key_distinctness_refuses(position, value, message):
+def test_distinctness_refuses(position, value, message):
     arguments = [*attention_arguments()[:4], 7]
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpp.OPERATORS.key_distinctness(*arguments)
+        cpp.OPERATORS.distinctness(*arguments)
 
 
 PLAIN = (None, None, 0.0)  # a softmax: group sizes, sinks and soft cap
@@ -568,7 +570,7 @@ def test_schemas_say_what_operators_do(operator):
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20],
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8), *PLAIN],
-        "key_distinctness": [*attention_arguments()[:4], 7],
+        "distinctness": [*attention_arguments()[:4], 7],
         "fill_holes": hole_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpp.OPERATORS, operator).default, tuple(arguments[operator]))
@@ -594,9 +596,9 @@ def test_the_package_works_without_the_library(tmp_path):
 @needs_library
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     cpp._check_arguments()
-    monkeypatch.setitem(cpp.NUM_ARGUMENTS, "key_distinctness", 4)
-    with pytest.raises(RuntimeError, match="key_distinctness takes 5 arguments, not 4"):
+    monkeypatch.setitem(cpp.NUM_ARGUMENTS, "distinctness", 4)
+    with pytest.raises(RuntimeError, match="distinctness takes 5 arguments, not 4"):
         cpp._check_arguments()
     monkeypatch.setattr(cpp, "_register_fakes", lambda: None)  # which are there
-    with pytest.warns(UserWarning, match="key_distinctness takes 5 arguments, not 4"):
+    with pytest.warns(UserWarning, match="distinctness takes 5 arguments, not 4"):
         assert not cpp.load()

@@ -68,13 +68,13 @@ def test_csrc_moves_the_same_bytes_as_the_reference(num_planes, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_csrc_finds_keys_as_distinct_as_the_reference(dtype):
+def test_csrc_finds_latents_as_distinct_as_the_reference(dtype):
     sequences = Sequences(EVICTIONS, dataclasses.replace(GEOMETRY, dtype=DTYPES[dtype]), seed=1, device=CPU)
     sequences.cache.key_values.copy_(random_tensor(*sequences.cache.key_values.shape, seed=2))
     cache = paged(sequences, num_planes=0)
     for index, eviction in enumerate(EVICTIONS):
         found, expected = (
-            module.key_distinctness(cache, sequences.old_pages[index], eviction.resident, 7)
+            module.distinctness(cache, sequences.old_pages[index], eviction.resident, True, 7)
             for module in (cpp, reference)
         )
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -84,16 +84,16 @@ def test_csrc_finds_keys_as_distinct_as_the_reference(dtype):
 @pytest.mark.parametrize(("dtype", "num_planes"), [("bf16", 0), ("bf16", 2), ("fp32", 2)])
 def test_triton_matches_the_reference(dtype, num_planes, layout):
     from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
-    from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+    from vllm_qfilters.kernels.triton.distinctness import distinctness
 
     geometry = dataclasses.replace(GEOMETRY, dtype=DTYPES[dtype], layout=layout)
     fast, slow = (Sequences(EVICTIONS, geometry, seed=3) for _ in range(2))
     for sequences in (fast, slow):
         sequences.cache.key_values.copy_(random_tensor(*sequences.cache.key_values.shape, seed=2))
     fast_cache, slow_cache = (strided(sequences, num_planes) for sequences in (fast, slow))
-    flat = key_distinctness(fast_cache, fast.batch, pool=7)
+    flat = distinctness(fast_cache, fast.batch, True, 7)
     for index, found in enumerate(fast.batch.split(flat, 2, 1)):
-        expected = reference.key_distinctness(slow_cache, slow.old_pages[index], EVICTIONS[index].resident, 7)
+        expected = reference.distinctness(slow_cache, slow.old_pages[index], EVICTIONS[index].resident, True, 7)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
     kept = [is_kept_of(fast_cache, eviction, index) for index, eviction in enumerate(EVICTIONS)]

@@ -108,18 +108,18 @@ def transposed_keys_layout(block_size: int, head_size: int) -> PageLayout:
     return PageLayout(keys=keys, values=identity.values)
 
 
-def paired_keys_layout(block_size: int, head_size: int) -> PageLayout:
-    """Pairs of dimensions of 16 tokens in a row, as matrix tiles take them."""
+def paired_layout(block_size: int, head_size: int) -> PageLayout:
+    """As matrix tiles take them: keys in pairs of dimensions of 16 tokens in a row, values in pairs of tokens."""
     identity = identity_layout(block_size, head_size)
-    pairs = identity.values.view(block_size // 16, head_size // 2, 16, 2) - block_size * head_size
-    keys = pairs.transpose(1, 2).reshape(block_size, head_size)
-    return PageLayout(keys=keys, values=identity.values)
+    keys = identity.keys.view(block_size // 16, head_size // 2, 16, 2).transpose(1, 2)
+    values = identity.values.view(block_size // 2, head_size, 2).transpose(1, 2)
+    return PageLayout(*(places.reshape(block_size, head_size) for places in (keys, values)))
 
 
 LAYOUTS = {
     "identity": identity_layout,
     "transposed-keys": transposed_keys_layout,
-    "paired-keys": paired_keys_layout,
+    "paired": paired_layout,
     "permuted": random_layout,
 }
 

@@ -39,7 +39,7 @@ from vllm_qfilters.kernels.layout import StridedCache, read_plane, write_plane
 from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat
 from vllm_qfilters.kernels.triton import TritonOps
 from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
-from vllm_qfilters.kernels.triton.distinctness import key_distinctness
+from vllm_qfilters.kernels.triton.distinctness import distinctness
 from vllm_qfilters.kernels.triton.observation import observe
 from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import score_resident
@@ -648,20 +648,21 @@ def test_compaction_takes_at_most_128_mib_at_any_context(shape):
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of_values", [False, True], ids=["keys", "values"])
 @pytest.mark.parametrize(("head_size", "pool"), [(16, 1), (40, 3), (80, 7)])
-def test_key_distinctness_matches_reference(head_size, pool, layout, dtype):
+def test_distinctness_matches_reference(head_size, pool, of_values, layout, dtype):
     if dtype in FP8 and not HAS_FP8:
         pytest.skip("this GPU has no fp8")
     geometry = Geometry(num_kv_heads=3, head_size=head_size, dtype={**DTYPES, **FP8}[dtype], layout=layout)
     sequences = Sequences([Eviction(300, 16, 4, 20), Eviction(1, 0, 0, 0), Eviction(65, 32, 0, 5)], geometry, seed=1)
     cache = sequences.cache
     cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3).to(cache.key_values.dtype))
-    cache.key_values[1, sequences.old_pages[0][0]] = 0  # keys of no direction
+    cache.key_values[1, sequences.old_pages[0][0]] = 0  # keys and values of no direction
     with forbidden_waiting():
-        flat = key_distinctness(cache, sequences.batch, pool)
+        flat = distinctness(cache, sequences.batch, of_values, pool)
     for index, found in enumerate(sequences.batch.split(flat, cache.num_layers, 3)):
-        expected = reference.key_distinctness(
-            cache, sequences.old_pages[index], sequences.evictions[index].resident, pool
+        expected = reference.distinctness(
+            cache, sequences.old_pages[index], sequences.evictions[index].resident, of_values, pool
         )
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -681,12 +682,10 @@ def test_a_batch_keeps_what_scores_high_and_then_what_is_distinct(is_shared):
     expected = []
     for index, eviction in enumerate(evictions):
         pages, bounds = sequences.old_pages[index], (eviction.sinks, eviction.window)
-        values = sequences.scores_of(index), reference.key_distinctness(cache, pages, eviction.resident, 7)
-        scores, distinctness = (
-            3 * reference.mean_standardised(part, *bounds) if is_shared else part for part in values
-        )
+        values = sequences.scores_of(index), reference.distinctness(cache, pages, eviction.resident, True, 7)
+        scores, turned_away = (3 * reference.mean_standardised(part, *bounds) if is_shared else part for part in values)
         best = reference.select_kept(scores, eviction.kept - distinct[index], *bounds, False)
-        expected.append(reference.select_kept(distinctness.masked_fill(best, 1e9), eviction.kept, *bounds, False))
+        expected.append(reference.select_kept(turned_away.masked_fill(best, 1e9), eviction.kept, *bounds, False))
     compactor = Compactor(Method(Model(cache, TRITON_OPS)), 2, is_shared, lambda values: 3 * values)
     with forbidden_waiting():
         found = compactor.apply(compactions, sequences.table_rows, sequences.batch.block_table, [None] * 3, True)

@@ -45,7 +45,7 @@ class RequestLimits:
         observed_queries: last queries of a prompt that scores go by. Where there are any, the workers write beside
             tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
-        keeps_distinct: what a prompt holds beyond the budget are the tokens whose keys are most unlike the others.
+        keeps_distinct: what a prompt holds beyond the budget are the tokens whose values are most unlike the others.
         elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
         pinned_prompt: tokens of the prompt that stay to the end, up to a page more so that whole pages go; 0: none, and
             tokens of the prompt compete with generated ones.

@@ -23,7 +23,7 @@ class RequestCompaction:
         copied_pages: the private ones, as (place among the sequence's pages before, page).
         shared_pages_out: pages taken out that other sequences hold too, where the workers write beside the tokens of
             all pages.
-        distinct_tokens: how many of the kept tokens stay because their keys are unlike the others, and not for their
+        distinct_tokens: how many of the kept tokens stay because their values are unlike the others, and not for their
             score.
     """
 

@@ -75,8 +75,8 @@ class TritonOps:
         heads = shared_by_heads, max_over_ranks, cache.key_scales
         return observation.observe(cache, batch, observations, plane, softmax, mean_pool, peak_pool, *heads)
 
-    def key_distinctness(self, cache: StridedCache, batch: CompactionBatch, pool: int) -> torch.Tensor:
-        return distinctness.key_distinctness(cache, batch, pool)
+    def distinctness(self, cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
+        return distinctness.distinctness(cache, batch, of_values, pool)
 
     mean_standardised = staticmethod(selection.mean_standardised)
     select_kept = staticmethod(selection.select_kept)

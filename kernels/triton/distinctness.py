@@ -1,4 +1,4 @@
-"""How unlike the others of its head each resident key is: the paged keys of many sequences, two reads of them."""
+"""How unlike the others of its head each resident key or value is: those of many sequences, two reads of them."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_RO
 
 
 @triton.jit
-def _keys_of_program(
+def _vectors_of_program(
     cache_ptr,
     block_table_ptr,
     columns_ptr,
@@ -18,39 +18,40 @@ def _keys_of_program(
     block_table_stride,
     layer_stride,
     head_stride,
+    FIRST_DIM: tl.constexpr,
 ):
-    """The program's sequence is its first number, layer and head its second: (sequence, resident tokens, pages, keys of
-    layer and head).
+    """The program's sequence is its first number, layer and head its second: (sequence, resident tokens, pages, vectors
+    of layer and head).
     """
     sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
     pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
     layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    keys = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride
-    return sequence, tl.load(sequence + RESIDENT), pages, keys
+    vectors = cache_ptr + layer * layer_stride + tl.program_id(1) % num_kv_heads * head_stride + FIRST_DIM
+    return sequence, tl.load(sequence + RESIDENT), pages, vectors
 
 
 @triton.jit
-def _anchor_at(anchors_ptr, dim, HEAD_SIZE: tl.constexpr):
+def _anchor_at(anchors_ptr, dim, SIZE: tl.constexpr):
     """Where the program's anchor is."""
-    return anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD_SIZE + dim
+    return anchors_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SIZE + dim
 
 
 @triton.jit
-def _load_keys(
-    keys,  # of one layer and head
+def _load_vectors(
+    vectors,  # of one layer and head
     pages,
     token,
     resident,
     dim,
     block_stride,
     slot_stride,
-    HEAD_SIZE: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """float32, a row per token, and their norms; 0, and at least a little, beyond the resident ones."""
     page = tl.load(pages + token // BLOCK_SIZE, mask=token < resident, other=0).to(tl.int64)
-    at = keys + page * block_stride + token % BLOCK_SIZE * slot_stride
-    mask = (token < resident)[:, None] & (dim < HEAD_SIZE)[None, :]
+    at = vectors + page * block_stride + token % BLOCK_SIZE * slot_stride
+    mask = (token < resident)[:, None] & (dim < SIZE)[None, :]
     loaded = tl.load(at[:, None] + dim[None, :], mask=mask, other=0.0).to(tl.float32)
     return loaded, tl.maximum(tl.sqrt(tl.sum(loaded * loaded, axis=1)), 1e-12)
 
@@ -60,29 +61,30 @@ def _anchor_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
-    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
+    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, SIZE]
     num_kv_heads,
     block_table_stride,
     layer_stride,
     block_stride,
     head_stride,
     slot_stride,
-    HEAD_SIZE: tl.constexpr,
+    FIRST_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    _, resident, pages, keys = _keys_of_program(
-        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    _, resident, pages, vectors = _vectors_of_program(
+        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride, FIRST_DIM
     )
     dim = tl.arange(0, DIMS)
     total = tl.zeros([DIMS], tl.float32)
     for start in range(0, resident, TILE):
         token = start + tl.arange(0, TILE)
-        loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
+        loaded, norms = _load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
         total += tl.sum(loaded / norms[:, None], axis=0)
     norm = tl.maximum(tl.sqrt(tl.sum(total * total)), 1e-12)
-    tl.store(_anchor_at(anchors_ptr, dim, HEAD_SIZE), total / norm, mask=dim < HEAD_SIZE)
+    tl.store(_anchor_at(anchors_ptr, dim, SIZE), total / norm, mask=dim < SIZE)
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
@@ -90,7 +92,7 @@ def _distinctness_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     block_table_ptr,  # [max_num_sequences, max_num_pages]
     columns_ptr,  # [num_sequences, NUM_COLUMNS]
-    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, head_size]
+    anchors_ptr,  # [num_sequences, num_layers * num_kv_heads, SIZE]
     distinctness_ptr,  # flat [num_layers, num_kv_heads, resident_tokens] per sequence
     num_kv_heads,
     block_table_stride,
@@ -98,20 +100,21 @@ def _distinctness_kernel(
     block_stride,
     head_stride,
     slot_stride,
-    HEAD_SIZE: tl.constexpr,
+    FIRST_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    sequence, resident, pages, keys = _keys_of_program(
-        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride
+    sequence, resident, pages, vectors = _vectors_of_program(
+        cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride, FIRST_DIM
     )
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
     if tl.program_id(2) * TILE >= resident:
         return
     dim = tl.arange(0, DIMS)
-    anchor = tl.load(_anchor_at(anchors_ptr, dim, HEAD_SIZE), mask=dim < HEAD_SIZE, other=0.0)
-    loaded, norms = _load_keys(keys, pages, token, resident, dim, block_stride, slot_stride, HEAD_SIZE, BLOCK_SIZE)
+    anchor = tl.load(_anchor_at(anchors_ptr, dim, SIZE), mask=dim < SIZE, other=0.0)
+    loaded, norms = _load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
     cosine = tl.sum(loaded * anchor[None, :], axis=1) / norms
     start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     tl.store(distinctness_ptr + start + token, -cosine, mask=token < resident)
@@ -139,29 +142,30 @@ def _mean_of_neighbours_kernel(
     tl.store(means_ptr + start + token, total / tl.maximum(count, 1.0), mask=token < resident)
 
 
-def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> torch.Tensor:
-    """See :func:`vllm_qfilters.kernels.reference.key_distinctness`. The scales of an fp8 cache do not matter to angles.
+def distinctness(cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.distinctness`. The scales of an fp8 cache do not matter to angles.
 
     Args:
         cache: of this rank.
         batch: the sequences.
+        of_values: of values, where they stand beside keys.
         pool: neighbours to average over, odd.
 
     Returns:
         float32, flat: ``[num_layers, num_kv_heads, resident_tokens]`` per sequence.
     """
     key_values = cache.key_values
-    assert key_values.dtype.is_floating_point, f"keys of dtype {key_values.dtype}: view an fp8 cache as such"
+    assert key_values.dtype.is_floating_point, f"keys and values of dtype {key_values.dtype}: view an fp8 cache as such"
     num_heads = cache.num_layers * cache.num_kv_heads
-    anchors = torch.empty(
-        batch.num_sequences, num_heads, cache.head_size, dtype=torch.float32, device=key_values.device
-    )
-    distinctness = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
-    dims = triton.next_power_of_2(cache.head_size)
+    first_dim, size = (cache.head_size, cache.value_size) if of_values and cache.value_size else (0, cache.head_size)
+    anchors = torch.empty(batch.num_sequences, num_heads, size, dtype=torch.float32, device=key_values.device)
+    turned_away = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
+    dims = triton.next_power_of_2(size)
     tile = max(8, 8192 // dims)
     strides = cache.num_kv_heads, batch.block_table.stride(0), *key_values.stride()[:4]
     constants = {
-        "HEAD_SIZE": cache.head_size,
+        "FIRST_DIM": first_dim,
+        "SIZE": size,
         "DIMS": dims,
         "BLOCK_SIZE": cache.block_size,
         "TILE": tile,
@@ -170,11 +174,11 @@ def key_distinctness(cache: StridedCache, batch: CompactionBatch, pool: int) -> 
     tables = key_values, batch.block_table, batch.columns, anchors
     _anchor_kernel[(batch.num_sequences, num_heads)](*tables, *strides, **constants)
     grid = (batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))
-    _distinctness_kernel[grid](*tables, distinctness, *strides, **constants)
+    _distinctness_kernel[grid](*tables, turned_away, *strides, **constants)
     if pool == 1:
-        return distinctness
-    means = torch.empty_like(distinctness)
+        return turned_away
+    means = torch.empty_like(turned_away)
     _mean_of_neighbours_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, 1024))](
-        distinctness, batch.columns, means, POOL=pool, TILE=1024
+        turned_away, batch.columns, means, POOL=pool, TILE=1024
     )
     return means

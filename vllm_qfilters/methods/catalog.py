@@ -22,7 +22,8 @@ class Entry:
         scores_are_final: a token's score is known when it is written and stays, so that whole pages can be scored.
         recent_only: nothing is scored; the most recent tokens stay beside the sinks.
         expects_attention: scores go by the attention expected of each query head.
-        keeps_distinct: what a prompt holds beyond its budget while it is read are the keys most unlike the others.
+        keeps_distinct: what a prompt holds beyond its budget while it is read are the tokens whose values are most
+            unlike the others.
         observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
         follows_decoding: the queries of generated tokens are kept likewise, for every cut.
         reads_latents: also works on caches of latents, whose keys have no values beside them (MLA).

@@ -15,4 +15,4 @@ class KeyDiff(Method):
     """
 
     def scores(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
-        return self.ops.key_distinctness(self.cache, batch, pool=1)
+        return self.ops.distinctness(self.cache, batch, of_values=False, pool=1)

@@ -14,7 +14,7 @@ from vllm_qfilters.methods.base import Method, RecentQueries
 from vllm_qfilters.plan import RequestCompaction
 
 DISTINCT_POOL = (
-    7  # neighbours whose keys count with a token's own: what stands out are words and numbers of several tokens
+    7  # neighbours whose values count with a token's own: what stands out are words and numbers of several tokens
 )
 BYTES_AT_ONCE = 96 << 20  # that scores and what is made of them take, of as many layers as that allows
 
@@ -188,7 +188,8 @@ class Compactor:
         scores = self._ranked_by(self.mean_over_copies(method.scores(batch, recent_queries)), cache, batch)
         if batch.has_distinct_tokens:
             best = self.ops.select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
-            distinctness = self._ranked_by(self.ops.key_distinctness(cache, batch, DISTINCT_POOL), cache, batch)
+            of_heads = self.ops.distinctness(cache, batch, of_values=True, pool=DISTINCT_POOL)
+            distinctness = self._ranked_by(of_heads, cache, batch)
             scores = distinctness.masked_fill_(best.bool(), math.inf)
         is_kept = self.ops.select_kept(scores, batch, num_layers, num_heads)
         del scores
