@@ -649,11 +649,12 @@ def test_compaction_takes_at_most_128_mib_at_any_context(shape):
 @pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of_values", [False, True], ids=["keys", "values"])
-@pytest.mark.parametrize(("head_size", "pool"), [(16, 1), (40, 3), (80, 7)])
-def test_distinctness_matches_reference(head_size, pool, of_values, layout, dtype):
+@pytest.mark.parametrize(("head_size", "value_size", "pool"), [(16, 16, 1), (40, 24, 3), (80, 80, 7)])
+def test_distinctness_matches_reference(head_size, value_size, pool, of_values, layout, dtype):
     if dtype in FP8 and not HAS_FP8:
         pytest.skip("this GPU has no fp8")
-    geometry = Geometry(num_kv_heads=3, head_size=head_size, dtype={**DTYPES, **FP8}[dtype], layout=layout)
+    dtype = {**DTYPES, **FP8}[dtype]
+    geometry = Geometry(num_kv_heads=3, head_size=head_size, dtype=dtype, layout=layout, value_size=value_size)
     sequences = Sequences([Eviction(300, 16, 4, 20), Eviction(1, 0, 0, 0), Eviction(65, 32, 0, 5)], geometry, seed=1)
     cache = sequences.cache
     cache.key_values.copy_(random_tensor(*cache.key_values.shape, seed=3).to(cache.key_values.dtype))
