@@ -52,7 +52,8 @@ DESCRIPTION = (
     "Measures what compression costs in quality, on the engine itself: every method and the full\n"
     "cache, on the same requests. Writes a file of results (JSON) cell by cell, prints tables, and\n"
     "draws plots beside the file. The same command continues an interrupted run, and measures only\n"
-    "what is missing after methods, tasks or budgets are added. A METHOD is one of\n"
+    "what is missing after methods, tasks or budgets are added, whatever version measured the\n"
+    "rest: give another file to measure it anew. A METHOD is one of\n"
     f"{', '.join(METHODS)}, with options as in\n"
     "qfilters:filter=static,granularity=head. The tasks:\n\n"
     + "\n".join(f"  {name:<11}{text}" for name, text in TASKS.items())
