@@ -14,55 +14,6 @@ namespace {
 
 constexpr float kSmallestNorm = 1e-12f;
 
-// How the elements of keys or values lie in a page: token by token, as values do in vLLM's "vec", or pairs of tokens
-// dimension by dimension, as in its "amx"; the dimensions in runs of kLanes either way.
-enum class RowLayout { kAny, kByToken, kInPairs };
-
-struct RowPlaces {
-  RowLayout layout;
-  int64_t size;            // of a key or value
-  const int64_t* offsets;  // [block_size, size]
-};
-
-// rows[index * stride + dim] becomes the element of slot first + index, for `count` slots; kInPairs: of its pair, too.
-template <typename Element>
-ALWAYS_INLINE void widen_all(
-    const Element* page, const RowPlaces& places, int64_t first, int64_t count, float* rows, int64_t stride) {
-  if (places.layout == RowLayout::kByToken) {
-    for (int64_t index = 0; index < count; ++index) {
-      const int64_t* offsets = places.offsets + (first + index) * places.size;
-      for (int64_t dim = 0; dim < places.size; dim += kLanes) {
-        Floats part;
-        load(page + offsets[dim], part);
-        store(part, rows + index * stride + dim);
-      }
-    }
-  } else if constexpr (sizeof(Element) < sizeof(float)) {
-    for (int64_t index = 0; index < count; index += 2) {
-      const int64_t* offsets = places.offsets + (first + index) * places.size;
-      for (int64_t dim = 0; dim < places.size; dim += kLanes) {
-        Floats even, odd;
-        load_pairs(page + offsets[dim], even, odd);
-        store(even, rows + index * stride + dim);
-        store(odd, rows + (index + 1) * stride + dim);
-      }
-    }
-  }
-}
-
-#define DEFINE_FOR(Element)                                                                                      \
-  CLONE_FOR_WIDER_VECTORS                                                                                        \
-  void widen_rows(                                                                                               \
-      const Element* page, const RowPlaces& places, int64_t first, int64_t count, float* rows, int64_t stride) { \
-    widen_all(page, places, first, count, rows, stride);                                                         \
-  }
-DEFINE_FOR(float)
-DEFINE_FOR(c10::BFloat16)
-DEFINE_FOR(c10::Half)
-DEFINE_FOR(c10::Float8_e4m3fn)
-DEFINE_FOR(c10::Float8_e5m2)
-#undef DEFINE_FOR
-
 // Halves are added while they are vectors: lane by lane takes as long as the products.
 ALWAYS_INLINE float sum_of_lanes(const Floats& floats) {
   typedef float Half __attribute__((vector_size(sizeof(Floats) / 2)));
@@ -140,63 +91,33 @@ template <typename Element>
 class PagedRows {
  public:
   PagedRows(const at::Tensor& pages, const at::Tensor& offsets, const at::Tensor& page_table)
-      : pages_(pages),
-        places_{layout_of(offsets), offsets.size(1), offsets.const_data_ptr<int64_t>()},
-        page_table_(page_table.const_data_ptr<int64_t>()),
-        block_size_(offsets.size(0)) {}
+      : pages_(pages), places_(places_of<Element>(offsets)), page_table_(page_table.const_data_ptr<int64_t>()) {}
 
   // Elements of a row, those that are 0 behind its end among them.
   int64_t padded_size() const {
-    return (places_.size + kLanes - 1) / kLanes * kLanes;
+    return (places_.row_size + kLanes - 1) / kLanes * kLanes;
   }
 
   // Calls see(first, count, rows) for page after page of the tokens of one head.
   template <typename See>
   void visit(int64_t layer, int64_t head, int64_t num_tokens, See see) const {
-    std::vector<Line> lines((block_size_ + 1) * padded_size() / kLanes);
+    const int64_t block_size = places_.num_rows, stride = padded_size();
+    std::vector<Line> lines((block_size + 1) * stride / kLanes);
     float* rows = lines.data()->floats;
     const Element* head_pages =
         static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
-    for (int64_t first = 0; first < num_tokens; first += block_size_) {
-      const int64_t count = std::min(block_size_, num_tokens - first);
-      gather(head_pages + page_table_[first / block_size_] * pages_.stride(1), count, rows);
+    for (int64_t first = 0; first < num_tokens; first += block_size) {
+      const int64_t count = std::min(block_size, num_tokens - first);
+      const Element* page = head_pages + page_table_[first / block_size] * pages_.stride(1);
+      gather_rows(page, places_, count, 0, places_.row_size, rows, stride);
       see(first, count, static_cast<const float*>(rows));
     }
   }
 
  private:
-  void gather(const Element* page, int64_t count, float* rows) const {
-    const int64_t stride = padded_size();
-    if (places_.layout != RowLayout::kAny) {
-      widen_rows(page, places_, 0, count, rows, stride);
-      return;
-    }
-    for (int64_t index = 0; index < count; ++index) {
-      const int64_t* offsets = places_.offsets + index * places_.size;
-      for (int64_t dim = 0; dim < places_.size; ++dim) {
-        rows[index * stride + dim] = static_cast<float>(page[offsets[dim]]);
-      }
-    }
-  }
-
-  static RowLayout layout_of(const at::Tensor& offsets) {
-    const int64_t block_size = offsets.size(0), size = offsets.size(1);
-    if (size % kLanes != 0) {
-      return RowLayout::kAny;
-    }
-    const at::Tensor steps = offsets.view({block_size, -1, kLanes}).diff();
-    if (steps.eq(1).all().item<bool>()) {
-      return RowLayout::kByToken;
-    }
-    const bool has_pairs = sizeof(Element) < sizeof(float) && block_size % 2 == 0 && steps.eq(2).all().item<bool>() &&
-                           offsets.view({-1, 2, size}).diff(1, 1).eq(1).all().item<bool>();
-    return has_pairs ? RowLayout::kInPairs : RowLayout::kAny;
-  }
-
   const at::Tensor& pages_;
   const RowPlaces places_;
   const int64_t* page_table_;
-  const int64_t block_size_;
 };
 
 template <typename Element>

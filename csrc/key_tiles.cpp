@@ -27,23 +27,24 @@ ALWAYS_INLINE void exponentiate(Floats& x) {
 
 template <typename Element>
 ALWAYS_INLINE void widen_all(
-    const Element* page, const KeyPlaces& places, int64_t first, int64_t count, float* keys, int64_t stride) {
+    const Element* page, const RowPlaces& places, int64_t num_rows, int64_t first, int64_t count, float* rows,
+    int64_t stride) {
   const int64_t* offsets = places.offsets + first;
-  if (places.layout == KeyLayout::kByDimension) {
-    for (int64_t dim = 0; dim < places.head_size; ++dim) {
+  if (places.layout == RowLayout::kByRow) {
+    for (int64_t row = 0; row < num_rows; ++row) {
       for (int64_t index = 0; index < count; index += kLanes) {
         Floats part;
-        load(page + offsets[dim * places.block_size + index], part);
-        store(part, keys + dim * stride + index);
+        load(page + offsets[row * places.row_size + index], part);
+        store(part, rows + row * stride + index);
       }
     }
   } else if constexpr (sizeof(Element) < sizeof(float)) {
     for (int64_t index = 0; index < count; index += kLanes) {
-      for (int64_t dim = 0; dim < places.head_size; dim += 2) {
+      for (int64_t row = 0; row < num_rows; row += 2) {
         Floats even, odd;
-        load_pairs(page + offsets[dim * places.block_size + index], even, odd);
-        store(even, keys + dim * stride + index);
-        store(odd, keys + (dim + 1) * stride + index);
+        load_pairs(page + offsets[row * places.row_size + index], even, odd);
+        store(even, rows + row * stride + index);
+        store(odd, rows + (row + 1) * stride + index);
       }
     }
   }
@@ -79,9 +80,10 @@ ALWAYS_INLINE void project_some(
 
 #define DEFINE_FOR(Element)                                                                                      \
   CLONE_FOR_WIDER_VECTORS                                                                                        \
-  void widen_keys(                                                                                               \
-      const Element* page, const KeyPlaces& places, int64_t first, int64_t count, float* keys, int64_t stride) { \
-    widen_all(page, places, first, count, keys, stride);                                                         \
+  void widen_rows(                                                                                               \
+      const Element* page, const RowPlaces& places, int64_t num_rows, int64_t first, int64_t count, float* rows, \
+      int64_t stride) {                                                                                          \
+    widen_all(page, places, num_rows, first, count, rows, stride);                                               \
   }
 DEFINE_FOR(float)
 DEFINE_FOR(c10::BFloat16)

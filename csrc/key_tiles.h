@@ -27,23 +27,67 @@ float exponentiate_all(float* logits, int64_t count, float sink);
 // logits become cap * tanh(logit / cap).
 void soften(float* logits, int64_t count, float cap);
 
-// How the elements of keys lie in a page: dimension by dimension, as in vLLM's "vec", or pairs of dimensions token by
-// token, as in its "amx"; the tokens in runs of kLanes either way.
-enum class KeyLayout { kAny, kByDimension, kInPairs };
+// How the elements of rows lie in a page: row by row, or pairs of rows element by element; in runs of kLanes elements
+// either way. The rows of keys are dimensions, row by row in vLLM's "vec" and in pairs in its "amx"; those of values
+// are tokens, likewise.
+enum class RowLayout { kAny, kByRow, kInPairs };
 
-struct KeyPlaces {
-  KeyLayout layout;
-  int64_t block_size, head_size;
-  const int64_t* offsets;  // [head_size, block_size]
+struct RowPlaces {
+  RowLayout layout;
+  int64_t num_rows, row_size;
+  const int64_t* offsets;  // [num_rows, row_size]
 };
 
-// keys[dim * stride + index] becomes that of the key in slot first + index, for `count` slots and those up to the next
-// multiple of kLanes. Not for KeyLayout::kAny.
-void widen_keys(const float* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
-void widen_keys(const c10::BFloat16* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
-void widen_keys(const c10::Half* page, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
-void widen_keys(const c10::Float8_e4m3fn*, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
-void widen_keys(const c10::Float8_e5m2*, const KeyPlaces&, int64_t first, int64_t count, float* keys, int64_t stride);
+// rows[row * stride + index] becomes element first + index of a row, for the first rows, to the end of the last one's
+// pair, and for `count` elements, and those up to the next multiple of kLanes. Not for RowLayout::kAny.
+void widen_rows(
+    const float*, const RowPlaces&, int64_t num_rows, int64_t first, int64_t count, float* rows, int64_t stride);
+void widen_rows(
+    const c10::BFloat16*, const RowPlaces&, int64_t num_rows, int64_t first, int64_t count, float* rows,
+    int64_t stride);
+void widen_rows(
+    const c10::Half*, const RowPlaces&, int64_t num_rows, int64_t first, int64_t count, float* rows, int64_t stride);
+void widen_rows(
+    const c10::Float8_e4m3fn*, const RowPlaces&, int64_t num_rows, int64_t first, int64_t count, float* rows,
+    int64_t stride);
+void widen_rows(
+    const c10::Float8_e5m2*, const RowPlaces&, int64_t num_rows, int64_t first, int64_t count, float* rows,
+    int64_t stride);
+
+// offsets: [num_rows, row_size] int64, contiguous; must outlive what is returned
+template <typename Element>
+RowPlaces places_of(const at::Tensor& offsets) {
+  const int64_t num_rows = offsets.size(0), row_size = offsets.size(1);
+  RowLayout layout = RowLayout::kAny;
+  if (row_size % kLanes == 0) {
+    const at::Tensor steps = offsets.view({num_rows, -1, kLanes}).diff();
+    if (steps.eq(1).all().item<bool>()) {
+      layout = RowLayout::kByRow;
+    } else if (
+        sizeof(Element) < sizeof(float) && num_rows % 2 == 0 && steps.eq(2).all().item<bool>() &&
+        offsets.view({-1, 2, row_size}).diff(1, 1).eq(1).all().item<bool>()) {
+      layout = RowLayout::kInPairs;
+    }
+  }
+  return {layout, num_rows, row_size, offsets.const_data_ptr<int64_t>()};
+}
+
+// widen_rows, for any layout.
+template <typename Element>
+void gather_rows(
+    const Element* page, const RowPlaces& places, int64_t num_rows, int64_t first, int64_t count, float* rows,
+    int64_t stride) {
+  if (places.layout != RowLayout::kAny) {
+    widen_rows(page, places, num_rows, first, count, rows, stride);
+    return;
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int64_t* offsets = places.offsets + row * places.row_size + first;
+    for (int64_t index = 0; index < count; ++index) {
+      rows[row * stride + index] = static_cast<float>(page[offsets[index]]);
+    }
+  }
+}
 
 // The keys of all layers and heads of a sequence.
 //
@@ -56,15 +100,15 @@ class PagedKeys {
   PagedKeys(const at::Tensor& pages, const at::Tensor& key_offsets, const at::Tensor& page_table)
       : pages_(pages),
         offsets_(key_offsets.t().contiguous()),
-        places_{layout_of(offsets_), offsets_.size(1), offsets_.size(0), offsets_.const_data_ptr<int64_t>()},
+        places_(places_of<Element>(offsets_)),
         page_table_(page_table.const_data_ptr<int64_t>()),
-        gathered_((places_.block_size + kTile - 1) / kTile * kTile) {}
+        gathered_((places_.row_size + kTile - 1) / kTile * kTile) {}
 
   // Calls see(first, count, keys, key_stride) for page after page of the tokens of one head: keys[dim * key_stride +
   // index] is of token first + index, and those up to the next multiple of kTile can be read, too.
   template <typename See>
   void visit(int64_t layer, int64_t head, int64_t num_tokens, See see) const {
-    std::vector<Line> lines(places_.head_size * gathered_ / kLanes);
+    std::vector<Line> lines(places_.num_rows * gathered_ / kLanes);
     float* keys = lines.data()->floats;
     const Element* head_pages =
         static_cast<const Element*>(pages_.const_data_ptr()) + layer * pages_.stride(0) + head * pages_.stride(2);
@@ -84,7 +128,7 @@ class PagedKeys {
     float* products = lines.data()->floats;
     visit(layer, head, num_tokens, [&](int64_t first, int64_t count, const float* keys, int64_t key_stride) {
       for (int64_t done = 0; done < count; done += kTile) {
-        project_tile(vectors, num_vectors, keys + done, key_stride, places_.head_size, products);
+        project_tile(vectors, num_vectors, keys + done, key_stride, places_.num_rows, products);
         see(first + done, std::min(kTile, count - done), static_cast<const float*>(products));
       }
     });
@@ -93,42 +137,19 @@ class PagedKeys {
  private:
   // Keys of tokens [first, first + count) of one head, dimension by dimension.
   void gather(const Element* head_pages, int64_t first, int64_t count, float* keys) const {
-    const int64_t block_size = places_.block_size;
+    const int64_t block_size = places_.row_size;
     int64_t in_page;
     for (int64_t done = 0; done < count; done += in_page) {
       const int64_t token = first + done, slot = token % block_size;
       const Element* page = head_pages + page_table_[token / block_size] * pages_.stride(1);
       in_page = std::min(count - done, block_size - slot);
-      if (places_.layout != KeyLayout::kAny) {
-        widen_keys(page, places_, slot, in_page, keys + done, gathered_);
-        continue;
-      }
-      for (int64_t dim = 0; dim < places_.head_size; ++dim) {
-        const int64_t* offsets = places_.offsets + dim * block_size + slot;
-        for (int64_t index = 0; index < in_page; ++index) {
-          keys[dim * gathered_ + done + index] = static_cast<float>(page[offsets[index]]);
-        }
-      }
+      gather_rows(page, places_, places_.num_rows, slot, in_page, keys + done, gathered_);
     }
-  }
-
-  static KeyLayout layout_of(const at::Tensor& offsets) {
-    const int64_t head_size = offsets.size(0), block_size = offsets.size(1);
-    if (block_size % kLanes != 0) {
-      return KeyLayout::kAny;
-    }
-    const at::Tensor steps = offsets.view({head_size, -1, kLanes}).diff();
-    if (steps.eq(1).all().item<bool>()) {
-      return KeyLayout::kByDimension;
-    }
-    const bool has_pairs = sizeof(Element) < sizeof(float) && head_size % 2 == 0 && steps.eq(2).all().item<bool>() &&
-                           offsets.view({-1, 2, block_size}).diff(1, 1).eq(1).all().item<bool>();
-    return has_pairs ? KeyLayout::kInPairs : KeyLayout::kAny;
   }
 
   const at::Tensor& pages_;
   const at::Tensor offsets_;
-  const KeyPlaces places_;
+  const RowPlaces places_;
   const int64_t* page_table_;
   // Tokens whose keys are gathered at once: a whole page, which is read from its start to its end.
   const int64_t gathered_;
