@@ -145,7 +145,7 @@ def compaction_cases(num_sequences: int) -> dict[str, tuple[Callable[[], object]
     row_bytes = 2 * HEAD_SIZE * DTYPE.itemsize + 4
 
     def observe_queries():
-        observe(cache, batch, observations, cache.scores, Softmax(HEAD_SIZE**-0.5), 7, 13, shared_by_heads=True)
+        observe(cache, batch, observations, cache.scores, Softmax(HEAD_SIZE**-0.5), 7, (6, 12), shared_by_heads=True)
 
     def whole():
         again = CompactionBatch.make(batch.compactions, batch.table_rows, block_table)

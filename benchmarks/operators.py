@@ -112,13 +112,13 @@ def select_case(shared_by_heads: bool) -> Case:
 
 
 def compact_case(cache: PagedCache) -> Case:
-    """Fills holes; no page is shared with other sequences, so none is copied."""
+    """No page is shared with other sequences, so none is copied."""
     is_kept = reference.select_kept(torch.randn(NUM_LAYERS, NUM_KV_HEADS, RESIDENT), KEPT, SINKS, WINDOW, False)
-    first_out = (KEPT - WINDOW) // BLOCK_SIZE
-    new_pages = torch.cat((OLD_PAGES[:first_out], OLD_PAGES[first_out + 1 :]))
-    num_moved = int(is_kept[..., first_out * BLOCK_SIZE : (first_out + 1) * BLOCK_SIZE].sum())
+    first_out, after_out = reference.taken_out(RESIDENT, RESIDENT - KEPT, WINDOW, BLOCK_SIZE)
+    new_pages = torch.cat((OLD_PAGES[: first_out // BLOCK_SIZE], OLD_PAGES[after_out // BLOCK_SIZE :]))
+    num_moved = reference.moves(is_kept, first_out, after_out)[0].numel()
     num_bytes = is_kept.nbytes + 2 * num_moved * (2 * HEAD_SIZE * DTYPE.itemsize + 4 * NUM_PLANES)
-    return case_of("compact", (cache, OLD_PAGES, new_pages, is_kept, SINKS, WINDOW), num_bytes)
+    return case_of("compact", (cache, OLD_PAGES, new_pages, is_kept, WINDOW), num_bytes)
 
 
 def copy_bandwidth() -> float:
@@ -167,7 +167,7 @@ def main() -> None:
         "distinctness, all layers": distinctness_case(cache),
         "select_kept, by head, all layers": select_case(shared_by_heads=False),
         "select_kept, shared by heads, all layers": select_case(shared_by_heads=True),
-        f"fill_holes, {RESIDENT} to {KEPT} tokens, all layers": compact_case(cache),
+        f"compact, {RESIDENT} to {KEPT} tokens, all layers": compact_case(cache),
     }
     bandwidth = copy_bandwidth()
     result = {

@@ -16,8 +16,8 @@ TORCH_LIBRARY(vllm_qfilters, library) {
       "Tensor? group_sizes, Tensor? sinks, float soft_cap) -> (Tensor, Tensor)");
   library.def("distinctness(Tensor pages, Tensor offsets, Tensor page_table, int num_tokens, int pool) -> Tensor");
   library.def(
-      "fill_holes(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
-      "Tensor is_kept, int first_out, int after_out, int after_displaced) -> ()");
+      "close_gaps(Tensor(a!) pages, Tensor(b!) planes, Tensor key_offsets, Tensor value_offsets, Tensor page_table, "
+      "Tensor is_kept, int first_out, int after_out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {
@@ -29,5 +29,5 @@ TORCH_LIBRARY_IMPL(vllm_qfilters, CPU, library) {
   library.impl("expected_attention", &vllm_qfilters::expected_attention);
   library.impl("observed_attention", &vllm_qfilters::observed_attention);
   library.impl("distinctness", &vllm_qfilters::distinctness);
-  library.impl("fill_holes", &vllm_qfilters::fill_holes);
+  library.impl("close_gaps", &vllm_qfilters::close_gaps);
 }

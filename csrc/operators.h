@@ -67,7 +67,8 @@ at::Tensor distinctness(              // [num_layers, num_kv_heads, num_tokens] 
     int64_t num_tokens,
     int64_t pool);                    // neighbours, odd
 
-void fill_holes(
+// Tokens that stay move up in their order, around pages taken out.
+void close_gaps(
     at::Tensor& pages,                // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
     at::Tensor& planes,               // [num_layers, num_blocks, num_planes, num_kv_heads, block_size] float32
     const at::Tensor& key_offsets,    // [block_size, head_size] int64
@@ -75,7 +76,6 @@ void fill_holes(
     const at::Tensor& page_table,     // [num_pages] int64
     const at::Tensor& is_kept,        // [num_layers, num_kv_heads, resident_tokens] bool
     int64_t first_out,                // tokens from here on are taken out ...
-    int64_t after_out,                // ... up to here; tokens from here on make room for sinks taken out ...
-    int64_t after_displaced);         // ... up to here
+    int64_t after_out);               // ... up to here
 
 }  // namespace vllm_qfilters

@@ -14,7 +14,7 @@ from vllm_qfilters.plan import RequestCompaction
 NOT_OBSERVED = -1.0  # stands for the attention to a token that no query was seen to look at, or not yet
 
 # Columns of CompactionBatch.columns; triton/columns.py has the same for kernels.
-TABLE_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW, NEW_START, TOKEN_START, MOVE_START, DISTINCT = range(10)
+TABLE_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW, NEW_START, TOKEN_START, SOURCE_START, DISTINCT = range(10)
 NUM_COLUMNS = 10
 
 
@@ -30,9 +30,8 @@ class CompactionBatch:
         new_pages: the pages of the sequences afterwards, one sequence behind the other, int64.
         copied_pages: shape ``[num_copies, 3]``, int64: row and place in the block table, new page.
         num_tokens: resident tokens of all sequences.
-        num_moves: sum of the most moves of each.
+        kept_before_windows: tokens that stay before the windows, of all sequences.
         max_resident: most resident tokens of a sequence.
-        max_moves: most moves of a sequence.
     """
 
     compactions: tuple[RequestCompaction, ...]
@@ -42,9 +41,8 @@ class CompactionBatch:
     new_pages: torch.Tensor
     copied_pages: torch.Tensor
     num_tokens: int
-    num_moves: int
+    kept_before_windows: int
     max_resident: int
-    max_moves: int
 
     @classmethod
     def make(
@@ -54,7 +52,7 @@ class CompactionBatch:
         columns: list[int] = []
         new_pages: list[int] = []
         copied_pages: list[int] = []
-        num_tokens = num_moves = 0
+        num_tokens = kept_before_windows = 0
         for compaction, table_row in zip(compactions, table_rows, strict=True):
             columns += [
                 table_row,
@@ -65,14 +63,14 @@ class CompactionBatch:
                 compaction.window,
                 len(new_pages),
                 num_tokens,
-                num_moves,
+                kept_before_windows,
                 compaction.distinct_tokens,
             ]
             new_pages += compaction.block_ids
             for place, page in compaction.copied_pages:
                 copied_pages += [table_row, place, page]
             num_tokens += compaction.resident_tokens
-            num_moves += compaction.max_moves
+            kept_before_windows += compaction.kept_before_window
         sizes = [len(columns), len(new_pages), len(copied_pages)]
         on_host = torch.tensor(columns + new_pages + copied_pages, dtype=torch.int64, pin_memory=block_table.is_cuda)
         on_device = on_host.to(block_table.device, non_blocking=True).split(sizes)
@@ -84,9 +82,8 @@ class CompactionBatch:
             new_pages=on_device[1],
             copied_pages=on_device[2].view(-1, 3),
             num_tokens=num_tokens,
-            num_moves=num_moves,
+            kept_before_windows=kept_before_windows,
             max_resident=max(compaction.resident_tokens for compaction in compactions),
-            max_moves=max(compaction.max_moves for compaction in compactions),
         )
 
     def evicting_distinct_tokens(self) -> "CompactionBatch":

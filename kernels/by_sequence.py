@@ -92,7 +92,7 @@ class SequenceOps:
         plane: torch.Tensor,
         softmax: Softmax,
         mean_pool: int,
-        peak_pool: int,
+        peak_reach: tuple[int, int],
         shared_by_heads: bool,
         max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
@@ -105,7 +105,7 @@ class SequenceOps:
                 continue
             queries = softmax.scale * observation.queries.to(plane.device).to(torch.float32)
             mean, peak = self.functions.observed_attention(
-                cache, pages, num_tokens, queries, observation.num_newer, mean_pool, peak_pool, softmax
+                cache, pages, num_tokens, queries, observation.num_newer, mean_pool, peak_reach, softmax
             )
             write_plane(plane, pages, mean)
             if not observation.is_question:
@@ -159,7 +159,6 @@ class SequenceOps:
                 batch.pages_before(index, cache.block_size),
                 batch.pages_after(index),
                 part.expand(-1, cache.num_kv_heads, -1).contiguous(),
-                compaction.sinks,
                 compaction.window,
             )
 

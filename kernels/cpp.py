@@ -17,7 +17,7 @@ OPERATORS = torch.ops.vllm_qfilters
 NUM_ARGUMENTS = {
     "score_and_store": 4,
     "store_value_norms": 3,
-    "fill_holes": 9,
+    "close_gaps": 8,
     "select_kept": 4,
     "mean_standardised": 3,
     "page_scores": 4,
@@ -48,7 +48,7 @@ def _register_fakes() -> None:
     """RuntimeError: the library is of other sources, and lacks an operator."""
     torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
     torch.library.register_fake("vllm_qfilters::store_value_norms", lambda *arguments: None)
-    torch.library.register_fake("vllm_qfilters::fill_holes", lambda *arguments: None)
+    torch.library.register_fake("vllm_qfilters::close_gaps", lambda *arguments: None)
     torch.library.register_fake(
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
     )
@@ -134,7 +134,7 @@ def observed_attention(
     queries: torch.Tensor,
     num_newer: int,
     mean_pool: int,
-    peak_pool: int,
+    peak_reach: tuple[int, int],
     softmax: Softmax = PLAIN_SOFTMAX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_qfilters.kernels.reference.observed_attention`."""
@@ -146,7 +146,7 @@ def observed_attention(
         _times_key_scales(cache, queries),
         *_of_layers(softmax),
     )
-    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
+    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_reach)
 
 
 def distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, of_values: bool, pool: int) -> torch.Tensor:
@@ -174,10 +174,10 @@ def page_scores(plane: torch.Tensor, pages: torch.Tensor, mean: torch.Tensor, de
 
 
 def compact(
-    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, sinks: int, window: int
+    cache: PagedCache, old_pages: torch.Tensor, new_pages: torch.Tensor, is_kept: torch.Tensor, window: int
 ) -> None:
     """See :func:`vllm_qfilters.kernels.reference.compact`."""
-    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, is_kept.shape[-1], sinks, window)
-    OPERATORS.fill_holes.default(
+    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, is_kept.shape[-1], window)
+    OPERATORS.close_gaps.default(
         cache.pages, cache.planes, cache.layout.keys, cache.layout.values, page_table, is_kept, *bounds
     )

@@ -246,20 +246,22 @@ class Ops(Protocol):
         plane: torch.Tensor,
         softmax: Softmax,
         mean_pool: int,
-        peak_pool: int,
+        peak_reach: tuple[int, int],
         shared_by_heads: bool,
         max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """How much attention the last queries pay to each token and its neighbours (after SnapKV, arXiv 2404.14469).
 
         The mean over queries, the query heads of a KV head, and neighbours is written to ``plane``; the peak is the
-        most that a query of the group pays to a neighbour. Tokens that came after the last query get ``NOT_OBSERVED``.
+        most that a query of the group pays to a token within whose reach it lies. Tokens that came after the last query
+        get ``NOT_OBSERVED``.
 
         Args:
             observations: of different sequences.
             plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
             softmax: of the model.
-            mean_pool, peak_pool: neighbours, the token among them, odd.
+            mean_pool: neighbours, the token among them, odd.
+            peak_reach: tokens before and behind one that is looked at which share its peak.
             shared_by_heads: the peak is that of all heads of a layer, on all ranks.
             max_over_ranks: the largest over ranks that hold other heads of the same layers; may write to its argument.
 
@@ -307,11 +309,11 @@ class Ops(Protocol):
         """
 
     def compact(self, cache: Cache, batch: CompactionBatch, is_kept: torch.Tensor, num_selections: int) -> None:
-        """Takes whole pages out of the sequences; the survivors in them fill the holes before the window.
+        """Takes whole pages out of the sequences; the tokens that stay move up in their order, so that neighbours in
+        the cache are neighbours in the text.
 
-        The pages taken out are the last whole pages before the window. No other token moves, so the window stays in
-        order, and sinks stay first. No two sequences may write the same page, nor one write what another reads:
-        :meth:`copy_pages` goes before.
+        The pages taken out are the last whole pages before the window, which stays where it is. No two sequences may
+        write the same page, nor one write what another reads: :meth:`copy_pages` goes before.
 
         Args:
             is_kept: of :meth:`select_kept`.

@@ -133,7 +133,7 @@ def observed_attention(
     queries: torch.Tensor,
     num_newer: int,
     mean_pool: int,
-    peak_pool: int,
+    peak_reach: tuple[int, int],
     softmax: Softmax = PLAIN_SOFTMAX,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much attention the last queries of a prompt pay to each token of a sequence and its neighbours (after SnapKV,
@@ -146,14 +146,15 @@ def observed_attention(
         queries: after RoPE, times the scale of the logits, shape ``[num_layers, num_heads, num_queries, head_size]``,
             float32.
         num_newer: of its last tokens came after the last query.
-        mean_pool, peak_pool: neighbours, the token among them, odd.
+        mean_pool: neighbours, the token among them, odd.
+        peak_reach: tokens before and behind one that is looked at which share its peak.
         softmax: of the model.
 
     Returns:
         float32, shape ``[num_layers, num_kv_heads, num_tokens]`` each; ``NOT_OBSERVED`` for newer tokens.
 
         mean: over queries, the query heads of a KV head, and neighbours.
-        peak: the most that a query, of the query heads of a KV head, pays to a neighbour.
+        peak: the most that a query, of the query heads of a KV head, pays to a token within whose reach it lies.
     """
     num_layers, num_heads, num_queries, head_size = queries.shape
     num_kv_heads = cache.num_kv_heads
@@ -169,11 +170,11 @@ def observed_attention(
         logits = capped(of_layer @ keys[:, None].mT, softmax.soft_cap).masked_fill(is_future, float("-inf"))
         attention = softmax_beside_sinks(logits, softmax, layer)
         mean[layer], peak[layer] = attention.mean((1, 2)), attention.amax((1, 2))
-    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_pool)
+    return pool_neighbours(mean, peak, num_newer, mean_pool, peak_reach)
 
 
 def pool_neighbours(
-    mean: torch.Tensor, peak: torch.Tensor, num_newer: int, mean_pool: int, peak_pool: int
+    mean: torch.Tensor, peak: torch.Tensor, num_newer: int, mean_pool: int, peak_reach: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the attention to each token alone what :func:`observed_attention` returns.
 
@@ -181,7 +182,8 @@ def pool_neighbours(
         mean, peak: shape ``[num_layers, num_kv_heads, num_tokens - num_newer]``.
     """
     mean = avg_pool1d(mean, mean_pool, stride=1, padding=mean_pool // 2)
-    peak = max_pool1d(peak, peak_pool, stride=1, padding=peak_pool // 2)
+    before, behind = peak_reach
+    peak = max_pool1d(pad(peak, (behind, before)), before + 1 + behind, stride=1)
     return pad(mean, (0, num_newer), value=NOT_OBSERVED), pad(peak, (0, num_newer), value=NOT_OBSERVED)
 
 
@@ -343,13 +345,12 @@ def compact(
     old_pages: torch.Tensor,
     new_pages: torch.Tensor,
     is_kept: torch.Tensor,
-    sinks: int,
     window: int,
 ) -> None:
-    """Takes whole pages out of a sequence; the survivors in them fill the holes before the window.
+    """Takes whole pages out of a sequence; the tokens that stay move up in their order.
 
-    The pages taken out are the last whole pages before the window. No other token moves, so the window stays in order,
-    and sinks stay first. Pages of ``new_pages`` that are not the corresponding old ones are private copies, made here.
+    The pages taken out are the last whole pages before the window, so that the window stays where it is. Pages of
+    ``new_pages`` that are not the corresponding old ones are private copies, made here.
 
     Args:
         cache: the cache of this rank; keys, values and planes move together.
@@ -357,48 +358,43 @@ def compact(
         new_pages: its pages afterwards, shape ``[num_new_pages]``, int64.
         is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``; the same count everywhere, a whole number of
             pages less than there are.
-        sinks: first tokens, all kept.
         window: last tokens, all kept.
     """
     bs, resident = cache.block_size, is_kept.shape[-1]
-    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, resident, sinks, window)
-    layer, head, source, hole = moves(is_kept, *bounds)
+    page_table, *bounds = take_out_pages(cache, old_pages, new_pages, resident, window)
+    layer, head, source, place = moves(is_kept, *bounds)
     from_page, from_slot = page_table[source // bs], source % bs
-    to_page, to_slot = page_table[hole // bs], hole % bs
+    to_page, to_slot = page_table[place // bs], place % bs
     cache.write(layer, to_page, head, to_slot, *cache.read(layer, from_page, head, from_slot))
     cache.planes[layer, to_page, :, head, to_slot] = cache.planes[layer, from_page, :, head, from_slot]
 
 
 def moves(
-    is_kept: torch.Tensor, first_out: int, after_out: int, after_displaced: int
+    is_kept: torch.Tensor, first_out: int, after_out: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which survivors go where in :func:`compact`: layer, head, source and hole of each, tokens as they lay before.
+    """Which tokens go where in :func:`compact`: layer, head, source and place of each, as tokens lay before.
 
     Args:
         is_kept: shape ``[num_layers, num_kv_heads, resident_tokens]``.
-        first_out, after_out, after_displaced: of :func:`taken_out`.
+        first_out, after_out: of :func:`taken_out`.
     """
-    is_out = torch.zeros(is_kept.shape[-1], dtype=torch.bool, device=is_kept.device)
-    is_out[first_out:after_out] = True
-    is_displaced = torch.zeros_like(is_out)
-    is_displaced[after_out:after_displaced] = True
-    # Both lists run by (layer, head, token), with equal counts per (layer, head): they pair up one to one, sinks first.
-    layer, head, source = (is_kept & (is_out | is_displaced)).nonzero(as_tuple=True)
-    _, _, hole = (~is_out & (~is_kept | is_displaced)).nonzero(as_tuple=True)
-    return layer, head, source, hole
+    num_layers, num_kv_heads, resident = is_kept.shape
+    layer, head, source = is_kept.nonzero(as_tuple=True)
+    tokens = torch.arange(resident, device=is_kept.device)
+    place = torch.cat((tokens[:first_out], tokens[after_out:])).repeat(num_layers * num_kv_heads)
+    is_move = source != place
+    return layer[is_move], head[is_move], source[is_move], place[is_move]
 
 
-def taken_out(resident: int, evicted: int, sinks: int, window: int, block_size: int) -> tuple[int, int, int]:
+def taken_out(resident: int, evicted: int, window: int, block_size: int) -> tuple[int, int]:
     """Which pages :func:`compact` takes out: the last whole ones before the window.
 
     Returns:
         first_out: the first token of the pages taken out.
         after_out: the first token behind them.
-        after_displaced: where the page that ends the sinks is itself taken out, the tokens from ``after_out`` up to
-            here make room for them; else ``after_out``.
     """
     first_out = (resident - evicted - window) // block_size * block_size
-    return first_out, first_out + evicted, max(sinks, first_out) + evicted
+    return first_out, first_out + evicted
 
 
 def take_out_pages(
@@ -406,17 +402,16 @@ def take_out_pages(
     old_pages: torch.Tensor,
     new_pages: torch.Tensor,
     resident: int,
-    sinks: int,
     window: int,
-) -> tuple[torch.Tensor, int, int, int]:
+) -> tuple[torch.Tensor, int, int]:
     """Makes the private copies of :func:`compact`.
 
     Returns:
         page_table: where the tokens lie once the copies are made, those taken out included, shape ``[num_old_pages]``.
-        first_out, after_out, after_displaced: of :func:`taken_out`.
+        first_out, after_out: of :func:`taken_out`.
     """
     bs = cache.block_size
-    bounds = taken_out(resident, bs * (old_pages.shape[0] - new_pages.shape[0]), sinks, window, bs)
+    bounds = taken_out(resident, bs * (old_pages.shape[0] - new_pages.shape[0]), window, bs)
     first_page, after_page = bounds[0] // bs, bounds[1] // bs
     remaining = torch.cat((old_pages[:first_page], old_pages[after_page:]))
     is_copy = new_pages != remaining

@@ -103,7 +103,7 @@ def launch_all(has_fp8: bool) -> None:
                 narrow.cache.scores,
                 Softmax(0.1),
                 7,
-                13,
+                (6, 12),
                 True,
                 key_scales=scales,
             )
@@ -115,7 +115,7 @@ def launch_all(has_fp8: bool) -> None:
             cache.scores,
             Softmax(0.1),
             7,
-            13,
+            (6, 12),
             shared_by_heads=True,
         )
         for of_values in (False, True):
@@ -125,7 +125,7 @@ def launch_all(has_fp8: bool) -> None:
         softmax = Softmax(0.1, soft_cap=50.0, sinks=sinks, group_sizes=sizes)
         score_resident(cache, batch, filters, factors, None, turns, softmax.soft_cap)
         mean_softmax(logits, batch, cache.num_layers, heads, 4, softmax)
-        observe(cache, batch, [Observation(0, queries, 0)], cache.scores, softmax, 7, 13, shared_by_heads=True)
+        observe(cache, batch, [Observation(0, queries, 0)], cache.scores, softmax, 7, (6, 12), shared_by_heads=True)
         requests = torch.zeros(5, dtype=torch.int64)
         compute_slots_and_lengths(
             requests, torch.zeros(6, dtype=torch.int32), torch.zeros(9, dtype=torch.int64),
@@ -155,7 +155,7 @@ def launch_latents() -> None:
     mean_softmax(score_resident(cache, batch, filters, factors, None, turns), batch, 2, 1, heads)
     queries = torch.zeros(2, heads, 32, size, dtype=geometry.dtype)
     observations = [Observation(0, queries, 0, is_question=True)]
-    observe(cache, batch, observations, cache.scores, Softmax(0.1), 7, 13, shared_by_heads=True)
+    observe(cache, batch, observations, cache.scores, Softmax(0.1), 7, (6, 12), shared_by_heads=True)
     scores = distinctness(cache, batch, True, 7)
     compact(cache, batch, select_kept(scores, batch, 2, 1), 1)
 

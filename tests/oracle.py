@@ -405,7 +405,8 @@ class _Queries:
 
     def attention(self, cache, rule: Rule, newer: int) -> list[torch.Tensor]:
         """Per layer ``[kv_heads, resident]``, -1 for newer tokens: what the last queries pay, averaged over 7
-        neighbours; the most that one of them pays to one of 13 neighbours. None for layers that evict nothing."""
+        neighbours; the most that one of them pays to a token, to one of 12 before it or to one of 6 behind it. None for
+        layers that evict nothing."""
         means, peaks = [], []
         for index, (layer, rows) in enumerate(zip(cache.layers, self.rows, strict=True)):
             if not rule.evicts_from(self.model, index):
@@ -425,10 +426,10 @@ class _Queries:
             for i in range(n):
                 logits[:, :, i, seen - n + i + 1 :] = float("-inf")
             paid = with_sink(self.model, index, logits.flatten(0, 1)).view(logits.shape)
-            paid = torch.nn.functional.pad(paid, (6, 6 + newer))
-            mean = sum(paid[..., 6 + shift : 6 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
+            paid = torch.nn.functional.pad(paid, (12, 6 + newer))
+            mean = sum(paid[..., 12 + shift : 12 + shift + seen] for shift in range(-3, 4)).mean((1, 2)) / 7
             means.append(torch.nn.functional.pad(mean, (0, newer), value=-1))
-            peak = paid.unfold(-1, 13, 1).amax((1, 2, 4))
+            peak = paid.unfold(-1, 19, 1).amax((1, 2, 4))
             peaks.append(torch.nn.functional.pad(peak[:, :seen], (0, newer), value=-1))
         return means, peaks
 
@@ -504,7 +505,7 @@ def unlikeness(vectors: torch.Tensor, neighbours: int = 3) -> torch.Tensor:
 
 
 def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rule, observed, distinct: int):
-    """Keeps the best of each head, in the places the product gives them, and of the rest the ``distinct`` ones most
+    """Keeps the best of each head, in the order of the text, and of the rest the ``distinct`` ones most
     unlike the others; returns these, and ``observed`` of those kept."""
     kept_of_layers, kept_observed = [], []
     for index, layer in enumerate(cache.layers):
@@ -523,7 +524,6 @@ def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rul
                 .repeat(len(values), 1)
                 for values in (rows, others)
             )
-        first_out = (resident - evicted - window) // rule.block * rule.block
         kept = []
         for row, other in zip(rows, others, strict=True):
             order = row.argsort(descending=True)
@@ -533,14 +533,7 @@ def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rul
             is_kept = torch.ones(resident, dtype=torch.bool)
             is_kept[sinks : resident - window] = False
             is_kept[best] = True
-            order = torch.arange(resident)
-            is_out = (order >= first_out) & (order < first_out + evicted)
-            places = order.clone()
-            if first_out >= sinks:  # survivors of the pages taken out fill the holes outside, in order
-                places[~is_kept & ~is_out] = order[is_kept & is_out]
-                kept.append(places[~is_out])
-            else:  # order then matters to nobody here
-                kept.append(order[is_kept])
+            kept.append(is_kept.nonzero()[:, 0])
         kept_rows = torch.stack(kept)
         kept_index = kept_rows[None, :, :, None]
         layer.keys, layer.values = (

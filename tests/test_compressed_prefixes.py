@@ -6,6 +6,7 @@ So a page that is written while others read it, or a prefix that is not what its
 comes after. The truth is a sequence of its own, read token by token from an empty cache.
 """
 
+import itertools
 import random
 import sys
 
@@ -101,13 +102,10 @@ class CachingWorker(Worker):
             self.cache[page] = list(self.cache[table[place]])
             table[place] = page
         kept = survivors(entries, row.position, row.evicted_tokens, row.sinks, row.window)
-        bounds = taken_out(len(entries), row.evicted_tokens, row.sinks, row.window, BLOCK)
-        first_out, after_out, after_displaced = bounds
-        sources = [i for i in range(first_out, after_displaced) if kept[i]]
+        first_out, after_out = taken_out(len(entries), row.evicted_tokens, row.window, BLOCK)
         places = [*range(first_out), *range(after_out, len(entries))]
-        holes = [i for i in places if not kept[i] or after_out <= i < after_displaced]
-        for source, hole in zip(sources, holes, strict=True):
-            self.cache[table[hole // BLOCK]][hole % BLOCK] = entries[source]
+        for place, entry in zip(places, itertools.compress(entries, kept), strict=True):
+            self.cache[table[place // BLOCK]][place % BLOCK] = entry
 
 
 def cold(

@@ -27,7 +27,7 @@ OPERATORS = (
     "expected_attention",
     "observed_attention",
     "distinctness",
-    "fill_holes",
+    "close_gaps",
     "page_scores",
 )
 needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cpp.LIBRARY} is not built")
@@ -238,7 +238,7 @@ def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pa
     ]
     scores = make_scores((geometry.num_layers, geometry.num_kv_heads, eviction.resident), seed, is_tied=seed % 2 == 0)
     is_kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, False)
-    compact(cache, torch.tensor(old_pages), torch.tensor(new_pages), is_kept, eviction.sinks, eviction.window)
+    compact(cache, torch.tensor(old_pages), torch.tensor(new_pages), is_kept, eviction.window)
     return buffer
 
 
@@ -274,7 +274,7 @@ def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
     assert torch.equal(found, expected)
 
 
-def hole_arguments(cache) -> list:
+def gap_arguments(cache) -> list:
     is_kept = torch.ones(cache.num_layers, cache.num_kv_heads, 48, dtype=torch.bool)
     is_kept[..., 3:19] = False
     return [
@@ -285,7 +285,6 @@ def hole_arguments(cache) -> list:
         torch.tensor([4, 1, 2]),
         is_kept,
         16,
-        32,
         32,
     ]
 
@@ -298,19 +297,19 @@ def hole_arguments(cache) -> list:
         pytest.param(4, torch.tensor([4, -1, 2]), "beyond the 6 there are", id="page-before"),
         pytest.param(4, torch.tensor([4, 1]), "for 48 tokens", id="too-few-pages"),
         pytest.param(7, 64, "must be resident", id="takes-out-what-is-not-there"),
-        pytest.param(5, torch.ones(3, 2, 48, dtype=torch.bool), "more tokens survive", id="too-many-kept"),
-        pytest.param(5, torch.zeros(3, 2, 48, dtype=torch.bool), "fewer tokens survive", id="too-few-kept"),
+        pytest.param(5, torch.ones(3, 2, 48, dtype=torch.bool), "more tokens stay", id="too-many-kept"),
+        pytest.param(5, torch.zeros(3, 2, 48, dtype=torch.bool), "fewer tokens stay", id="too-few-kept"),
         pytest.param(5, torch.ones(2, 2, 48, dtype=torch.bool), "for the layers and heads", id="flags-of-other-layers"),
         pytest.param(2, torch.zeros(8, 8, dtype=torch.int64), "for 16 slots", id="other-layout"),
         pytest.param(3, torch.zeros(16, 0, dtype=torch.int64), "must cover the pages", id="values-left-out"),
         pytest.param(0, torch.zeros(3, 6, 2, 256, dtype=torch.float64), "1, 2 or 4 bytes", id="eight-bytes"),
     ],
 )
-def test_fill_holes_refuses(position, value, message):
-    arguments = hole_arguments(make_cache(Geometry())[1])
+def test_close_gaps_refuses(position, value, message):
+    arguments = gap_arguments(make_cache(Geometry())[1])
     arguments[position] = value
     with pytest.raises((RuntimeError, IndexError), match=message):
-        cpp.OPERATORS.fill_holes(*arguments)
+        cpp.OPERATORS.close_gaps(*arguments)
 
 
 def page_arguments() -> list:
@@ -428,14 +427,14 @@ def test_keys_of_an_fp8_cache_are_what_is_stored_times_the_scale_of_their_layer(
     expected = cpp.expected_attention(
         cache, pages, 75, *(vectors * scales[:, *[None] * (vectors.dim() - 1)] for vectors in statistics)
     )
-    observed = cpp.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, 13)
+    observed = cpp.observed_attention(cache, pages, 75, queries * scales[:, None, None, None], 3, 7, (6, 12))
     cache.key_scales = scales
     for functions in (cpp, reference):
         torch.testing.assert_close(
             functions.expected_attention(cache, pages, 75, *statistics), expected, atol=1e-6, rtol=1e-4
         )
         for found, wanted in zip(
-            functions.observed_attention(cache, pages, 75, queries, 3, 7, 13), observed, strict=True
+            functions.observed_attention(cache, pages, 75, queries, 3, 7, (6, 12)), observed, strict=True
         ):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
@@ -453,7 +452,7 @@ def test_observed_attention_matches_reference(group, head_size, num_seen, num_qu
     )
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     queries = torch.randn(2, 2 * group, num_queries, head_size, generator=torch.Generator().manual_seed(num_seen))
-    arguments = (cache, pages, num_tokens, queries, num_newer, 7, 13)
+    arguments = (cache, pages, num_tokens, queries, num_newer, 7, (6, 12))
     for found, expected in zip(
         cpp.observed_attention(*arguments), reference.observed_attention(*arguments), strict=True
     ):
@@ -467,7 +466,7 @@ def test_observed_attention_takes_little_memory_however_long_the_sequence():
     geometry = Geometry(num_layers=1, num_blocks=num_pages, block_size=128, head_size=16, dtype=torch.float32)
     _, cache = make_cache(geometry)
     queries = torch.randn(1, geometry.num_kv_heads * 3, 32, 16, generator=torch.Generator().manual_seed(1))
-    arguments = (cache, torch.arange(num_pages), num_tokens, queries, 0, 7, 13)
+    arguments = (cache, torch.arange(num_pages), num_tokens, queries, 0, 7, (6, 12))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the most that was resident so far
     before = most_resident_bytes()
     found = cpp.observed_attention(*arguments)
@@ -496,7 +495,7 @@ def test_attention_holds_over_the_range_of_logits(lowest):
         cache.pages[0, page][:, cache.layout.keys] = keys[16 * page : 16 * page + 16]
     query = torch.zeros(1, 2, 1, 8)
     query[..., 3] = 1
-    mean, peak = cpp.observed_attention(cache, pages, num_tokens, query, 0, 1, 1)
+    mean, peak = cpp.observed_attention(cache, pages, num_tokens, query, 0, 1, (0, 0))
     expected = logits.double().softmax(0).expand(1, 2, -1)
     for found in (mean, peak):
         torch.testing.assert_close(found.double(), expected, atol=1e-36, rtol=2e-6)
@@ -571,7 +570,7 @@ def test_schemas_say_what_operators_do(operator):
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8), *PLAIN],
         "distinctness": [*attention_arguments()[:4], 7],
-        "fill_holes": hole_arguments(make_cache(Geometry())[1]),
+        "close_gaps": gap_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpp.OPERATORS, operator).default, tuple(arguments[operator]))
 

@@ -52,7 +52,7 @@ def test_positions_are_followed_through_the_cache(seed):
             row[out] = False
         first_out = (resident - evicted - window) // BS
         new_pages = pages[:first_out] + pages[first_out + evicted // BS :]
-        compact(cache, torch.tensor(pages), torch.tensor(new_pages), is_kept, sinks, window)
+        compact(cache, torch.tensor(pages), torch.tensor(new_pages), is_kept, window)
         recorded.follow(RequestCompaction("r", position, resident, evicted, sinks, window, tuple(new_pages)), is_kept)
         pages, resident = new_pages, resident - evicted
         found = unpack(recorded.masks()["r"], 2, 3)

@@ -31,7 +31,7 @@ def attention(functions, softmax: Softmax, group: int = GROUP, rank: int = 3) ->
     means, factors = make_statistics(2, 2 * group, rank, 16)
     queries = torch.randn(2, 2 * group, 8, 16, generator=torch.Generator().manual_seed(0)) / 2
     expected = functions.expected_attention(cache, PAGES, NUM_TOKENS, means, factors, softmax)
-    return [expected, *functions.observed_attention(cache, PAGES, NUM_TOKENS, queries, 3, 7, 13, softmax)]
+    return [expected, *functions.observed_attention(cache, PAGES, NUM_TOKENS, queries, 3, 7, (6, 12), softmax)]
 
 
 @needs_library

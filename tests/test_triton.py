@@ -317,9 +317,7 @@ def test_compact_matches_reference(case, is_shared):
     for index, kept in enumerate(batch.split(is_kept, cache.num_layers, selections)):
         eviction = slow.evictions[index]
         kept = kept.bool().expand(-1, cache.num_kv_heads, -1)
-        reference.compact(
-            slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window
-        )
+        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
 
@@ -337,9 +335,7 @@ def test_the_compactor_goes_by_the_scores_stored_beside_the_keys(case, granulari
     for index, eviction in enumerate(slow.evictions):
         scores = slow.scores_of(index) if mean_over_ranks is torch.clone else -slow.scores_of(index)
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, is_shared)
-        reference.compact(
-            slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.sinks, eviction.window
-        )
+        reference.compact(slow.cache, slow.old_pages[index], slow.new_pages[index], kept, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
 
@@ -374,7 +370,7 @@ def test_pages_and_heads_of_any_size(block, size, dtype, layout):
         torch.testing.assert_close(projections[index], reference.score_resident(keys, filters[0]), atol=1e-2, rtol=1e-3)
         expected = reference.select_kept(slow.scores_of(index), eviction.kept, eviction.sinks, eviction.window, False)
         assert torch.equal(kept.bool(), expected)
-        reference.compact(slow.cache, pages, slow.new_pages[index], expected, eviction.sinks, eviction.window)
+        reference.compact(slow.cache, pages, slow.new_pages[index], expected, eviction.window)
     assert torch.equal(fast.buffer, slow.buffer)
 
 
@@ -442,7 +438,7 @@ def test_caches_may_be_larger_than_32_bits_can_address(layout, tmp_path):
         copy_pages(cache, batch)
         scores, plane = gather_scores(cache.scores, batch), cache.planes[:, :, 1]
         observation = Observation(0, queries, 0, is_question=True)
-        observed = observe(cache, batch, [observation], plane, Softmax(0.1), 7, 13, shared_by_heads=True)
+        observed = observe(cache, batch, [observation], plane, Softmax(0.1), 7, (6, 12), shared_by_heads=True)
         projections = score_resident(cache, batch, filters)
         of_pages = page_scores(cache.scores, first + torch.arange(3, device=DEVICE), mean, deviation)
         is_kept = select_kept(scores, batch, 2, 4)
@@ -477,7 +473,7 @@ def test_sequences_that_take_out_the_same_page_move_what_their_own_queries_obser
         alone = CompactionBatch.make([compactions[index]], [slow.table_rows[index]], slow.batch.block_table)
         (scores,) = alone.split(slow_method.scores(alone, [recent[index]]), 2, 2)
         kept = reference.select_kept(scores, eviction.kept, eviction.sinks, eviction.window, shared_by_heads=False)
-        reference.compact(slow.cache, pages, new_pages, kept, eviction.sinks, eviction.window)
+        reference.compact(slow.cache, pages, new_pages, kept, eviction.window)
         for plane in range(2):
             found = read_plane(fast.cache.planes[:, :, plane], new_pages.to(DEVICE), eviction.kept).cpu()
             torch.testing.assert_close(
@@ -816,7 +812,7 @@ def test_observed_attention_matches_reference(name, monkeypatch):
         observations.append(Observation(index, queries, num_newer, is_question=len(observations) == 0))
         pages, resident = sequences.old_pages[index], sequences.evictions[index].resident
         scaled = 0.2 * queries.float() * (1 if key_scales is None else key_scales[:, None, None, None])
-        mean, peak = reference.observed_attention(cache, pages, resident, scaled, num_newer, 7, 13)
+        mean, peak = reference.observed_attention(cache, pages, resident, scaled, num_newer, 7, (6, 12))
         write_plane(cache.planes[:, :, 1], pages, mean)
         judged_by[index] = peak if observations[-1].is_question else mean
     expected = cache.planes.clone()
@@ -824,7 +820,7 @@ def test_observed_attention_matches_reference(name, monkeypatch):
     with forbidden_waiting():
         plane = cache.planes[:, :, 1]
         found = observe(
-            cache, batch, observations, plane, Softmax(0.2), 7, 13, shared_by_heads=False, key_scales=key_scales
+            cache, batch, observations, plane, Softmax(0.2), 7, (6, 12), shared_by_heads=False, key_scales=key_scales
         )
     torch.testing.assert_close(cache.planes, expected, atol=1e-6, rtol=1e-4)
     assert torch.equal(cache.planes[:, :, 0], before[:, :, 0])

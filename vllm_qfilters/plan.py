@@ -18,8 +18,8 @@ class RequestCompaction:
         sinks: first tokens that must stay where they are.
         window: last tokens that must stay, in order.
         block_ids: its pages afterwards. In token granularity the pages taken out of the middle held the end of the
-            evictable region, and a page that was shared or prefix-cached and must be written is replaced by a private
-            one.
+            evictable region, from which the tokens that stay move up, and a page that was shared or prefix-cached and
+            must be written is replaced by a private one.
         copied_pages: the private ones, as (place among the sequence's pages before, page).
         shared_pages_out: pages taken out that other sequences hold too, where the workers write beside the tokens of
             all pages.
@@ -39,11 +39,9 @@ class RequestCompaction:
     distinct_tokens: int = 0
 
     @property
-    def max_moves(self) -> int:
-        """Most tokens of one layer and head that change places: survivors in pages taken out, into holes before the
-        window.
-        """
-        return min(self.evicted_tokens, self.resident_tokens - self.evicted_tokens - self.window)
+    def kept_before_window(self) -> int:
+        """Tokens of one layer and head that stay before the window."""
+        return self.resident_tokens - self.evicted_tokens - self.window
 
 
 @dataclasses.dataclass(frozen=True)

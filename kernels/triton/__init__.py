@@ -68,12 +68,12 @@ class TritonOps:
         plane: torch.Tensor,
         softmax: Softmax,
         mean_pool: int,
-        peak_pool: int,
+        peak_reach: tuple[int, int],
         shared_by_heads: bool,
         max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         heads = shared_by_heads, max_over_ranks, cache.key_scales
-        return observation.observe(cache, batch, observations, plane, softmax, mean_pool, peak_pool, *heads)
+        return observation.observe(cache, batch, observations, plane, softmax, mean_pool, peak_reach, *heads)
 
     def distinctness(self, cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
         return distinctness.distinctness(cache, batch, of_values, pool)

@@ -240,7 +240,8 @@ def _pool_kernel(
     plane_block_stride,
     plane_head_stride,
     MEAN_POOL: tl.constexpr,
-    PEAK_POOL: tl.constexpr,
+    PEAK_BEFORE: tl.constexpr,
+    PEAK_BEHIND: tl.constexpr,
     SHARED_BY_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -274,8 +275,8 @@ def _pool_kernel(
         first_head, num_heads = start, 1
         if SHARED_BY_HEADS:
             first_head, num_heads = start - head * resident, num_kv_heads
-        for offset in tl.static_range(PEAK_POOL):
-            neighbour = token + offset - PEAK_POOL // 2
+        for offset in tl.static_range(PEAK_BEFORE + 1 + PEAK_BEHIND):
+            neighbour = token + offset - PEAK_BEHIND
             is_seen = (neighbour >= 0) & (neighbour < num_seen)
             for any_head in range(num_heads):
                 at_head = peak_ptr + first_head + any_head * resident
@@ -291,7 +292,7 @@ def observe(
     plane: torch.Tensor,
     softmax: Softmax,
     mean_pool: int,
-    peak_pool: int,
+    peak_reach: tuple[int, int],
     shared_by_heads: bool,
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     key_scales: torch.Tensor | None = None,
@@ -304,7 +305,8 @@ def observe(
         observations: of different sequences.
         plane: shape ``[num_layers, num_blocks, num_kv_heads, block_size]``, float32; written in place.
         softmax: of the model.
-        mean_pool, peak_pool: neighbours, odd.
+        mean_pool: neighbours, the token among them, odd.
+        peak_reach: tokens before and behind one that is looked at which share its peak.
         shared_by_heads: the peak is that of all heads of a layer.
         max_over_ranks: of a tensor, over ranks that hold other heads of the same layers.
         key_scales: float32, shape ``[num_layers]``, for an fp8 cache: keys are what is stored times this.
@@ -317,7 +319,7 @@ def observe(
     assert cache.key_values.dtype.is_floating_point, (
         f"keys of dtype {cache.key_values.dtype}: view an fp8 cache as such"
     )
-    assert mean_pool % 2 == 1 and peak_pool % 2 == 1 and plane.stride(3) == 1
+    assert mean_pool % 2 == 1 and plane.stride(3) == 1
     for observation in observations:
         num_layers, num_heads, _, head_size = observation.queries.shape
         assert (num_layers, head_size) == (cache.num_layers, cache.head_size) and num_heads % cache.num_kv_heads == 0, (
@@ -337,7 +339,7 @@ def observe(
             observed,
             softmax,
             mean_pool,
-            peak_pool,
+            peak_reach,
             shared_by_heads,
             max_over_ranks,
             key_scales,
@@ -370,7 +372,7 @@ def _observe(
     observed: torch.Tensor,
     softmax: Softmax,
     mean_pool: int,
-    peak_pool: int,
+    peak_reach: tuple[int, int],
     shared_by_heads: bool,
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     key_scales: torch.Tensor | None,
@@ -441,7 +443,8 @@ def _observe(
         batch.block_table.stride(0),
         *plane.stride()[:3],
         MEAN_POOL=mean_pool,
-        PEAK_POOL=peak_pool,
+        PEAK_BEFORE=peak_reach[0],
+        PEAK_BEHIND=peak_reach[1],
         SHARED_BY_HEADS=shared_by_heads,
         BLOCK_SIZE=cache.block_size,
         TILE=wide,

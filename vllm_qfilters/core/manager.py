@@ -285,10 +285,9 @@ class QFiltersManager(FullAttentionManager):
         """Takes ``evicted_tokens`` (whole pages) out of a running sequence.
 
         The pages taken out lie before the window: in them ends the region tokens are evicted from, so that survivors
-        move only into holes before them and the window keeps its pages. Pages that survivors may be written to must be
-        private and unhashed; others are replaced, from free pages if there are enough, else by giving up their place in
-        the prefix cache. Call :meth:`release` after the last request of a step: until then the pages taken out stay
-        readable.
+        move up before them and the window keeps its pages. Pages that survivors may be written to must be private and
+        unhashed; others are replaced, from free pages if there are enough, else by giving up their place in the prefix
+        cache. Call :meth:`release` after the last request of a step: until then the pages taken out stay readable.
 
         Returns:
             The plan row, or None if pages shared with other running requests would have to be copied and none is free.

@@ -32,7 +32,7 @@ class SnapKV(Method):
             self.cache.scores,
             self.model.softmax,
             self.POOL,
-            1,
+            (0, 0),
             False,
             lambda peak: peak,
         )

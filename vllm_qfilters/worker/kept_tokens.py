@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from vllm_qfilters.kernels.reference import moves, taken_out
 from vllm_qfilters.plan import PrefixHit, RequestCompaction
 
 
@@ -37,13 +36,7 @@ class KeptTokens:
         """
         positions = self._before(compaction)
         is_kept = is_kept.to("cpu", torch.bool).expand(*self._shape, -1)
-        bounds = taken_out(
-            compaction.resident_tokens, compaction.evicted_tokens, compaction.sinks, compaction.window, self._block_size
-        )
-        layer, head, source, hole = moves(is_kept, *bounds)
-        positions[layer, head, hole] = positions[layer, head, source]
-        first_out, after_out, _ = bounds
-        self._keep(compaction, torch.cat((positions[..., :first_out], positions[..., after_out:]), dim=-1))
+        self._keep(compaction, positions[is_kept].view(*self._shape, -1))
 
     def take_out_pages(self, compaction: RequestCompaction, old_block_ids: Sequence[int]) -> None:
         """Page granularity: the pages of ``old_block_ids`` that ``compaction`` does not have any more left the

@@ -24,9 +24,9 @@ class ExpectedAttention(Method):
 
     VALUE_NORMS, OBSERVED = 0, 1  # planes; the second one only if queries are observed
     MEAN_POOL = 7  # neighbours that attention is averaged over
-    PEAK_POOL = (
-        13  # neighbours that stay with a token: words and numbers of several tokens are looked at by their first
-    )
+    # Tokens before and behind one that a question looks at which stay with it. To find what comes next, heads look at
+    # the words before it; numbers have a token for each digit.
+    PEAK_REACH = (6, 12)
 
     stat = TokenStat.VALUE_NORM
 
@@ -68,7 +68,7 @@ class ExpectedAttention(Method):
             self.cache.planes[:, :, self.OBSERVED],
             self.model.softmax,
             self.MEAN_POOL,
-            self.PEAK_POOL,
+            self.PEAK_REACH,
             self.model.shared_by_heads,
             self.model.max_over_ranks,
         )
