@@ -2,9 +2,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
-#include "checks.h"
+#include "key_tiles.h"
 #include "operators.h"
 
 namespace vllm_qfilters {
@@ -17,9 +18,11 @@ struct Place {
   int64_t slot;
 };
 
+// Tokens side by side in a page that go side by side to another place, in a page of kLanes slots or within as many.
 struct Move {
   Place from;
   Place to;
+  int64_t count;
 };
 
 // Finds where the tokens that stay go, in an order in which none is lost: the j-th one goes to the j-th place outside
@@ -29,110 +32,166 @@ void find_moves(
     const bool* is_kept, int64_t resident, int64_t first_out, int64_t after_out, const int64_t* page_table,
     int64_t block_size, std::vector<Move>& moves, std::vector<Move>& moves_on) {
   const auto place_of = [&](int64_t token) { return Place{page_table[token / block_size], token % block_size}; };
-  const auto first_place = [&](int64_t place) { return place == first_out ? after_out : place; };
+  const auto follows = [](const Place& place, const Place& first, int64_t count) {
+    return place.page == first.page && place.slot == first.slot + count && place.slot % kLanes != 0;
+  };
   moves.clear();
   moves_on.clear();
-  int64_t place = first_place(0);
+  int64_t place = first_out == 0 ? after_out : 0;
   for (int64_t token = 0; token < resident; ++token) {
     if (!is_kept[token]) {
       continue;
     }
     TORCH_CHECK(place < resident, "more tokens stay than there are places outside the pages taken out");
-    if (place != token) {
-      (place < token ? moves : moves_on).push_back({place_of(token), place_of(place)});
+    const Move move{place_of(token), place_of(place), 1};
+    if (place > token) {
+      moves_on.push_back(move);
+    } else if (place < token) {
+      Move* last = moves.empty() ? nullptr : &moves.back();
+      if (last != nullptr && follows(move.from, last->from, last->count) && follows(move.to, last->to, last->count)) {
+        ++last->count;
+      } else {
+        moves.push_back(move);
+      }
     }
-    place = first_place(place + 1);
+    ++place;
+    place = place == first_out ? after_out : place;
   }
   TORCH_CHECK(place == resident, "fewer tokens stay than there are places outside the pages taken out");
   moves.insert(moves.end(), moves_on.rbegin(), moves_on.rend());
 }
 
-// Where the elements of keys, or of values, lie in a page: those of a slot in runs of `size`, which begin at
-// first[slot]
-// + steps[0], first[slot] + steps[1], ... All layouts of vLLM place the elements of one slot like those of another.
-struct Runs {
-  int64_t size;
-  std::vector<int64_t> first, steps;
-  bool slots_are_alike;
+// The pages of one head of a layer. Their elements are only copied, so that their bytes are all that matters of their
+// type.
+template <typename Element>
+struct HeadPages {
+  Element* first;
+  int64_t stride;
+
+  Element* at(const Place& place) const {
+    return first + place.page * stride;
+  }
 };
 
-// offsets: [block_size, elements of a slot] int64, contiguous
-Runs runs_of(const at::Tensor& offsets) {
-  const int64_t num_slots = offsets.size(0), num_elements = offsets.size(1);
-  const int64_t* offset = offsets.const_data_ptr<int64_t>();
-  Runs runs{1, {}, {offset, offset + num_elements}, true};
-  for (int64_t& step : runs.steps) {
-    step -= *offset;
-  }
-  for (int64_t slot = 0; slot < num_slots && num_elements > 0; ++slot) {
-    const int64_t* own = offset + slot * num_elements;
-    runs.first.push_back(*own);
-    if (!std::equal(
-            own, own + num_elements, runs.steps.begin(), [&](int64_t at, int64_t step) { return at == *own + step; })) {
-      runs.slots_are_alike = false;
-    }
-  }
-  int64_t size = 1;
-  while (size < num_elements && runs.steps[size] == size) {
-    ++size;
-  }
-  std::vector<int64_t> begins;
-  for (int64_t element = 0; element < num_elements; element += size) {
-    begins.push_back(runs.steps[element]);
-    for (int64_t next = element; next < std::min(element + size, num_elements); ++next) {
-      if (num_elements % size != 0 || runs.steps[next] != begins.back() + next - element) {
-        return runs;  // of unlike lengths: each element is one
+// Moves element by element.
+//
+// places: of tokens
+template <typename Element>
+void move_elements(const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
+  for (const Move& move : moves) {
+    const Element* from = pages.at(move.from);
+    Element* to = pages.at(move.to);
+    for (int64_t token = 0; token < move.count; ++token) {
+      const int64_t* from_offsets = places.offsets + (move.from.slot + token) * places.row_size;
+      const int64_t* to_offsets = places.offsets + (move.to.slot + token) * places.row_size;
+      for (int64_t index = 0; index < places.row_size; ++index) {
+        to[to_offsets[index]] = from[from_offsets[index]];
       }
     }
   }
-  runs.size = size;
-  runs.steps = begins;
-  return runs;
 }
 
-// Copies keys or values whose runs have kSize elements; kSize 0: any number.
-template <int64_t kSize, typename Element>
-void move_runs(Element* head_pages, int64_t page_stride, const Runs& runs, const std::vector<Move>& moves) {
+// Moves tokens whose elements lie side by side.
+//
+// places: of tokens, RowLayout::kByRow
+template <typename Element>
+void move_rows(const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
   for (const Move& move : moves) {
-    const Element* from = head_pages + move.from.page * page_stride + runs.first[move.from.slot];
-    Element* to = head_pages + move.to.page * page_stride + runs.first[move.to.slot];
-    for (const int64_t step : runs.steps) {
-      std::copy_n(from + step, kSize == 0 ? runs.size : kSize, to + step);
+    const Element* from = pages.at(move.from);
+    Element* to = pages.at(move.to);
+    for (int64_t token = 0; token < move.count; ++token) {
+      const int64_t* from_offsets = places.offsets + (move.from.slot + token) * places.row_size;
+      const int64_t* to_offsets = places.offsets + (move.to.slot + token) * places.row_size;
+      for (int64_t index = 0; index < places.row_size; index += kLanes) {
+        std::copy_n(from + from_offsets[index], kLanes, to + to_offsets[index]);
+      }
     }
   }
 }
 
+// Moves tokens of which two lie element by element: one half of each pair of elements.
+//
+// places: of tokens, RowLayout::kInPairs
 template <typename Element>
-void move_by_offsets(
-    Element* head_pages, int64_t page_stride, const at::Tensor& offsets, const std::vector<Move>& moves) {
-  const int64_t num_elements = offsets.size(1);
-  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+ALWAYS_INLINE void move_halves_of(
+    const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
+  constexpr int kBits = 8 * sizeof(Element);
+  constexpr uint32_t kFirst = (1u << kBits) - 1;
   for (const Move& move : moves) {
-    const Element* from = head_pages + move.from.page * page_stride;
-    Element* to = head_pages + move.to.page * page_stride;
-    const int64_t* from_offset = offset + move.from.slot * num_elements;
-    const int64_t* to_offset = offset + move.to.slot * num_elements;
-    for (int64_t element = 0; element < num_elements; ++element) {
-      to[to_offset[element]] = from[from_offset[element]];
+    const Element* from = pages.at(move.from);
+    Element* to = pages.at(move.to);
+    for (int64_t token = 0; token < move.count; ++token) {
+      const int64_t from_slot = move.from.slot + token, to_slot = move.to.slot + token;
+      const int64_t* from_offsets = places.offsets + from_slot / 2 * 2 * places.row_size;
+      const int64_t* to_offsets = places.offsets + to_slot / 2 * 2 * places.row_size;
+      const int from_shift = from_slot % 2 * kBits, to_shift = to_slot % 2 * kBits;
+      for (int64_t index = 0; index < places.row_size; index += kLanes) {
+        PatternPairs<Element> source, target;
+        std::memcpy(&source, from + from_offsets[index], sizeof(source));
+        std::memcpy(&target, to + to_offsets[index], sizeof(target));
+        const Words elements = (__builtin_convertvector(source, Words) >> from_shift & kFirst) << to_shift;
+        const Words others = __builtin_convertvector(target, Words) & ~(kFirst << to_shift);
+        target = __builtin_convertvector(elements | others, PatternPairs<Element>);
+        std::memcpy(to + to_offsets[index], &target, sizeof(target));
+      }
     }
   }
 }
 
-// Elements are only copied, so that their bytes are all that matters of their type.
+CLONE_FOR_WIDER_VECTORS
+void move_halves(const HeadPages<uint16_t>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
+  move_halves_of(pages, places, moves);
+}
+
+CLONE_FOR_WIDER_VECTORS
+void move_halves(const HeadPages<uint8_t>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
+  move_halves_of(pages, places, moves);
+}
+
+// Moves tokens that lie side by side, dimension by dimension, or two dimensions at a time.
+//
+// places: of dimensions, not RowLayout::kAny
 template <typename Element>
-void move_elements(
-    Element* head_pages, int64_t page_stride, const at::Tensor& offsets, const Runs& runs,
-    const std::vector<Move>& moves) {
-  if (!runs.slots_are_alike) {
-    move_by_offsets(head_pages, page_stride, offsets, moves);
-  } else if (runs.size == 1) {
-    move_runs<1>(head_pages, page_stride, runs, moves);
-  } else if (runs.size == 2) {
-    move_runs<2>(head_pages, page_stride, runs, moves);
-  } else {
-    move_runs<0>(head_pages, page_stride, runs, moves);
+void move_columns(const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
+  const int64_t at_once = places.layout == RowLayout::kInPairs ? 2 : 1;
+  for (const Move& move : moves) {
+    const Element* from = pages.at(move.from);
+    Element* to = pages.at(move.to);
+    for (int64_t dim = 0; dim < places.num_rows; dim += at_once) {
+      const int64_t* offsets = places.offsets + dim * places.row_size;
+      std::copy_n(from + offsets[move.from.slot], move.count * at_once, to + offsets[move.to.slot]);
+    }
   }
 }
+
+// Where the keys, or the values, of a page lie: of tokens, and of dimensions.
+template <typename Element>
+class Contents {
+ public:
+  // offsets: [block_size, elements of a token] int64; must outlive this
+  explicit Contents(const at::Tensor& offsets)
+      : transposed_(offsets.t().contiguous()),
+        tokens_(places_of<Element>(offsets)),
+        dims_(places_of<Element>(transposed_)) {}
+
+  void move(const HeadPages<Element>& pages, const std::vector<Move>& moves) const {
+    if (tokens_.layout == RowLayout::kByRow) {
+      move_rows(pages, tokens_, moves);
+    } else if (dims_.layout != RowLayout::kAny) {
+      move_columns(pages, dims_, moves);
+    } else if (tokens_.layout == RowLayout::kInPairs) {
+      if constexpr (sizeof(Element) < sizeof(uint32_t)) {
+        move_halves(pages, tokens_, moves);
+      }
+    } else {
+      move_elements(pages, tokens_, moves);
+    }
+  }
+
+ private:
+  const at::Tensor transposed_;
+  const RowPlaces tokens_, dims_;
+};
 
 template <typename Element>
 void close_gaps_of(
@@ -144,21 +203,23 @@ void close_gaps_of(
   float* first_plane = planes.mutable_data_ptr<float>();
   const bool* mask = is_kept.const_data_ptr<bool>();
   const int64_t* table = page_table.const_data_ptr<int64_t>();
-  const Runs keys = runs_of(key_offsets), values = runs_of(value_offsets);
+  const Contents<Element> keys(key_offsets), values(value_offsets);
   const int64_t grain = kElementsPerThread / std::max<int64_t>(1, resident * key_offsets.size(1)) + 1;
   at::parallel_for(0, num_layers * num_kv_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<Move> moves, moves_on;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t layer = index / num_kv_heads, head = index % num_kv_heads;
       find_moves(mask + index * resident, resident, first_out, after_out, table, block_size, moves, moves_on);
-      Element* head_pages = first_page + layer * pages.stride(0) + head * pages.stride(2);
-      move_elements(head_pages, pages.stride(1), key_offsets, keys, moves);
-      move_elements(head_pages, pages.stride(1), value_offsets, values, moves);
+      const HeadPages<Element> head_pages{
+          first_page + layer * pages.stride(0) + head * pages.stride(2), pages.stride(1)};
+      keys.move(head_pages, moves);
+      values.move(head_pages, moves);
       for (int64_t plane = 0; plane < num_planes; ++plane) {
-        float* numbers = first_plane + layer * planes.stride(0) + plane * planes.stride(2) + head * planes.stride(3);
+        const HeadPages<float> numbers{
+            first_plane + layer * planes.stride(0) + plane * planes.stride(2) + head * planes.stride(3),
+            planes.stride(1)};
         for (const Move& move : moves) {
-          numbers[move.to.page * planes.stride(1) + move.to.slot] =
-              numbers[move.from.page * planes.stride(1) + move.from.slot];
+          std::copy_n(numbers.at(move.from) + move.from.slot, move.count, numbers.at(move.to) + move.to.slot);
         }
       }
     }

@@ -222,10 +222,11 @@ def test_select_kept_refuses_counts_that_cannot_be(arguments):
         cpp.select_kept(torch.zeros(1, 1, 10), *arguments, False)
 
 
-def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pages: int) -> torch.Tensor:
+def compacted(compact, eviction: Eviction, seed: int, geometry: Geometry, num_pages: int, layout: str) -> torch.Tensor:
     """Every byte of a cache after an eviction from a sequence in it, some of whose pages are replaced by copies."""
     numbers = random.Random(seed)
     buffer, cache = make_cache(geometry, seed)
+    cache.layout = LAYOUTS[layout](geometry.block_size, geometry.head_size)
     buffer.copy_(
         torch.randint(-128, 128, buffer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     )
@@ -252,11 +253,12 @@ WIDE_EVICTIONS = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(13)
 @needs_library
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("case", SEQUENCES | WIDE_EVICTIONS)
-def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
+def test_compact_moves_the_same_bytes_as_the_reference(case, dtype, layout):
     """Every byte: also those of other sequences, which may be any bit pattern, NaN included."""
     eviction, seed = (SEQUENCES | WIDE_EVICTIONS)[case]
     num_pages = -(-eviction.resident // eviction.block_size) + seed % 2
@@ -269,7 +271,7 @@ def test_compact_moves_the_same_bytes_as_the_reference(case, dtype):
         dtype=CACHE_DTYPES[dtype],
     )
     found, expected = (
-        compacted(compact, eviction, seed, geometry, num_pages) for compact in (cpp.compact, reference.compact)
+        compacted(compact, eviction, seed, geometry, num_pages, layout) for compact in (cpp.compact, reference.compact)
     )
     assert torch.equal(found, expected)
 
