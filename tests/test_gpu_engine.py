@@ -107,7 +107,7 @@ CUT = {
     "_head_moments_kernel": 1,
     "_mean_standardised_kernel": 1,
     "_select_kept_kernel": 1,
-    "_pair_moves_kernel": 1,
+    "_find_sources_kernel": 1,
     "_move_kernel": 1,
 }
 # The first one after a prompt observes its last queries, of up to OBSERVATIONS_AT_ONCE prompts at once, and writes to
