@@ -46,8 +46,8 @@ SIZES = {
     "follow_up": f"--budget {BUDGET} --history 6000 --message 200 --conversations 1",
     "loss": "--tasks streaming --sequences 4 --tokens 7168 --loss-from 3072 --budgets 512 1024 2048",
     # The fractions make a budget of 2,048 tokens.
-    "needles-4096": "--tasks passkey --lengths 4096 --fractions 0.5 --trials 1",
-    "needles-8000": "--tasks passkey --lengths 8000 --fractions 0.256 --trials 2",
+    "needles": "--tasks passkey --lengths 8000 --fractions 0.256 --trials 2",
+    "ruler": "--tasks ruler --lengths 8000 --fractions 0.256 --repeats 4",
     # The code among the texts is too short for its share of 12 contexts.
     "generation": (
         f"--tasks generation --text prose technical --budgets {BUDGET} --generations 12 --generation-context 5800 "
@@ -59,8 +59,8 @@ DRY_RUN_SIZES = {
     "throughput": "--budget 256 --requests 4 --prompt 600 --output-tokens 20 --cache 0.8",
     "follow_up": "--budget 256 --history 600 --message 100 --output-tokens 20 --conversations 1",
     "loss": "--tasks streaming --sequences 1 --tokens 512 --loss-from 256 --budgets 128 256",
-    "needles-4096": "--tasks passkey --lengths 400 --fractions 0.5 --trials 1 --depths 0.5",
-    "needles-8000": "--tasks passkey --lengths 500 --fractions 0.256 --trials 1 --depths 0.5",
+    "needles": "--tasks passkey --lengths 500 --fractions 0.256 --trials 1 --depths 0.5",
+    "ruler": "--tasks ruler --lengths 500 --fractions 0.256 --repeats 1 --ruler single",
     "generation": (
         "--tasks generation --budgets 128 --generations 2 --generation-context 200 --generation-tokens 40 "
         "--generation-temperature 1.0"

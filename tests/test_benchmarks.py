@@ -355,7 +355,7 @@ def run_readme(monkeypatch, tmp_path, *options):
     return readme.main()
 
 
-ALL_PARTS = ["decode", "throughput", "follow_up", "streaming", "passkey4096", "passkey8000", "generation"]
+ALL_PARTS = ["decode", "throughput", "follow_up", "streaming", "passkey8000", "ruler8000", "generation"]
 FILES = {f"readme-{name}.json" for name in ("decode", "throughput", "follow-up", "quality")}
 PLOTS = {"readme-loss.png", "readme-decode.png"}
 
@@ -375,7 +375,7 @@ def test_readme_goes_on_after_the_parts_that_are_finished(parts, monkeypatch, tm
     parts.fails, parts.started = (), []
     monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, "date": "2", "command": "two"})
     assert run_readme(monkeypatch, tmp_path) == 0
-    assert parts.started == ["passkey8000", "generation"]
+    assert parts.started == ["passkey8000", "ruler8000", "generation"]
 
 
 @pytest.mark.parametrize("key, value", [("commit", "def"), ("cpu", "EPYC, 2 cores"), ("isa", "AVX2")])
@@ -409,7 +409,7 @@ def test_readme_refuses_a_tree_with_changes(commit, parts, monkeypatch, tmp_path
 
 def test_readme_discards_what_was_measured_while_the_tree_changed(parts, monkeypatch, tmp_path):
     def change():
-        if parts.started[-1] == "passkey4096":
+        if parts.started[-1] == "passkey8000":
             monkeypatch.setattr(readme, "describe_run", lambda: {**CLEAN, "commit": "abc+changes"})
 
     parts.change = change
@@ -417,14 +417,14 @@ def test_readme_discards_what_was_measured_while_the_tree_changed(parts, monkeyp
     monkeypatch.setattr(readme, "describe_run", lambda: dict(CLEAN))
     parts.change, parts.started = lambda: None, []
     assert run_readme(monkeypatch, tmp_path) == 0
-    assert parts.started == ["streaming", "passkey4096", "passkey8000", "generation"], "they share a file"
+    assert parts.started == ["streaming", "passkey8000", "ruler8000", "generation"], "they share a file"
 
 
 def test_readme_copies_files_once_no_part_is_missing(parts, monkeypatch, tmp_path, capsys):
     """A file among the results is a change of the tree, which would keep other parts from being measured."""
     assert run_readme(monkeypatch, tmp_path, "--only", "loss", "decode") == 0
     assert parts.started == ["decode", "streaming"] and not (tmp_path / "results").exists()
-    assert "once these are: throughput, follow_up, needles-4096, needles-8000, generation" in capsys.readouterr().out
+    assert "once these are: throughput, follow_up, needles, ruler, generation" in capsys.readouterr().out
     assert run_readme(monkeypatch, tmp_path) == 0
     assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | PLOTS
 
@@ -478,7 +478,7 @@ def test_eval_knows_the_options_that_readme_gives_it(sizes):
     for name in sizes.keys() - set(readme.CASES):
         args = parser.parse_args([*sizes[name].split(), *readme.EVAL_OPTIONS.split()])
         assert args.methods == ["qfilters", "streaming"]
-        if sizes is readme.SIZES and args.tasks == ["passkey"]:
+        if sizes is readme.SIZES and args.tasks in (["passkey"], ["ruler"]):
             (length,), (fraction,) = args.lengths, args.fractions
             assert math.ceil(fraction * length) == readme.BUDGET
         elif sizes is readme.SIZES:

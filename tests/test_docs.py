@@ -236,6 +236,7 @@ def measured(tmp_path):
             "tasks": {
                 "streaming": {"sequences": 1, "tokens": 7168, "chunk": 128, "loss_from": 3072, "texts": {}},
                 "passkey-8000": {"length": 8000, "depths": [0, 1], "trials_per_depth": 1, "seed": 0},
+                "ruler-8000": {"length": 8000, "kinds": ["single"], "repeats": 2, "seed": 0},
             },
             "cells": [
                 {"task": task, "engine": 0, "method": method, "budget": budget, **numbers}
@@ -249,6 +250,10 @@ def measured(tmp_path):
                         ("full", 0): {"found": 2, "trials": 2},
                         ("qfilters", 0.256): {"found": 2, "trials": 2},
                         ("streaming", 0.256): {"found": 1, "trials": 2},
+                    },
+                    "ruler-8000": {
+                        ("full", 0): {"mean": 0.75, "error": 0.25, "trials": 2, "scores": [0.5, 1.0]},
+                        ("qfilters", 0.256): {"mean": 0.5, "error": 0.5, "trials": 2, "scores": [0.0, 1.0]},
                     },
                 }.items()
                 for (method, budget), numbers in cells.items()
@@ -268,6 +273,7 @@ def test_the_table_of_readme_is_made_from_the_files_of_results(measured):
     assert f"|0.500|**1.25**|{NOT_MEASURED}|" in made
     assert f"|**0**|0.100|{NOT_MEASURED}|" in made
     assert "of 2, prompts of 8,000|**2**|**2**|1|" in made, "0.256 of 8,000 tokens is the budget"
+    assert f"RULER's, prompts of 8,000|**0.75**|0.50|{NOT_MEASURED}|" in made
     assert "A CPU, 2 cores (AVX2), vLLM 0.32.0, commit abc1234; speed: medians of 3 rounds, quality: one run" in made
     assert not re.search(r"\*\*[a-z]", made), "nothing to warn of"
 
@@ -284,7 +290,7 @@ def test_readme_warns_of_numbers_from_changed_trees_and_single_rounds(measured):
 
 def test_what_is_not_measured_is_said(tmp_path):
     made = readme.results([])
-    assert made.count(NOT_MEASURED) == 3 * 7 and "ms per step" in made
+    assert made.count(NOT_MEASURED) == 3 * 8 and "ms per step" in made
     assert readme.plots(tmp_path, "results") == f"Plots: {NOT_MEASURED}."
 
 

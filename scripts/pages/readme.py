@@ -29,6 +29,7 @@ _MISSING_ROWS = (
     "requests per second",
     "loss above the full cache's",
     "hidden numbers found",
+    "score of questions like RULER's",
     "long answers that turn in circles",
     "seconds to the next turn's first token",
 )
@@ -270,6 +271,9 @@ def _quality_row(of_kind: str, settings: Values, cells: dict[str, Values | None]
     if of_kind == "retrieval":
         label = f"hidden numbers found of {full['trials']}, prompts of {number(settings['length'])}"
         return Row(label, each(lambda cell: cell["found"]), most_is_best=True)
+    if of_kind == "score":
+        label = f"score of questions like RULER's, prompts of {number(settings['length'])}"
+        return Row(label, each(lambda cell: cell["mean"]), shown=lambda value: f"{value:.2f}", most_is_best=True)
     label = f"answers of up to {number(settings['tokens'])} tokens that turn in circles, of {len(full['lengths'])}"
     return Row(label, each(lambda cell: cell["loops"]))
 
