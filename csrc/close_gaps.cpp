@@ -18,7 +18,8 @@ struct Place {
   int64_t slot;
 };
 
-// Tokens side by side in a page that go side by side to another place, in a page of kLanes slots or within as many.
+// Tokens in neighbouring slots of a page that go to neighbouring slots. None of them but the first is in a slot whose
+// number is a multiple of kLanes, before or after: layouts are regular up to there.
 struct Move {
   Place from;
   Place to;
@@ -73,28 +74,10 @@ struct HeadPages {
   }
 };
 
-// Moves element by element.
+// Moves tokens whose elements lie side by side, kSize of them at least.
 //
-// places: of tokens
-template <typename Element>
-void move_elements(const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
-  for (const Move& move : moves) {
-    const Element* from = pages.at(move.from);
-    Element* to = pages.at(move.to);
-    for (int64_t token = 0; token < move.count; ++token) {
-      const int64_t* from_offsets = places.offsets + (move.from.slot + token) * places.row_size;
-      const int64_t* to_offsets = places.offsets + (move.to.slot + token) * places.row_size;
-      for (int64_t index = 0; index < places.row_size; ++index) {
-        to[to_offsets[index]] = from[from_offsets[index]];
-      }
-    }
-  }
-}
-
-// Moves tokens whose elements lie side by side.
-//
-// places: of tokens, RowLayout::kByRow
-template <typename Element>
+// places: of tokens; RowLayout::kByRow for kSize = kLanes, any for 1
+template <int64_t kSize, typename Element>
 void move_rows(const HeadPages<Element>& pages, const RowPlaces& places, const std::vector<Move>& moves) {
   for (const Move& move : moves) {
     const Element* from = pages.at(move.from);
@@ -102,8 +85,8 @@ void move_rows(const HeadPages<Element>& pages, const RowPlaces& places, const s
     for (int64_t token = 0; token < move.count; ++token) {
       const int64_t* from_offsets = places.offsets + (move.from.slot + token) * places.row_size;
       const int64_t* to_offsets = places.offsets + (move.to.slot + token) * places.row_size;
-      for (int64_t index = 0; index < places.row_size; index += kLanes) {
-        std::copy_n(from + from_offsets[index], kLanes, to + to_offsets[index]);
+      for (int64_t index = 0; index < places.row_size; index += kSize) {
+        std::copy_n(from + from_offsets[index], kSize, to + to_offsets[index]);
       }
     }
   }
@@ -176,7 +159,7 @@ class Contents {
 
   void move(const HeadPages<Element>& pages, const std::vector<Move>& moves) const {
     if (tokens_.layout == RowLayout::kByRow) {
-      move_rows(pages, tokens_, moves);
+      move_rows<kLanes>(pages, tokens_, moves);
     } else if (dims_.layout != RowLayout::kAny) {
       move_columns(pages, dims_, moves);
     } else if (tokens_.layout == RowLayout::kInPairs) {
@@ -184,7 +167,7 @@ class Contents {
         move_halves(pages, tokens_, moves);
       }
     } else {
-      move_elements(pages, tokens_, moves);
+      move_rows<1>(pages, tokens_, moves);
     }
   }
 
