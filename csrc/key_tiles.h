@@ -59,7 +59,7 @@ template <typename Element>
 RowPlaces places_of(const at::Tensor& offsets) {
   const int64_t num_rows = offsets.size(0), row_size = offsets.size(1);
   RowLayout layout = RowLayout::kAny;
-  if (row_size % kLanes == 0) {
+  if (offsets.numel() > 0 && row_size % kLanes == 0) {
     const at::Tensor steps = offsets.view({num_rows, -1, kLanes}).diff();
     if (steps.eq(1).all().item<bool>()) {
       layout = RowLayout::kByRow;

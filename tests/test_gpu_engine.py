@@ -21,6 +21,7 @@ from tests.interpreted_runs import (
     METHODS,
     NARROW,
     ONE,
+    ONE_WITHOUT_TIES,
     PAGES,
     SESSION,
     SHARED_PREFIX,
@@ -225,7 +226,7 @@ def test_layers_that_share_a_cache(runs, tiny_gemma3n, gemma3n_filters):
     """Gemma 3n."""
     result, engines = runs["gemma3n"], Engines(tiny_gemma3n, gemma3n_filters[0])
     assert result["compactions"] >= 2
-    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), ONE, result)
+    assert_like_v1(engines.get(num_blocks=32, max_model_len=512, max_batched=128, **EVICTING), ONE_WITHOUT_TIES, result)
 
 
 def test_states_beside_attention(runs, tiny_lfm2, lfm2_filters):

@@ -61,7 +61,7 @@ def test_csrc_moves_the_same_bytes_as_the_reference(num_planes, dtype):
         cache = paged(sequences, num_planes)
         for index, eviction in enumerate(EVICTIONS):
             pages = sequences.old_pages[index], sequences.new_pages[index]
-            module.compact(cache, *pages, is_kept_of(cache, eviction, index), eviction.sinks, eviction.window)
+            module.compact(cache, *pages, is_kept_of(cache, eviction, index), eviction.window)
         found.append((sequences.buffer, cache.planes))
     assert all(map(torch.equal, *found))
 
@@ -102,7 +102,7 @@ def test_triton_matches_the_reference(dtype, num_planes, layout):
     compact(fast_cache, fast.batch, flat, num_selections=1)
     for index, eviction in enumerate(EVICTIONS):
         pages = slow.old_pages[index], slow.new_pages[index]
-        reference.compact(slow_cache, *pages, kept[index].to(DEVICE), eviction.sinks, eviction.window)
+        reference.compact(slow_cache, *pages, kept[index].to(DEVICE), eviction.window)
     assert torch.equal(fast.buffer, slow.buffer) and torch.equal(fast_cache.planes, slow_cache.planes)
 
 
