@@ -29,7 +29,7 @@ from vllm_qfilters.kernels import PagedCache, cpp, probe_page_layout, reference
 
 NUM_LAYERS, NUM_QUERY_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 30, 9, 3, 64, 128
 NUM_HEADS = NUM_LAYERS * NUM_KV_HEADS  # KV heads of all layers
-NUM_PLANES = 2
+NUM_PLANES = 1
 RESIDENT, KEPT, SINKS, WINDOW = 1024, 896, 4, 128
 DTYPE = torch.bfloat16
 RANK = 8
@@ -79,13 +79,9 @@ def write_case(cache: PagedCache, num_tokens: int) -> Case:
     return case_of("score_and_store", (key, filters, cache.scores[0], slots), num_bytes)
 
 
-def norm_case(cache: PagedCache, num_tokens: int) -> Case:
-    value, slots = (
-        torch.randn(num_tokens, NUM_KV_HEADS, HEAD_SIZE).to(DTYPE),
-        torch.arange(num_tokens) % (16 * BLOCK_SIZE),
-    )
-    num_bytes = value.nbytes + slots.nbytes + 4 * num_tokens * NUM_KV_HEADS * NUM_PLANES
-    return case_of("store_value_norms", (value, cache.planes[0], slots), num_bytes)
+def norm_case(cache: PagedCache) -> Case:
+    num_bytes = NUM_HEADS * RESIDENT * (HEAD_SIZE * DTYPE.itemsize + 4)
+    return case_of("value_norms", (cache, OLD_PAGES, RESIDENT), num_bytes)
 
 
 def page_case(cache: PagedCache, num_pages: int) -> Case:
@@ -158,9 +154,7 @@ def main() -> None:
         "score_and_store, 1 token, one layer": write_case(cache, 1),
         "score_and_store, 8 tokens, one layer": write_case(cache, 8),
         "score_and_store, 2048 tokens, one layer": write_case(cache, 2048),
-        "store_value_norms, 1 token, one layer": norm_case(cache, 1),
-        "store_value_norms, 8 tokens, one layer": norm_case(cache, 8),
-        "store_value_norms, 2048 tokens, one layer": norm_case(cache, 2048),
+        "value_norms, all layers": norm_case(cache),
         "page_scores, 1 page, all layers": page_case(cache, 1),
         "page_scores, 8 pages, all layers": page_case(cache, 8),
         f"expected_attention, rank {RANK}, all layers": attention_case(cache),

@@ -28,9 +28,9 @@ inline void check_page_table(const at::Tensor& page_table, int64_t num_blocks, i
 inline void check_offsets(const at::Tensor& offsets, int64_t block_size, int64_t page_elements) {
   TORCH_CHECK(
       offsets.dim() == 2 && offsets.is_contiguous() && offsets.scalar_type() == at::kLong &&
-          offsets.size(0) == block_size && (2 * offsets.numel() == page_elements || offsets.numel() == page_elements),
-      "offsets must be contiguous int64 for ", block_size, " slots, half of the ", page_elements,
-      " elements of a page, or all where keys stand alone, found ", offsets.scalar_type(), offsets.sizes());
+          offsets.size(0) == block_size && page_elements % block_size == 0 && offsets.numel() <= page_elements,
+      "offsets must be contiguous int64 for ", block_size, " slots, and no more than the ", page_elements,
+      " elements of a page, found ", offsets.scalar_type(), offsets.sizes());
 }
 
 }  // namespace vllm_qfilters

@@ -14,11 +14,6 @@ void score_and_store(
     at::Tensor& score_plane,          // [num_blocks, num_kv_heads, block_size] float32
     const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
 
-void store_value_norms(
-    const at::Tensor& value,          // [num_tokens, num_kv_heads, head_size] bfloat16, float16 or float32
-    at::Tensor& planes,               // [num_blocks, num_planes, num_kv_heads, block_size] float32
-    const at::Tensor& slot_mapping);  // [num_tokens] int64, -1: padding
-
 at::Tensor mean_standardised(         // [num_layers, 1, resident_tokens] float32
     const at::Tensor& scores,         // [num_layers, num_kv_heads, resident_tokens] float32
     int64_t sinks,
@@ -66,6 +61,12 @@ at::Tensor distinctness(              // [num_layers, num_kv_heads, num_tokens] 
     const at::Tensor& page_table,     // [num_pages] int64
     int64_t num_tokens,
     int64_t pool);                    // neighbours, odd
+
+at::Tensor value_norms(               // [num_layers, num_kv_heads, num_tokens] float32
+    const at::Tensor& pages,          // [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
+    const at::Tensor& offsets,        // [block_size, size of a value] int64
+    const at::Tensor& page_table,     // [num_pages] int64
+    int64_t num_tokens);
 
 // Tokens that stay move up in their order, around pages taken out.
 void close_gaps(

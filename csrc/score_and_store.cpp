@@ -2,7 +2,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "lanes.h"
 #include "operators.h"
@@ -12,8 +11,6 @@ namespace {
 
 // Below this many multiplications per thread, waking one costs more than it saves: a decode step stays on its thread.
 constexpr int64_t kMultiplicationsPerThread = 1 << 16;
-
-constexpr float kNotObserved = -1;  // reference.NOT_OBSERVED
 
 // As a tree, whose additions do not wait for each other.
 template <int64_t count>
@@ -45,21 +42,6 @@ ALWAYS_INLINE float dot(const Element* elements, const float* filter, int64_t he
   return sum;
 }
 
-template <typename Element>
-ALWAYS_INLINE float norm(const Element* elements, int64_t head_size) {
-  Floats sums = {}, lanes;
-  int64_t dim = 0;
-  for (; dim + kLanes <= head_size; dim += kLanes) {
-    load(elements + dim, lanes);
-    sums += lanes * lanes;
-  }
-  float sum = sum_of<kLanes>(reinterpret_cast<const float*>(&sums));
-  for (; dim < head_size; ++dim) {
-    sum += static_cast<float>(elements[dim]) * static_cast<float>(elements[dim]);
-  }
-  return std::sqrt(sum);
-}
-
 struct Sizes {
   int64_t num_kv_heads;
   int64_t head_size;
@@ -75,88 +57,49 @@ struct Sizes {
       numbers[head * sizes.number_stride] =                                                          \
           dot(key + head * sizes.head_stride, filters + head * sizes.head_size, sizes.head_size);    \
     }                                                                                                \
-  }                                                                                                  \
-  CLONE_FOR_WIDER_VECTORS                                                                            \
-  void norm_token(const Element* value, float* numbers, const Sizes& sizes) {                        \
-    for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {                                      \
-      numbers[head * sizes.number_stride] = norm(value + head * sizes.head_stride, sizes.head_size); \
-    }                                                                                                \
   }
 DEFINE_FOR(float)
 DEFINE_FOR(c10::BFloat16)
 DEFINE_FOR(c10::Half)
 #undef DEFINE_FOR
 
-// Calls visit(token, block, slot) for every token that is no padding.
-template <typename Visit>
-void for_each_slot(
-    const at::Tensor& slot_mapping, int64_t num_blocks, int64_t block_size, const Sizes& sizes, const Visit& visit) {
-  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  const int64_t grain = kMultiplicationsPerThread / std::max<int64_t>(1, sizes.num_kv_heads * sizes.head_size) + 1;
-  at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      if (slots[token] < 0) {
-        continue;
-      }
-      const int64_t block = slots[token] / block_size;
-      TORCH_CHECK_INDEX(
-          block < num_blocks, "slot ", slots[token], " lies beyond the ", num_blocks, " blocks of ", block_size);
-      visit(token, block, slots[token] % block_size);
-    }
-  });
-}
-
 template <typename Element>
 void score_tokens(
     const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
   const Sizes sizes{key.size(1), key.size(2), key.stride(1), score_plane.stride(1)};
-  const int64_t key_stride = key.stride(0), block_stride = score_plane.stride(0), slot_stride = score_plane.stride(2);
+  const int64_t num_blocks = score_plane.size(0), block_size = score_plane.size(2);
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   const Element* keys = key.const_data_ptr<Element>();
   const float* filter = filters.const_data_ptr<float>();
   float* plane = score_plane.mutable_data_ptr<float>();
-  for_each_slot(
-      slot_mapping, score_plane.size(0), score_plane.size(2), sizes, [&](int64_t token, int64_t block, int64_t slot) {
-        project_token(keys + token * key_stride, filter, plane + block * block_stride + slot * slot_stride, sizes);
-      });
-}
-
-template <typename Element>
-void store_norms(const at::Tensor& value, at::Tensor& planes, const at::Tensor& slot_mapping) {
-  const Sizes sizes{value.size(1), value.size(2), value.stride(1), planes.stride(2)};
-  const int64_t value_stride = value.stride(0), block_stride = planes.stride(0), slot_stride = planes.stride(3);
-  const int64_t num_planes = planes.size(1), plane_stride = planes.stride(1);
-  const Element* values = value.const_data_ptr<Element>();
-  float* first = planes.mutable_data_ptr<float>();
-  for_each_slot(slot_mapping, planes.size(0), planes.size(3), sizes, [&](int64_t token, int64_t block, int64_t slot) {
-    float* numbers = first + block * block_stride + slot * slot_stride;
-    norm_token(values + token * value_stride, numbers, sizes);
-    for (int64_t plane = 1; plane < num_planes; ++plane) {
-      for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {
-        numbers[plane * plane_stride + head * sizes.number_stride] = kNotObserved;
+  const int64_t grain = kMultiplicationsPerThread / std::max<int64_t>(1, sizes.num_kv_heads * sizes.head_size) + 1;
+  at::parallel_for(0, slot_mapping.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      if (slots[token] < 0) {
+        continue;  // padding
       }
+      const int64_t block = slots[token] / block_size, slot = slots[token] % block_size;
+      TORCH_CHECK_INDEX(
+          block < num_blocks, "slot ", slots[token], " lies beyond the ", num_blocks, " blocks of ", block_size);
+      float* numbers = plane + block * score_plane.stride(0) + slot * score_plane.stride(2);
+      project_token(keys + token * key.stride(0), filter, numbers, sizes);
     }
   });
-}
-
-void check_tokens(const at::Tensor& vectors, const at::Tensor& slot_mapping) {
-  TORCH_CHECK(
-      vectors.dim() == 3 && slot_mapping.dim() == 1, "keys and values have 3 dimensions, slots 1, found ",
-      vectors.dim(), ", ", slot_mapping.dim());
-  TORCH_CHECK(
-      slot_mapping.size(0) <= vectors.size(0) && slot_mapping.is_contiguous() &&
-          slot_mapping.scalar_type() == at::kLong,
-      "slots must be contiguous, int64 and at most ", vectors.size(0), ", found ", slot_mapping.scalar_type(),
-      slot_mapping.sizes());
-  TORCH_CHECK(
-      vectors.stride(2) == 1, "the elements of a key or value must lie side by side, found stride ", vectors.stride(2));
 }
 
 }  // namespace
 
 void score_and_store(
     const at::Tensor& key, const at::Tensor& filters, at::Tensor& score_plane, const at::Tensor& slot_mapping) {
-  check_tokens(key, slot_mapping);
-  TORCH_CHECK(score_plane.dim() == 3, "scores have 3 dimensions, found ", score_plane.dim());
+  TORCH_CHECK(
+      key.dim() == 3 && slot_mapping.dim() == 1 && score_plane.dim() == 3,
+      "keys and scores have 3 dimensions, slots 1, found ", key.dim(), ", ", score_plane.dim(), ", ",
+      slot_mapping.dim());
+  TORCH_CHECK(
+      slot_mapping.size(0) <= key.size(0) && slot_mapping.is_contiguous() && slot_mapping.scalar_type() == at::kLong,
+      "slots must be contiguous, int64 and at most ", key.size(0), ", found ", slot_mapping.scalar_type(),
+      slot_mapping.sizes());
+  TORCH_CHECK(key.stride(2) == 1, "the elements of a key must lie side by side, found stride ", key.stride(2));
   TORCH_CHECK(
       filters.sizes() == key.sizes().slice(1) && filters.is_contiguous() && filters.scalar_type() == at::kFloat,
       "filters must be contiguous, float32 and of shape ", key.sizes().slice(1), ", found ", filters.scalar_type(),
@@ -173,24 +116,6 @@ void score_and_store(
       return score_tokens<c10::Half>(key, filters, score_plane, slot_mapping);
     default:
       TORCH_CHECK(false, "keys must be float32, bfloat16 or float16, found ", key.scalar_type());
-  }
-}
-
-void store_value_norms(const at::Tensor& value, at::Tensor& planes, const at::Tensor& slot_mapping) {
-  check_tokens(value, slot_mapping);
-  TORCH_CHECK(
-      planes.dim() == 4 && planes.size(2) == value.size(1) && planes.scalar_type() == at::kFloat,
-      "planes must be float32 with 4 dimensions for ", value.size(1), " heads, found ", planes.scalar_type(),
-      planes.sizes());
-  switch (value.scalar_type()) {
-    case at::kFloat:
-      return store_norms<float>(value, planes, slot_mapping);
-    case at::kBFloat16:
-      return store_norms<c10::BFloat16>(value, planes, slot_mapping);
-    case at::kHalf:
-      return store_norms<c10::Half>(value, planes, slot_mapping);
-    default:
-      TORCH_CHECK(false, "values must be float32, bfloat16 or float16, found ", value.scalar_type());
   }
 }
 

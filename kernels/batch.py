@@ -14,8 +14,9 @@ from vllm_qfilters.plan import RequestCompaction
 NOT_OBSERVED = -1.0  # stands for the attention to a token that no query was seen to look at, or not yet
 
 # Columns of CompactionBatch.columns; triton/columns.py has the same for kernels.
-TABLE_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW, NEW_START, TOKEN_START, SOURCE_START, DISTINCT = range(10)
-NUM_COLUMNS = 10
+TABLE_ROW, POSITION, RESIDENT, EVICTED, SINKS, WINDOW = range(6)
+NEW_START, TOKEN_START, SOURCE_START, DISTINCT, UNOBSERVED = range(6, 11)
+NUM_COLUMNS = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class CompactionBatch:
                 num_tokens,
                 kept_before_windows,
                 compaction.distinct_tokens,
+                compaction.unobserved_tokens,
             ]
             new_pages += compaction.block_ids
             for place, page in compaction.copied_pages:
@@ -99,18 +101,6 @@ class CompactionBatch:
             for compaction in self.compactions
         )
         return dataclasses.replace(self, columns=columns, compactions=compactions)
-
-    def keeps_distinct(self, num_heads: int) -> torch.Tensor:
-        """Which elements of a flat result belong to a sequence with distinct tokens, bool.
-
-        Args:
-            num_heads: of all layers together.
-        """
-        return torch.repeat_interleave(
-            self.columns[:, DISTINCT] > 0,
-            num_heads * self.columns[:, RESIDENT],
-            output_size=num_heads * self.num_tokens,
-        )
 
     @property
     def has_distinct_tokens(self) -> bool:

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from vllm_qfilters.kernels import reference
-from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import read_plane, write_plane
 from vllm_qfilters.kernels.ops import Cache, Observation, Softmax, TokenStat, Turns
 
@@ -42,8 +42,6 @@ class SequenceOps:
             reference.write_keys_and_values(key, value, cache, slot_mapping, key_scale, value_scale)
         if stat == TokenStat.PROJECTION:
             self.functions.score_and_store(key, filters, planes[:, 0], slot_mapping)
-        elif stat == TokenStat.VALUE_NORM:
-            self.functions.store_value_norms(value, planes, slot_mapping)
         elif stat == TokenStat.NEGATIVE_KEY_NORM:
             reference.write_scores(-key.to(torch.float32).norm(dim=-1), planes[:, 0], slot_mapping)
         elif stat == TokenStat.RANDOM:
@@ -101,6 +99,7 @@ class SequenceOps:
         for index, pages, num_tokens in _sequences(cache, batch):
             observation = by_sequence.get(index)
             if observation is None:
+                _forget(plane, pages, num_tokens - batch.compactions[index].unobserved_tokens, num_tokens)
                 parts.append(read_plane(plane, pages, num_tokens))
                 continue
             queries = softmax.scale * observation.queries.to(plane.device).to(torch.float32)
@@ -115,6 +114,11 @@ class SequenceOps:
             else:
                 parts.append(peak)
         return _flat(parts)
+
+    def value_norms(self, cache: Cache, batch: CompactionBatch) -> torch.Tensor:
+        return _flat(
+            self.functions.value_norms(cache, pages, num_tokens) for _, pages, num_tokens in _sequences(cache, batch)
+        )
 
     def distinctness(self, cache: Cache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
         return _flat(
@@ -173,6 +177,14 @@ def _sequences(cache: Cache, batch: CompactionBatch):
     """Yields the place in the batch, the pages, and the number of resident tokens of each sequence."""
     for index, compaction in enumerate(batch.compactions):
         yield index, batch.pages_before(index, cache.block_size), compaction.resident_tokens
+
+
+def _forget(plane: torch.Tensor, pages: torch.Tensor, first: int, end: int) -> None:
+    """No query has looked at tokens from ``first`` to before ``end``. Page by page: an index of all takes longer."""
+    block_size = plane.shape[3]
+    for place in range(first // block_size, -(-end // block_size)):
+        slots = slice(max(0, first - place * block_size), end - place * block_size)
+        plane[:, pages[place], :, slots] = NOT_OBSERVED
 
 
 def _flat(parts) -> torch.Tensor:

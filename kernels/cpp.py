@@ -16,7 +16,6 @@ OPERATORS = torch.ops.vllm_qfilters
 # By operator, as of these sources.
 NUM_ARGUMENTS = {
     "score_and_store": 4,
-    "store_value_norms": 3,
     "close_gaps": 8,
     "select_kept": 4,
     "mean_standardised": 3,
@@ -24,6 +23,7 @@ NUM_ARGUMENTS = {
     "expected_attention": 9,
     "observed_attention": 8,
     "distinctness": 5,
+    "value_norms": 4,
 }
 
 
@@ -47,7 +47,6 @@ def load() -> bool:
 def _register_fakes() -> None:
     """RuntimeError: the library is of other sources, and lacks an operator."""
     torch.library.register_fake("vllm_qfilters::score_and_store", lambda *arguments: None)
-    torch.library.register_fake("vllm_qfilters::store_value_norms", lambda *arguments: None)
     torch.library.register_fake("vllm_qfilters::close_gaps", lambda *arguments: None)
     torch.library.register_fake(
         "vllm_qfilters::select_kept", lambda scores, *arguments: scores.new_empty(scores.shape, dtype=torch.bool)
@@ -74,6 +73,10 @@ def _register_fakes() -> None:
         "vllm_qfilters::distinctness",
         lambda pages, offsets, page_table, num_tokens, pool: _fake_attention(pages, num_tokens, torch.empty(0)),
     )
+    torch.library.register_fake(
+        "vllm_qfilters::value_norms",
+        lambda pages, offsets, page_table, num_tokens: _fake_attention(pages, num_tokens, torch.empty(0)),
+    )
 
 
 def _check_arguments() -> None:
@@ -93,11 +96,6 @@ def score_and_store(
 ) -> None:
     """See :func:`vllm_qfilters.kernels.reference.score_and_store`."""
     OPERATORS.score_and_store.default(key, filters, score_plane, slot_mapping)
-
-
-def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """See :func:`vllm_qfilters.kernels.reference.store_value_norms`."""
-    OPERATORS.store_value_norms.default(value, planes, slot_mapping)
 
 
 def _times_key_scales(cache: PagedCache, vectors: torch.Tensor) -> torch.Tensor:
@@ -151,8 +149,13 @@ def observed_attention(
 
 def distinctness(cache: PagedCache, pages: torch.Tensor, num_tokens: int, of_values: bool, pool: int) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.distinctness`."""
-    offsets = cache.layout.values if of_values and cache.value_size else cache.layout.keys
+    offsets = cache.value_places if of_values else cache.layout.keys
     return OPERATORS.distinctness.default(cache.pages, offsets, pages, num_tokens, pool)
+
+
+def value_norms(cache: PagedCache, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """See :func:`vllm_qfilters.kernels.reference.value_norms`."""
+    return OPERATORS.value_norms.default(cache.pages, cache.value_places, pages, num_tokens)
 
 
 def mean_standardised(scores: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

@@ -151,9 +151,12 @@ class PagedCache(_Planes):
         num_planes: float32 numbers per token and KV head.
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
         planes: where they are memory of their own.
+        latent_size: in a cache of latents, how many of the first elements of a key are its value; None: all.
 
     Attributes:
         head_size, value_size: elements per key and per value; no value: keys stand alone.
+        value_places: offsets of the elements of values in a page, within keys where these stand alone, shape
+            ``[block_size, elements]``, int64.
         key_scales: what stored keys are to be multiplied by, float32, shape ``[num_layers]``.
         pages: keys and values, shape ``[num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]``.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
@@ -171,6 +174,7 @@ class PagedCache(_Planes):
         num_planes: int = 1,
         key_scales: torch.Tensor | None = None,
         planes: torch.Tensor | None = None,
+        latent_size: int | None = None,
     ) -> None:
         first = kv_caches[0]
         num_blocks, num_kv_heads, block_size, content = first.shape
@@ -181,6 +185,7 @@ class PagedCache(_Planes):
         self.layout, self.head_size, self.value_size = layout, layout.keys.shape[1], layout.values.shape[1]
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
+        self.value_places = layout.values if self.value_size else layout.keys[:, :latent_size].contiguous()
         self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
         layer_stride = _layer_stride(kv_caches)
         self.pages = first.as_strided(
@@ -214,7 +219,7 @@ class PagedCache(_Planes):
 
     def resident_values(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Values as they are stored, without the scale of an fp8 cache; otherwise like :meth:`resident_keys`."""
-        return self._resident(layer, pages, num_tokens, self.layout.values)
+        return self._resident(layer, pages, num_tokens, self.value_places)
 
     def _resident(self, layer: int, pages: torch.Tensor, num_tokens: int, offsets: torch.Tensor) -> torch.Tensor:
         head_size = offsets.shape[1]
@@ -238,9 +243,12 @@ class StridedCache(_Planes):
         key_scales: of an fp8 cache, float32, shape ``[num_layers]``; None: keys are stored as they are.
         value_size: elements per value; None: as many as per key; 0: keys stand alone.
         planes: where they are memory of their own.
+        latent_size: in a cache of latents, how many of the first elements of a key are its value; None: all.
 
     Attributes:
         head_size, value_size: elements per key and per value; no value: keys stand alone.
+        value_places: of the elements of a value among those of a token: behind its key, or in it where keys stand
+            alone.
         key_values: shape ``[num_layers, num_blocks, num_kv_heads, block_size, head_size + value_size]``, the dtype of
             the cache.
         planes: float32, shape ``[num_layers, num_blocks, num_planes, num_kv_heads, block_size]``.
@@ -260,6 +268,7 @@ class StridedCache(_Planes):
         key_scales: torch.Tensor | None = None,
         value_size: int | None = None,
         planes: torch.Tensor | None = None,
+        latent_size: int | None = None,
     ) -> None:
         first = kv_caches[0]
         self.num_layers = len(kv_caches)
@@ -267,6 +276,7 @@ class StridedCache(_Planes):
         self.num_blocks, self.num_kv_heads, self.block_size, content = first.shape
         self.head_size = content // 2 if value_size is None else content - value_size
         self.value_size = content - self.head_size
+        self.value_places = slice(self.head_size, content) if self.value_size else slice(0, latent_size or content)
         head_major = (self.block_size * content, content, 1)
         token_major = (content, self.num_kv_heads * content, 1)
         if not _has_strides(first, head_major) and not _has_strides(first, token_major):
@@ -311,7 +321,7 @@ class StridedCache(_Planes):
 
     def resident_values(self, layer: int, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Values as they are stored, without the scale of an fp8 cache; otherwise like :meth:`resident_keys`."""
-        return self._resident(layer, pages, num_tokens, slice(self.head_size, None))
+        return self._resident(layer, pages, num_tokens, self.value_places)
 
     def _resident(self, layer: int, pages: torch.Tensor, num_tokens: int, part: slice) -> torch.Tensor:
         found = self.key_values[layer, pages][..., part]  # [num_pages, num_kv_heads, block_size, head_size]

@@ -23,15 +23,14 @@ OBSERVATIONS_AT_ONCE = 8  # sequences whose queries are looked at in one launch,
 
 
 class TokenStat(enum.IntEnum):
-    """What stands in the first plane beside each key: nothing, its projection on the head's filter, minus its norm, a
-    number drawn from its bits, or the norm of its value. Other planes begin as ``NOT_OBSERVED``.
+    """What is written to the first plane with each key: nothing, its projection on the head's filter, minus its norm,
+    or a number drawn from its bits.
     """
 
     NONE = 0
     PROJECTION = 1
     NEGATIVE_KEY_NORM = 2
     RANDOM = 3
-    VALUE_NORM = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +253,7 @@ class Ops(Protocol):
 
         The mean over queries, the query heads of a KV head, and neighbours is written to ``plane``; the peak is the
         most that a query of the group pays to a token within whose reach it lies. Tokens that came after the last query
-        get ``NOT_OBSERVED``.
+        get ``NOT_OBSERVED``, and so do the ``unobserved_tokens`` of a sequence that nobody looks at now.
 
         Args:
             observations: of different sequences.
@@ -270,12 +269,19 @@ class Ops(Protocol):
             question, else what stands in the plane.
         """
 
+    def value_norms(self, cache: Cache, batch: CompactionBatch) -> torch.Tensor:
+        """The norm of each value, as it is stored: without the scale of an fp8 cache.
+
+        Returns:
+            float32, flat, ``num_kv_heads`` heads.
+        """
+
     def distinctness(self, cache: Cache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
         """How unlike the others of its head each key or value is: minus its cosine to their mean direction (of keys:
         KeyDiff, arXiv 2504.15364), averaged over neighbours.
 
         Args:
-            of_values: of values; in a cache of latents, where a value is a part of its key, of keys all the same.
+            of_values: of values instead of keys.
             pool: neighbours, the token among them, odd.
 
         Returns:

@@ -27,19 +27,6 @@ def score_and_store(
     write_scores((key.to(torch.float32) * filters).sum(-1), score_plane, slot_mapping)
 
 
-def store_value_norms(value: torch.Tensor, planes: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Stores the norms of a step's values in the first plane, and ``NOT_OBSERVED`` in the others.
-
-    Args:
-        value: shape ``[num_tokens, num_kv_heads, head_size]``; tokens beyond ``slot_mapping`` are padding.
-        planes: shape ``[num_blocks, num_planes, num_kv_heads, block_size]``, float32; written in place.
-        slot_mapping: as for :func:`write_scores`.
-    """
-    write_scores(value.to(torch.float32).norm(dim=-1), planes[:, 0], slot_mapping)
-    for plane in range(1, planes.shape[1]):
-        write_scores(torch.full(value.shape[:2], NOT_OBSERVED), planes[:, plane], slot_mapping)
-
-
 def write_scores(scores: torch.Tensor, score_plane: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Stores the scores of the tokens of a step beside their keys.
 
@@ -187,6 +174,22 @@ def pool_neighbours(
     return pad(mean, (0, num_newer), value=NOT_OBSERVED), pad(peak, (0, num_newer), value=NOT_OBSERVED)
 
 
+def value_norms(cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The norm of each value of a sequence, as it is stored.
+
+    Args:
+        cache: the cache of this rank.
+        pages: the sequence's pages, shape ``[num_pages]``, int64.
+        num_tokens: it holds.
+
+    Returns:
+        float32, shape ``[num_layers, num_kv_heads, num_tokens]``.
+    """
+    return torch.stack(
+        [cache.resident_values(layer, pages, num_tokens).norm(dim=-1) for layer in range(cache.num_layers)]
+    )
+
+
 def distinctness(
     cache: PagedCache | StridedCache, pages: torch.Tensor, num_tokens: int, of_values: bool, pool: int
 ) -> torch.Tensor:
@@ -197,13 +200,13 @@ def distinctness(
         cache: the cache of this rank.
         pages: the sequence's pages, shape ``[num_pages]``, int64.
         num_tokens: it holds.
-        of_values: of values; in a cache of latents, where a value is a part of its key, of keys all the same.
+        of_values: of values instead of keys.
         pool: neighbours to average over, odd.
 
     Returns:
         shape ``[num_layers, num_kv_heads, num_tokens]``, float32.
     """
-    resident = cache.resident_values if of_values and cache.value_size else cache.resident_keys
+    resident = cache.resident_values if of_values else cache.resident_keys
     by_layer = []
     for layer in range(cache.num_layers):
         directions = normalize(resident(layer, pages, num_tokens), dim=-1)

@@ -30,6 +30,7 @@ from vllm_qfilters.kernels.triton.score_pages import page_scores
 from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
 from vllm_qfilters.kernels.triton.selection import gather_scores, mean_standardised, select_kept
 from vllm_qfilters.kernels.triton.slots import compute_slots_and_lengths
+from vllm_qfilters.kernels.triton.value_norms import value_norms
 from vllm_qfilters.kernels.triton.write_and_score import write_and_score
 
 GEOMETRIES = [
@@ -71,7 +72,7 @@ def launch_all(has_fp8: bool) -> None:
             if has_fp8 and geometry.dtype == torch.bfloat16:
                 for dtype, score in (
                     (torch.float8_e4m3fn, TokenStat.PROJECTION),
-                    (torch.float8_e5m2, TokenStat.VALUE_NORM),
+                    (torch.float8_e5m2, TokenStat.NEGATIVE_KEY_NORM),
                 ):
                     view, scale = sequences.views[0].view(torch.uint8).view(dtype)[..., : 2 * size], torch.ones(1)
                     write_and_score(
@@ -94,6 +95,7 @@ def launch_all(has_fp8: bool) -> None:
             narrow = Sequences(sequences.evictions, dataclasses.replace(geometry, dtype=torch.float8_e4m3fn), seed=0)
             score_resident(narrow.cache, narrow.batch, filters, factors, torch.ones(cache.num_layers), turns)
             distinctness(narrow.cache, narrow.batch, True, 7)
+            value_norms(narrow.cache, narrow.batch)
             queries = torch.zeros(cache.num_layers, heads * 4, 32, size, dtype=geometry.dtype)
             observations, scales = [Observation(0, queries, 0, is_question=True)], torch.ones(cache.num_layers)
             observe(
@@ -120,6 +122,7 @@ def launch_all(has_fp8: bool) -> None:
         )
         for of_values in (False, True):
             distinctness(cache, batch, of_values, 7)
+        value_norms(cache, batch)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         sizes, sinks = torch.ones(cache.num_layers, dtype=torch.int64), torch.zeros(cache.num_layers, heads * 4)
         softmax = Softmax(0.1, soft_cap=50.0, sinks=sinks, group_sizes=sizes)
@@ -143,10 +146,10 @@ def launch_latents() -> None:
     sequences = Sequences([Eviction(6 * 64, 64, 4, 64), Eviction(9 * 64, 128, 4, 64)], geometry, seed=0)
     batch, num_blocks = sequences.batch, sequences.cache.num_blocks
     planes = torch.zeros(2, num_blocks, 2, 1, 64)
-    cache = StridedCache(sequences.views, 2, value_size=0, planes=planes)
+    cache = StridedCache(sequences.views, 2, value_size=0, planes=planes, latent_size=latent)
     for num_tokens in (1, 8192):
         key, slots = torch.zeros(num_tokens, 1, size, dtype=geometry.dtype), torch.zeros(num_tokens, dtype=torch.int64)
-        for stat in (TokenStat.VALUE_NORM, TokenStat.PROJECTION, TokenStat.RANDOM):
+        for stat in (TokenStat.PROJECTION, TokenStat.RANDOM):
             write_and_score(key, key[..., :latent], None, planes[0], slots, stat, torch.zeros(1, size))
     copy_pages(cache, batch)
     filters, factors = torch.zeros(1, 2, heads, size), torch.zeros(1, 2, heads, 8, size)
@@ -156,6 +159,7 @@ def launch_latents() -> None:
     queries = torch.zeros(2, heads, 32, size, dtype=geometry.dtype)
     observations = [Observation(0, queries, 0, is_question=True)]
     observe(cache, batch, observations, cache.scores, Softmax(0.1), 7, (6, 12), shared_by_heads=True)
+    value_norms(cache, batch)
     scores = distinctness(cache, batch, True, 7)
     compact(cache, batch, select_kept(scores, batch, 2, 1), 1)
 

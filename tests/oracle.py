@@ -514,8 +514,8 @@ def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rul
             kept_observed.append(None)
             continue
         resident = layer.keys.shape[2]
-        keys, values = _keys_and_values(model, layer)
-        turned_away = unlikeness(keys if has_latents(model) else values)
+        _, values = _keys_and_values(model, layer)
+        turned_away = unlikeness(values)
         rows, others = (values[:, sinks : resident - window] for values in (scores[index], turned_away))
         if rule.shared_by_heads:
             rows, others = (

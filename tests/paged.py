@@ -195,6 +195,7 @@ class Sequences:
                     eviction.window,
                     tuple(new),
                     tuple(copied),
+                    unobserved_tokens=numbers.choice((0, 1, eviction.window, eviction.resident)),
                 )
             )
             self.old_pages.append(torch.tensor(old, device=device))

@@ -500,10 +500,10 @@ def test_what_a_prompt_holds_beyond_the_budget_is_distinct_for_qfilters_alone(me
 @pytest.mark.parametrize(
     ("options", "queries", "planes"),
     [
-        pytest.param({}, 32, 2, id="defaults"),
-        pytest.param(dict(observed=8), 8, 2, id="fewer"),
-        pytest.param(dict(observed=0), 0, 1, id="none"),
-        pytest.param(dict(filter="rotary"), 0, 1, id="rotary"),
+        pytest.param({}, 32, 1, id="defaults"),
+        pytest.param(dict(observed=8), 8, 1, id="fewer"),
+        pytest.param(dict(observed=0), 0, 0, id="none"),
+        pytest.param(dict(filter="rotary"), 0, 0, id="rotary"),
         pytest.param(dict(filter="static"), 0, 1, id="static"),
         pytest.param(dict(method="knorm"), 0, 1, id="other-method"),
         pytest.param(dict(method="snapkv"), 32, 1, id="method-that-looks"),

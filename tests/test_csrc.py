@@ -21,12 +21,12 @@ PACKAGE = pathlib.Path(vllm_qfilters.__file__).parent
 
 OPERATORS = (
     "score_and_store",
-    "store_value_norms",
     "mean_standardised",
     "select_kept",
     "expected_attention",
     "observed_attention",
     "distinctness",
+    "value_norms",
     "close_gaps",
     "page_scores",
 )
@@ -34,7 +34,7 @@ needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cp
 
 
 NO_PAGED_KEYS = [  # argument of an operator that reads keys, what it must not be, and the refusal
-    pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
+    pytest.param(1, torch.zeros(16, 17, dtype=torch.int64), "offsets must be", id="other-layout"),
     pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
     pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
 ]
@@ -92,19 +92,6 @@ def test_every_float_is_read_as_what_it_is(dtype):
     score_plane = torch.zeros(512, 1, 128)
     cpp.score_and_store(key, filters, score_plane, torch.arange(2**16))
     torch.testing.assert_close(score_plane.flatten(), key[:, 0, 5].float(), atol=0, rtol=0, equal_nan=True)
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "num_heads", "head_size"), [(1, 3, 64), (7, 2, 40), (300, 3, 128)])
-def test_store_value_norms_matches_reference(num_tokens, num_heads, head_size, dtype):
-    value, _, slots = make_step(num_tokens, num_heads, head_size, 16, DTYPES[dtype], is_strided=True)
-    slots[num_tokens // 2 + 1 :: 5] = -1
-    planes = torch.full((num_tokens // 16 + 2, 2, num_heads, 16), torch.nan)
-    expected = planes.clone()
-    cpp.store_value_norms(value, planes, slots)
-    reference.store_value_norms(value, expected, slots)
-    torch.testing.assert_close(planes, expected, atol=0, rtol=1e-5, equal_nan=True)
 
 
 @needs_library
@@ -530,6 +517,7 @@ def test_distinctness_matches_reference(head_size, of_values, num_tokens, pool, 
         Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
     )
     cache.layout = LAYOUTS[layout](16, head_size)
+    cache.value_places = cache.layout.values
     cache.key_scales = torch.tensor([0.25, 3.0])  # angles do not depend on it
     pages = torch.randperm(16)[: -(-num_tokens // 16)]
     cache.pages[1, pages[0], 1] = 0  # keys and values of no direction
@@ -537,6 +525,35 @@ def test_distinctness_matches_reference(head_size, of_values, num_tokens, pool, 
     assert found.shape == (2, 2, num_tokens) and found.isfinite().all()
     expected = reference.distinctness(cache, pages, num_tokens, of_values, pool)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.sampled(5)
+@needs_library
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 200])
+@pytest.mark.parametrize("head_size", [16, 40])
+def test_value_norms_match_reference(head_size, num_tokens, layout, dtype):
+    _, cache = make_cache(
+        Geometry(num_layers=2, num_blocks=16, block_size=16, head_size=head_size, dtype=CACHE_DTYPES[dtype])
+    )
+    cache.layout = LAYOUTS[layout](16, head_size)
+    cache.value_places = cache.layout.values
+    cache.key_scales = torch.tensor([0.25, 3.0])  # values have another
+    pages = torch.randperm(16)[: -(-num_tokens // 16)]
+    cache.pages[1, pages[0], 1] = 0
+    found, expected = (module.value_norms(cache, pages, num_tokens) for module in (cpp, reference))
+    assert found.shape == (2, 2, num_tokens) and not found[1, 1, :16].any() and bool((found[0] > 0).all())
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize(("position", "value", "message"), NO_PAGED_KEYS)
+def test_value_norms_refuse(position, value, message):
+    arguments = attention_arguments()[:4]
+    arguments[position] = value
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpp.OPERATORS.value_norms(*arguments)
 
 
 @needs_library
@@ -566,12 +583,12 @@ def test_schemas_say_what_operators_do(operator):
     arguments = {
         "page_scores": page_arguments(),
         "score_and_store": [key.clone(), make_filters(3, 64), torch.zeros(score_plane.shape), slots],
-        "store_value_norms": [key.clone(), torch.zeros(score_plane.shape[0], 2, *score_plane.shape[1:]), slots],
         "mean_standardised": [make_scores((2, 3, 100), 0, is_tied=False), 4, 20],
         "select_kept": [make_scores((2, 3, 100), 0, is_tied=False), 60, 4, 20],
         "expected_attention": attention_arguments(),
         "observed_attention": [*attention_arguments()[:4], torch.zeros(3, 4, 2, 8), *PLAIN],
         "distinctness": [*attention_arguments()[:4], 7],
+        "value_norms": attention_arguments()[:4],
         "close_gaps": gap_arguments(make_cache(Geometry())[1]),
     }
     torch.library.opcheck(getattr(cpp.OPERATORS, operator).default, tuple(arguments[operator]))

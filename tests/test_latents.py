@@ -30,13 +30,14 @@ def paged(sequences: Sequences, num_planes: int) -> PagedCache:
     """The cache as CPUs see it."""
     cache = sequences.cache
     layout = probe_page_layout(write_keys, cache.block_size, cache.head_size, cache.key_values.dtype, value_size=0)
-    return PagedCache(sequences.views, layout, num_planes, planes=planes_of(cache, num_planes).to(CPU))
+    planes = planes_of(cache, num_planes).to(CPU)
+    return PagedCache(sequences.views, layout, num_planes, planes=planes, latent_size=VALUE_SIZE)
 
 
 def strided(sequences: Sequences, num_planes: int) -> StridedCache:
     """The cache as GPUs see it."""
     planes = planes_of(sequences.cache, num_planes)
-    return StridedCache(sequences.views, num_planes, value_size=0, planes=planes)
+    return StridedCache(sequences.views, num_planes, value_size=0, planes=planes, latent_size=VALUE_SIZE)
 
 
 def is_kept_of(cache, eviction: Eviction, seed: int) -> torch.Tensor:
@@ -49,6 +50,14 @@ def test_keys_have_no_values():
     assert torch.equal(cache.layout.keys, torch.arange(16 * 72).view(16, 72)) and cache.layout.values.shape == (16, 0)
     keys, values = cache.read(*(torch.tensor([index]) for index in (1, 3, 0, 5)))
     assert torch.equal(keys, cache.pages[1, 3, 0, 5 * 72 : 6 * 72][None]) and values.shape == (1, 0)
+
+
+def test_the_value_of_a_token_is_the_first_part_of_its_key():
+    sequences = Sequences(EVICTIONS, GEOMETRY, seed=0, device=CPU)
+    pages, resident = sequences.old_pages[0], EVICTIONS[0].resident
+    for cache in (paged(sequences, num_planes=0), strided(sequences, num_planes=0)):
+        keys, values = (read(1, pages, resident) for read in (cache.resident_keys, cache.resident_values))
+        assert values.shape == (1, resident, VALUE_SIZE) and torch.equal(values, keys[..., :VALUE_SIZE])
 
 
 @needs_library
@@ -68,7 +77,7 @@ def test_csrc_moves_the_same_bytes_as_the_reference(num_planes, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_csrc_finds_latents_as_distinct_as_the_reference(dtype):
+def test_csrc_finds_values_as_distinct_and_as_long_as_the_reference(dtype):
     sequences = Sequences(EVICTIONS, dataclasses.replace(GEOMETRY, dtype=DTYPES[dtype]), seed=1, device=CPU)
     sequences.cache.key_values.copy_(random_tensor(*sequences.cache.key_values.shape, seed=2))
     cache = paged(sequences, num_planes=0)
@@ -78,6 +87,10 @@ def test_csrc_finds_latents_as_distinct_as_the_reference(dtype):
             for module in (cpp, reference)
         )
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        found, expected = (
+            module.value_norms(cache, sequences.old_pages[index], eviction.resident) for module in (cpp, reference)
+        )
+        torch.testing.assert_close(found, expected, atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["LBNHC", "BLNHC"])
@@ -85,6 +98,7 @@ def test_csrc_finds_latents_as_distinct_as_the_reference(dtype):
 def test_triton_matches_the_reference(dtype, num_planes, layout):
     from vllm_qfilters.kernels.triton.compaction import compact, copy_pages
     from vllm_qfilters.kernels.triton.distinctness import distinctness
+    from vllm_qfilters.kernels.triton.value_norms import value_norms
 
     geometry = dataclasses.replace(GEOMETRY, dtype=DTYPES[dtype], layout=layout)
     fast, slow = (Sequences(EVICTIONS, geometry, seed=3) for _ in range(2))
@@ -95,6 +109,9 @@ def test_triton_matches_the_reference(dtype, num_planes, layout):
     for index, found in enumerate(fast.batch.split(flat, 2, 1)):
         expected = reference.distinctness(slow_cache, slow.old_pages[index], EVICTIONS[index].resident, True, 7)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for index, found in enumerate(fast.batch.split(value_norms(fast_cache, fast.batch), 2, 1)):
+        expected = reference.value_norms(slow_cache, slow.old_pages[index], EVICTIONS[index].resident)
+        torch.testing.assert_close(found, expected, atol=0, rtol=1e-5)
 
     kept = [is_kept_of(fast_cache, eviction, index) for index, eviction in enumerate(EVICTIONS)]
     copy_pages(fast_cache, fast.batch)
@@ -106,7 +123,7 @@ def test_triton_matches_the_reference(dtype, num_planes, layout):
     assert torch.equal(fast.buffer, slow.buffer) and torch.equal(fast_cache.planes, slow_cache.planes)
 
 
-@pytest.mark.parametrize("stat", [TokenStat.VALUE_NORM, TokenStat.PROJECTION])
+@pytest.mark.parametrize("stat", [TokenStat.NEGATIVE_KEY_NORM, TokenStat.PROJECTION])
 @pytest.mark.parametrize("num_tokens", [1, 40, 600])
 def test_triton_writes_token_stats_of_keys_that_vllm_has_written(num_tokens, stat):
     from vllm_qfilters.kernels.triton import TritonOps
@@ -115,9 +132,8 @@ def test_triton_writes_token_stats_of_keys_that_vllm_has_written(num_tokens, sta
     value, filters = key[..., :VALUE_SIZE], random_tensor(1, 72, seed=2)
     slots = torch.randperm(50 * 16, generator=torch.Generator().manual_seed(3))[:num_tokens].to(DEVICE)
     slots[::7] = -1
-    num_planes = 2 if stat == TokenStat.VALUE_NORM else 1
-    found, expected = (random_tensor(50, num_planes, 1, 16, seed=4) for _ in range(2))
+    found, expected = (random_tensor(50, 1, 1, 16, seed=4) for _ in range(2))
     TritonOps().write(stat, key, value, None, found, slots, filters)
     REFERENCE_OPS.write(stat, key, value, None, expected, slots, filters)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    assert num_tokens == 1 or not torch.equal(found, random_tensor(50, num_planes, 1, 16, seed=4))
+    assert num_tokens == 1 or not torch.equal(found, random_tensor(50, 1, 1, 16, seed=4))

@@ -143,8 +143,6 @@ def test_write_and_score_matches_reference(tokens, heads, sizes, block, layout, 
         else:
             step = key, value, view, cache.planes[0], slots
             REFERENCE_OPS.write(TokenStat.PROJECTION, *step, filters, key_scale=scales[:1], value_scale=scales[1:])
-            for plane in range(1, geometry.num_planes):
-                reference.write_scores(torch.full(key.shape[:2], -1.0, device=DEVICE), cache.planes[0][:, plane], slots)
         buffers.append(cache.scores.clone())
         cache.scores.zero_()
         buffers.append(buffer)
@@ -169,13 +167,9 @@ def test_other_scores(score):
         assert torch.equal(after, before)
         return
     assert torch.equal(after[~is_written], before[~is_written])
-    assert bool((cache.planes[:, :, 1][is_written] == NOT_OBSERVED).all()) and bool(
-        (cache.planes[:, :, 1][~is_written] != 0).all()
-    )
-    if score in (TokenStat.NEGATIVE_KEY_NORM, TokenStat.VALUE_NORM):
+    if score == TokenStat.NEGATIVE_KEY_NORM:
         expected = cache.scores.clone()
-        norm = -key.norm(dim=-1) if score == TokenStat.NEGATIVE_KEY_NORM else value.norm(dim=-1)
-        reference.write_scores(norm, expected[0], slots)
+        reference.write_scores(-key.norm(dim=-1), expected[0], slots)
         torch.testing.assert_close(after, expected)
     else:
         drawn = after[is_written]
@@ -528,7 +522,7 @@ SCORERS = [
 )
 def test_methods_score_with_triton_as_with_the_reference(case, name):
     geometry = Geometry(
-        num_kv_heads=2, head_size=12, num_planes=2 if "observed" in name else 1, layout=LAYOUTS[case[1] % 4]
+        num_kv_heads=2, head_size=12, num_planes=1 if "observed" in name else 0, layout=LAYOUTS[case[1] % 4]
     )
     fast, slow = Sequences(case[0], geometry, seed=case[1]), Sequences(case[0], geometry, seed=case[1], device=CPU)
     slow.cache.key_values.copy_(random_tensor(*slow.cache.key_values.shape, seed=3))
@@ -541,7 +535,8 @@ def test_methods_score_with_triton_as_with_the_reference(case, name):
         key_scales = torch.tensor([0.5, 4.0], device=DEVICE)
         stored = slow.cache.key_values.to(torch.float8_e4m3fn)
         fast.cache.key_values.copy_(stored)
-        slow.cache.key_values.copy_(stored.float() * key_scales.cpu().view(-1, 1, 1, 1, 1))
+        slow.cache.key_values.copy_(stored.float())
+        slow.cache.key_values[..., : slow.cache.head_size] *= key_scales.cpu().view(-1, 1, 1, 1, 1)
     else:
         fast.cache.key_values.copy_(slow.cache.key_values)
     rank, group = 0 if "rank 0" in name else 3, 3
@@ -570,9 +565,10 @@ def test_methods_score_with_triton_as_with_the_reference(case, name):
     on_device = [r and dataclasses.replace(r, queries=r.queries.to(DEVICE)) for r in recent]
     batch, slow_batch = fast.batch, slow.batch
     if "but one" in name:  # beside its tokens stands what other sequences observed
+        last = dataclasses.replace(slow.compactions[-1], unobserved_tokens=slow.compactions[-1].resident_tokens)
         batch, slow_batch = (
             CompactionBatch.make(
-                [*sequences.compactions[:-1], dataclasses.replace(sequences.compactions[-1], distinct_tokens=1)],
+                [*sequences.compactions[:-1], last],
                 sequences.table_rows,
                 sequences.batch.block_table,
             )
@@ -582,7 +578,8 @@ def test_methods_score_with_triton_as_with_the_reference(case, name):
         flat = method.scores(batch, on_device)
     expected = slow_batch.split(slow_method.scores(slow_batch, recent), 2, 2)
     for found, of_sequence in zip(batch.split(flat, 2, 2), expected, strict=True):
-        torch.testing.assert_close(found.cpu(), of_sequence, atol=1e-5, rtol=1e-4)
+        # Attention times norms of values, which are larger than 1.
+        torch.testing.assert_close(found.cpu(), of_sequence, atol=5e-5, rtol=1e-4)
     torch.testing.assert_close(fast.cache.planes.cpu(), slow.cache.planes, atol=1e-5, rtol=1e-4)
 
 
@@ -815,6 +812,11 @@ def test_observed_attention_matches_reference(name, monkeypatch):
         mean, peak = reference.observed_attention(cache, pages, resident, scaled, num_newer, 7, (6, 12))
         write_plane(cache.planes[:, :, 1], pages, mean)
         judged_by[index] = peak if observations[-1].is_question else mean
+    for index, (compaction, pages) in enumerate(zip(sequences.compactions, sequences.old_pages, strict=True)):
+        if index not in observed:
+            of_row = read_plane(cache.planes[:, :, 1], pages, compaction.resident_tokens)
+            of_row[..., compaction.resident_tokens - compaction.unobserved_tokens :] = NOT_OBSERVED
+            write_plane(cache.planes[:, :, 1], pages, of_row)
     expected = cache.planes.clone()
     cache.planes.copy_(before)
     with forbidden_waiting():

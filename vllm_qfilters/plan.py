@@ -25,6 +25,8 @@ class RequestCompaction:
             all pages.
         distinct_tokens: how many of the kept tokens stay because their values are unlike the others, and not for their
             score.
+        unobserved_tokens: how many of its last tokens no prompt's queries have looked at: those since its last cut
+            behind the prompt, before the first one all.
     """
 
     req_id: str
@@ -37,6 +39,7 @@ class RequestCompaction:
     copied_pages: tuple[tuple[int, int], ...] = ()
     shared_pages_out: tuple[int, ...] = ()
     distinct_tokens: int = 0
+    unobserved_tokens: int = 0
 
     @property
     def kept_before_window(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import Observation, Softmax, TokenStat, Turns
-from vllm_qfilters.kernels.triton import compaction, distinctness, observation, score_pages, selection
+from vllm_qfilters.kernels.triton import compaction, distinctness, observation, score_pages, selection, value_norms
 from vllm_qfilters.kernels.triton.score_resident import mean_softmax, score_resident
 from vllm_qfilters.kernels.triton.write_and_score import NUMBERS_OF_TOKENS, write_and_score
 
@@ -74,6 +74,8 @@ class TritonOps:
     ) -> torch.Tensor:
         heads = shared_by_heads, max_over_ranks, cache.key_scales
         return observation.observe(cache, batch, observations, plane, softmax, mean_pool, peak_reach, *heads)
+
+    value_norms = staticmethod(value_norms.value_norms)
 
     def distinctness(self, cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
         return distinctness.distinctness(cache, batch, of_values, pool)

@@ -10,7 +10,7 @@ from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_RO
 
 
 @triton.jit
-def _vectors_of_program(
+def vectors_of_program(
     cache_ptr,
     block_table_ptr,
     columns_ptr,
@@ -37,7 +37,7 @@ def _anchor_at(anchors_ptr, dim, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _load_vectors(
+def load_vectors(
     vectors,  # of one layer and head
     pages,
     token,
@@ -74,14 +74,14 @@ def _anchor_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    _, resident, pages, vectors = _vectors_of_program(
+    _, resident, pages, vectors = vectors_of_program(
         cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride, FIRST_DIM
     )
     dim = tl.arange(0, DIMS)
     total = tl.zeros([DIMS], tl.float32)
     for start in range(0, resident, TILE):
         token = start + tl.arange(0, TILE)
-        loaded, norms = _load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
+        loaded, norms = load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
         total += tl.sum(loaded / norms[:, None], axis=0)
     norm = tl.maximum(tl.sqrt(tl.sum(total * total)), 1e-12)
     tl.store(_anchor_at(anchors_ptr, dim, SIZE), total / norm, mask=dim < SIZE)
@@ -106,7 +106,7 @@ def _distinctness_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    sequence, resident, pages, vectors = _vectors_of_program(
+    sequence, resident, pages, vectors = vectors_of_program(
         cache_ptr, block_table_ptr, columns_ptr, num_kv_heads, block_table_stride, layer_stride, head_stride, FIRST_DIM
     )
     token = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -114,7 +114,7 @@ def _distinctness_kernel(
         return
     dim = tl.arange(0, DIMS)
     anchor = tl.load(_anchor_at(anchors_ptr, dim, SIZE), mask=dim < SIZE, other=0.0)
-    loaded, norms = _load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
+    loaded, norms = load_vectors(vectors, pages, token, resident, dim, block_stride, slot_stride, SIZE, BLOCK_SIZE)
     cosine = tl.sum(loaded * anchor[None, :], axis=1) / norms
     start = tl.load(sequence + TOKEN_START) * tl.num_programs(1) + tl.program_id(1) * resident
     tl.store(distinctness_ptr + start + token, -cosine, mask=token < resident)
@@ -142,13 +142,24 @@ def _mean_of_neighbours_kernel(
     tl.store(means_ptr + start + token, total / tl.maximum(count, 1.0), mask=token < resident)
 
 
+def tile_of(dims: int) -> int:
+    """Tokens that are read at once: as many as there are registers for."""
+    return 8 if dims > 256 else 8192 // dims
+
+
+def first_and_size(cache: StridedCache, of_values: bool) -> tuple[int, int]:
+    """Where the elements of a value, or of a key, begin among those of a token, and how many there are."""
+    elements = cache.value_places if of_values else slice(0, cache.head_size)
+    return elements.start, elements.stop - elements.start
+
+
 def distinctness(cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
     """See :func:`vllm_qfilters.kernels.reference.distinctness`. The scales of an fp8 cache do not matter to angles.
 
     Args:
         cache: of this rank.
         batch: the sequences.
-        of_values: of values, where they stand beside keys.
+        of_values: of values instead of keys.
         pool: neighbours to average over, odd.
 
     Returns:
@@ -157,11 +168,11 @@ def distinctness(cache: StridedCache, batch: CompactionBatch, of_values: bool, p
     key_values = cache.key_values
     assert key_values.dtype.is_floating_point, f"keys and values of dtype {key_values.dtype}: view an fp8 cache as such"
     num_heads = cache.num_layers * cache.num_kv_heads
-    first_dim, size = (cache.head_size, cache.value_size) if of_values and cache.value_size else (0, cache.head_size)
+    first_dim, size = first_and_size(cache, of_values)
     anchors = torch.empty(batch.num_sequences, num_heads, size, dtype=torch.float32, device=key_values.device)
     turned_away = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
     dims = triton.next_power_of_2(size)
-    tile = max(8, 8192 // dims)
+    tile = tile_of(dims)
     strides = cache.num_kv_heads, batch.block_table.stride(0), *key_values.stride()[:4]
     constants = {
         "FIRST_DIM": first_dim,

@@ -15,7 +15,7 @@ from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Observation, Softmax
 from vllm_qfilters.kernels.triton import dots
-from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START
+from vllm_qfilters.kernels.triton.columns import NUM_COLUMNS, RESIDENT, TABLE_ROW, TOKEN_START, UNOBSERVED
 from vllm_qfilters.kernels.triton.dots import capped
 from vllm_qfilters.kernels.triton.selection import gather_scores
 
@@ -285,6 +285,34 @@ def _pool_kernel(
     tl.store(observed_ptr + start + token, observed, mask=token < resident)
 
 
+@triton.jit(do_not_specialize=["block_table_stride"])
+def _forget_kernel(
+    block_table_ptr,  # [max_num_sequences, max_num_pages]
+    columns_ptr,  # [num_sequences, NUM_COLUMNS]
+    plane_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size]
+    num_kv_heads,
+    block_table_stride,
+    plane_layer_stride,
+    plane_block_stride,
+    plane_head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    sequence = columns_ptr + tl.program_id(0) * NUM_COLUMNS
+    resident = tl.load(sequence + RESIDENT)
+    first = resident - tl.load(sequence + UNOBSERVED)
+    if (tl.program_id(2) + 1) * TILE <= first:
+        return
+    token = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    is_unobserved = (token >= first) & (token < resident)
+    pages = block_table_ptr + tl.load(sequence + TABLE_ROW) * block_table_stride
+    page = tl.load(pages + token // BLOCK_SIZE, mask=is_unobserved, other=0).to(tl.int64)
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    of_head = plane_ptr + layer * plane_layer_stride + tl.program_id(1) % num_kv_heads * plane_head_stride
+    at = of_head + page * plane_block_stride + token % BLOCK_SIZE
+    tl.store(at, tl.full([TILE], _NOT_OBSERVED, tl.float32), mask=is_unobserved)
+
+
 def observe(
     cache: StridedCache,
     batch: CompactionBatch,
@@ -297,7 +325,8 @@ def observe(
     max_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     key_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold.
+    """Writes the mean attention observed in some sequences of ``batch`` to a plane, for all tokens they hold, and
+    ``NOT_OBSERVED`` for the ``unobserved_tokens`` of the others.
 
     Args:
         cache: of this rank.
@@ -328,6 +357,17 @@ def observe(
             f"{cache.head_size}"
         )
     # The queries of a launch lie in one tensor: a few sequences each, so that the copy of theirs stays small.
+    wide = 1024
+    _forget_kernel[(batch.num_sequences, cache.num_layers * cache.num_kv_heads, triton.cdiv(batch.max_resident, wide))](
+        batch.block_table,
+        batch.columns,
+        plane,
+        cache.num_kv_heads,
+        batch.block_table.stride(0),
+        *plane.stride()[:3],
+        BLOCK_SIZE=cache.block_size,
+        TILE=wide,
+    )
     observed = gather_scores(plane, batch)
     for first in range(0, len(observations), OBSERVATIONS_AT_ONCE):
         some = observations[first : first + OBSERVATIONS_AT_ONCE]

@@ -4,14 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_qfilters.kernels.batch import NOT_OBSERVED
 from vllm_qfilters.kernels.ops import TokenStat
 
 _PROJECTION: tl.constexpr = tl.constexpr(TokenStat.PROJECTION.value)
 _NEGATIVE_KEY_NORM: tl.constexpr = tl.constexpr(TokenStat.NEGATIVE_KEY_NORM.value)
 _RANDOM: tl.constexpr = tl.constexpr(TokenStat.RANDOM.value)
-_VALUE_NORM: tl.constexpr = tl.constexpr(TokenStat.VALUE_NORM.value)
-_NOT_OBSERVED: tl.constexpr = tl.constexpr(NOT_OBSERVED)
 
 MOST_TOKENS_OF_SMALL_TILES = 512
 LARGEST_OF_LARGE_TILES = 256  # elements of a key: registers for as many
@@ -42,14 +39,12 @@ def _write_and_score_kernel(
     cache_head_stride,
     cache_slot_stride,
     planes_block_stride,
-    planes_plane_stride,
     planes_head_stride,
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     WRITES: tl.constexpr,  # keys and values too
     BLOCK_SIZE: tl.constexpr,
     SCORE: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
     FP8_MAX: tl.constexpr,  # 0: the cache has the dtype of keys and values
     TILE: tl.constexpr,
     DIMS: tl.constexpr,
@@ -66,11 +61,11 @@ def _write_and_score_kernel(
     token = token.to(tl.int64)
 
     key_at = key_ptr + token[:, None] * key_token_stride + head * key_head_stride + dim[None, :]
-    value_at = value_ptr + token[:, None] * value_token_stride + head * value_head_stride + dim[None, :]
     key = tl.load(key_at, mask=key_mask, other=0.0)
-    value = tl.load(value_at, mask=value_mask, other=0.0)
 
     if WRITES:
+        value_at = value_ptr + token[:, None] * value_token_stride + head * value_head_stride + dim[None, :]
+        value = tl.load(value_at, mask=value_mask, other=0.0)
         row = cache_ptr + page * cache_block_stride + head * cache_head_stride + in_page * cache_slot_stride
         at = row[:, None] + dim[None, :]
         if FP8_MAX > 0:
@@ -88,11 +83,8 @@ def _write_and_score_kernel(
 
     if SCORE > 0:
         key = key.to(tl.float32)
-        value = value.to(tl.float32)
         if SCORE == _NEGATIVE_KEY_NORM:
             score = -tl.sqrt(tl.sum(key * key, axis=1))
-        elif SCORE == _VALUE_NORM:
-            score = tl.sqrt(tl.sum(value * value, axis=1))
         elif SCORE == _PROJECTION:
             filters = tl.load(filters_ptr + head * HEAD_SIZE + dim, mask=dim < HEAD_SIZE, other=0.0)
             score = tl.sum(key * filters[None, :], axis=1)
@@ -102,8 +94,6 @@ def _write_and_score_kernel(
             score = tl.rand(seed, bits)
         plane_at = planes_ptr + page * planes_block_stride + head * planes_head_stride + in_page
         tl.store(plane_at, score, mask=is_token)
-        for plane in tl.static_range(1, NUM_PLANES):
-            tl.store(plane_at + plane * planes_plane_stride, tl.full([TILE], _NOT_OBSERVED, tl.float32), mask=is_token)
 
 
 def write_and_score(
@@ -135,7 +125,7 @@ def write_and_score(
         key_scale, value_scale: one float32 each, for an fp8 cache: what is stored is ``key / key_scale``.
     """
     num_tokens, (num_kv_heads, head_size), value_size = slot_mapping.shape[0], key.shape[1:], value.shape[2]
-    num_blocks, num_planes, _, block_size = planes.shape
+    num_blocks, _, _, block_size = planes.shape
     assert planes.shape[2] == num_kv_heads and planes.dtype == torch.float32
     assert key.stride(2) == value.stride(2) == planes.stride(3) == 1, "innermost dimensions must be dense"
     assert value.shape[1] == num_kv_heads and value_size <= head_size, (
@@ -174,13 +164,13 @@ def write_and_score(
         value.stride(0),
         value.stride(1),
         *((0, 0, 0) if cache is None else cache.stride()[:3]),
-        *planes.stride()[:3],
+        planes.stride(0),
+        planes.stride(2),
         HEAD_SIZE=head_size,
         VALUE_SIZE=value_size,
         WRITES=cache is not None,
         BLOCK_SIZE=block_size,
         SCORE=int(stat),
-        NUM_PLANES=num_planes,
         FP8_MAX=torch.finfo(cache.dtype).max if cache is not None and is_fp8 else 0.0,
         TILE=tile,
         DIMS=triton.next_power_of_2(head_size),

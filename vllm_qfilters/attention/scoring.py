@@ -1,4 +1,4 @@
-"""vLLM's attention on GPUs with token stats stored beside every key it writes: keys are read once for both.
+"""vLLM's attention on GPUs. Where a method has token stats, the kernel that writes keys and values writes them as well.
 
 One mixin for the backends whose cache holds key and value of a token side by side. Each backend's subclass is
 registered in its place in the worker process; modules of backends that are not installed are never imported.

@@ -371,12 +371,14 @@ class QFiltersManager(FullAttentionManager):
         blocks[:] = [block for i, block in enumerate(blocks) if i not in is_out]
         evicted_tokens = len(indices) * self.block_size
         self._keep_prefix(request)
-        self._last_cuts[request_id] = request.num_computed_tokens
+        position, last_cut = request.num_computed_tokens, self._last_cuts.get(request_id, 0)
+        unobserved = resident if last_cut < request.num_prompt_tokens else position - last_cut
+        self._last_cuts[request_id] = position
         self.evicted[request_id] = self.evicted.get(request_id, 0) + evicted_tokens
         self.all_evicted += evicted_tokens
         return RequestCompaction(
             req_id=request_id,
-            position=request.num_computed_tokens,
+            position=position,
             resident_tokens=resident,
             evicted_tokens=evicted_tokens,
             sinks=sinks,
@@ -385,6 +387,7 @@ class QFiltersManager(FullAttentionManager):
             copied_pages=copied_pages,
             shared_pages_out=tuple(shared) if limits.private_window else (),
             distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if reads_prompt(request) else 0,
+            unobserved_tokens=unobserved,
         )
 
     def _give_back(self, request: Request, blocks: Sequence[KVCacheBlock]) -> None:

@@ -145,6 +145,11 @@ class CompressedModelRunner:
         """Whether the cache holds latents (MLA)."""
         return isinstance(self.layers[0], MLAAttention)
 
+    @property
+    def latent_size(self) -> int | None:
+        """How many of the first elements of a latent are its value; None without latents."""
+        return self.layers[0].kv_lora_rank if self.has_latents else None
+
     def key_scales(self) -> torch.Tensor | None:
         """What keys in an fp8 cache are to be multiplied by, float32, shape ``[num_layers]``; None for other caches."""
         if self.cache_config.cache_dtype not in FP8_DTYPES:

@@ -61,7 +61,12 @@ class QFiltersCPUModelRunner(CompressedModelRunner, CPUModelRunner):
             value_size=0 if self.has_latents else None,
         )
         self.cache = PagedCache(
-            kv_caches, layout, self.compression.num_planes, self.key_scales(), self.separate_planes()
+            kv_caches,
+            layout,
+            self.compression.num_planes,
+            self.key_scales(),
+            self.separate_planes(),
+            self.latent_size,
         )
         self.lengths = ResidentLengths(self.compressed_groups)
         self._shift_slots()

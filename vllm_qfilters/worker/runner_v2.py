@@ -82,6 +82,7 @@ class QFiltersGPUModelRunner(CompressedModelRunner, GPUModelRunner):
             self.key_scales(),
             value_size=0 if self.has_latents else self.layers[0].head_size_v,
             planes=self.separate_planes(),
+            latent_size=self.latent_size,
         )
         self.lengths = DeviceResidentLengths(self.compressed_groups, self.max_num_reqs, self.device)
         self.block_tables.compute_slot_mappings = functools.partial(

@@ -208,7 +208,8 @@ class _Sizes:
         plain, compressed = layers.all_token_bytes, layers.number * self._compressed.token_bytes
         of_compression = " and with compression" if compressed == plain else f", {show(compressed)} with compression"
         if planes:
-            of_compression += f", whose {planes} token stats per KV head lie beside key and value"
+            stats = "token stat" if planes == 1 else "token stats"
+            of_compression += f", with {planes} {stats} per KV head beside key and value"
         lines = [
             f"{self._engine_args.model}: {kinds}, {heads}{where}; pages of {self._block_size} tokens",
             f"A token takes {show(plain)} with plain vLLM{of_compression}",

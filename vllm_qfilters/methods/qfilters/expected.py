@@ -5,8 +5,8 @@ from typing import Self
 
 import torch
 
-from vllm_qfilters.kernels.batch import NOT_OBSERVED, CompactionBatch
-from vllm_qfilters.kernels.ops import Observation, TokenStat
+from vllm_qfilters.kernels.batch import CompactionBatch
+from vllm_qfilters.kernels.ops import Observation
 from vllm_qfilters.methods.base import Method, Model, RecentQueries
 
 
@@ -19,21 +19,18 @@ class ExpectedAttention(Method):
     which stays beside the tokens from then on. In the first eviction after the prompt they are its question: there it
     is mixed with the most that any of them pays, so that what is asked for stays although few of them look at it.
 
-    Cost: one read of the cached keys per cut, two more while a prompt's queries are observed.
+    Cost: one read of the cached keys and values per cut, two more of keys when a prompt's queries are observed.
     """
 
-    VALUE_NORMS, OBSERVED = 0, 1  # planes; the second one only if queries are observed
     MEAN_POOL = 7  # neighbours that attention is averaged over
     # Tokens before and behind one that a question looks at which stay with it. To find what comes next, heads look at
     # the words before it; numbers have a token for each digit.
     PEAK_REACH = (6, 12)
 
-    stat = TokenStat.VALUE_NORM
-
     def __init__(self, model: Model) -> None:
         super().__init__(model)
         self.bank = model.filter_bank().to(model.device)
-        self.observes = self.cache.planes.shape[2] > 1
+        self.observes = self.cache.planes.shape[2] > 0
 
     def of_layers(self, layers: slice) -> Self:
         part = super().of_layers(layers)
@@ -47,7 +44,7 @@ class ExpectedAttention(Method):
         )
         if self.observes and not batch.keeps_distinct_everywhere:  # such sequences have not looked yet
             attention = mix_in_observed(attention, self._observed(batch, recent_queries))
-        return attention * self.ops.gather(self.cache.planes[:, :, self.VALUE_NORMS], batch)
+        return attention * self.ops.value_norms(self.cache, batch)
 
     def _observed(self, batch: CompactionBatch, recent_queries: Sequence[RecentQueries | None]) -> torch.Tensor:
         """Reads what was observed, and observes what comes from prompts: once per prompt and cut."""
@@ -61,21 +58,17 @@ class ExpectedAttention(Method):
             for index, (compaction, recent) in enumerate(zip(batch.compactions, recent_queries, strict=True))
             if recent is not None
         ]
-        observed = self.ops.observe(
+        return self.ops.observe(
             self.cache,
             batch,
             observations,
-            self.cache.planes[:, :, self.OBSERVED],
+            self.cache.scores,
             self.model.softmax,
             self.MEAN_POOL,
             self.PEAK_REACH,
             self.model.shared_by_heads,
             self.model.max_over_ranks,
         )
-        if batch.has_distinct_tokens:
-            # Such a sequence has not looked yet: what stands beside its tokens, others observed on pages they share.
-            observed.masked_fill_(batch.keeps_distinct(self.cache.num_layers * self.cache.num_kv_heads), NOT_OBSERVED)
-        return observed
 
 
 def mix_in_observed(expected: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
