@@ -75,7 +75,7 @@ def test_budget_above_length_is_bit_identical_to_plain_vllm(runs):
 def test_serving_launches_nothing_that_was_not_warmed_up(runs):
     """Of engines whose workers are in the process that looks, not of pipelines."""
     seen = [result for result in runs.values() if "compactions" in result and len(result["v2_stages"]) == 1]
-    assert all(result["launches"] >= 2 and result["not_warmed_up"] == [] for result in seen)
+    assert all(result["launches"] >= 1 and result["not_warmed_up"] == [] for result in seen)
 
 
 def test_no_compaction_takes_more_memory_than_is_set_aside(runs):
@@ -94,17 +94,19 @@ def test_capturing_leaves_nothing_behind(runs):
     assert set(captures.values()) == {2}
 
 
-# What decoding launches of ours. Slots and resident lengths take the one launch that slots take anyway, keys and their
-# token stats the one per layer that keys take.
-STEP = {"_slots_and_lengths_kernel": 1, "_write_and_score_kernel": NUM_LAYERS}
+# What decoding launches of ours: slots and resident lengths take the one launch that slots take anyway. vLLM itself
+# writes keys and values, one launch per layer.
+STEP = {"_slots_and_lengths_kernel": 1}
 # What a cut launches for all layers together: scores are the attention expected of each token, mixed with what was
-# observed, times the norm of its value, two planes to gather; by their mean over a layer's heads tokens stay, and some
-# move.
+# observed of those that a query has looked at, times the norm of its value; by their mean over a layer's heads tokens
+# stay, and some move.
 CUT = {
     "_score_resident_kernel": 1,
     "_softmax_terms_kernel": 1,
     "_mean_softmax_kernel": 1,
-    "_gather_scores_kernel": 2,
+    "_forget_kernel": 1,
+    "_gather_scores_kernel": 1,
+    "_value_norms_kernel": 1,
     "_head_moments_kernel": 1,
     "_mean_standardised_kernel": 1,
     "_select_kept_kernel": 1,
@@ -137,15 +139,15 @@ def test_a_step_without_a_cut_launches_as_often_as_in_plain_vllm(runs):
     assert [step["tokens"] for step in plain] == [step["tokens"] for step in compressed] == [[1, 1]] * 2 + [[1]] * 2
     launches = [sum(step["launches"].values()) for step in (*plain, *compressed)]
     assert len(set(launches)) == 1, launches
-    assert all(launches_of_ours(step) == STEP for step in compressed) and sum(STEP.values()) == 4
+    assert all(launches_of_ours(step) == STEP for step in compressed) and sum(STEP.values()) == 1
 
 
 def test_a_cut_launches_as_often_for_three_sequences_as_for_one(runs):
     result = runs["cut twice"]
     for cut in (3, 1):
         first, later = decoding(result, cut)
-        assert launches_of_ours(first) == STEP | CUT | FIRST_CUT and sum((CUT | FIRST_CUT).values()) == 14
-        assert launches_of_ours(later) == STEP | CUT and sum(CUT.values()) == 10
+        assert launches_of_ours(first) == STEP | CUT | FIRST_CUT and sum((CUT | FIRST_CUT).values()) == 15
+        assert launches_of_ours(later) == STEP | CUT and sum(CUT.values()) == 11
     others = decoding(result, cut=0)
     assert len(others) == 2 * 11 and all(launches_of_ours(step) == STEP for step in others)
 
