@@ -44,7 +44,7 @@ class Worker:
         self.computed: dict[str, int] = {}
         self.lengths = ResidentLengths()
         self.num_prompt: dict[str, int] = {}
-        self.cuts: dict[str, int] = {}  # positions of the last ones behind the prompt
+        self.cuts_behind_prompts: dict[str, int] = {}  # positions of the last ones
         self.num_compactions = self.evicted_tokens = 0
 
     def step(self, output: SchedulerOutput) -> None:
@@ -53,16 +53,16 @@ class Worker:
         for req_id in ended:
             self.pages.pop(req_id, None)
             self.computed.pop(req_id, None)
-            self.cuts.pop(req_id, None)
+            self.cuts_behind_prompts.pop(req_id, None)
         for hit in output.prefix_hits:
             self.lengths.add(hit.req_id, hit.evicted_tokens)
         for row in output.compaction.compactions:
             assert row.position == self.computed[row.req_id]
             assert row.resident_tokens == row.position - self.lengths._evicted.get(row.req_id, 0)
-            seen_up_to = self.cuts.get(row.req_id, row.position - row.resident_tokens)
+            seen_up_to = self.cuts_behind_prompts.get(row.req_id, row.position - row.resident_tokens)
             assert row.unobserved_tokens == row.position - seen_up_to
             if row.position >= self.num_prompt[row.req_id]:
-                self.cuts[row.req_id] = row.position
+                self.cuts_behind_prompts[row.req_id] = row.position
             before, after = self.pages[row.req_id], list(row.block_ids)
             assert len(before) - len(after) == row.evicted_tokens // BLOCK > 0
             copied = {page for _, page in row.copied_pages}
