@@ -142,15 +142,19 @@ def _mean_of_neighbours_kernel(
     tl.store(means_ptr + start + token, total / tl.maximum(count, 1.0), mask=token < resident)
 
 
-def tile_of(dims: int) -> int:
-    """Tokens that are read at once: as many as there are registers for."""
-    return 8 if dims > 256 else 8192 // dims
-
-
-def first_and_size(cache: StridedCache, of_values: bool) -> tuple[int, int]:
-    """Where the elements of a value, or of a key, begin among those of a token, and how many there are."""
+def constants_of(cache: StridedCache, of_values: bool) -> dict[str, int]:
+    """What kernels that read values, or keys, are specialised on."""
     elements = cache.value_places if of_values else slice(0, cache.head_size)
-    return elements.start, elements.stop - elements.start
+    size = elements.stop - elements.start
+    dims = triton.next_power_of_2(size)
+    return {
+        "FIRST_DIM": elements.start,
+        "SIZE": size,
+        "DIMS": dims,
+        "BLOCK_SIZE": cache.block_size,
+        "TILE": 8 if dims > 256 else 8192 // dims,  # as many tokens as there are registers for
+        "num_warps": 8,
+    }
 
 
 def distinctness(cache: StridedCache, batch: CompactionBatch, of_values: bool, pool: int) -> torch.Tensor:
@@ -168,23 +172,15 @@ def distinctness(cache: StridedCache, batch: CompactionBatch, of_values: bool, p
     key_values = cache.key_values
     assert key_values.dtype.is_floating_point, f"keys and values of dtype {key_values.dtype}: view an fp8 cache as such"
     num_heads = cache.num_layers * cache.num_kv_heads
-    first_dim, size = first_and_size(cache, of_values)
-    anchors = torch.empty(batch.num_sequences, num_heads, size, dtype=torch.float32, device=key_values.device)
+    constants = constants_of(cache, of_values)
+    anchors = torch.empty(
+        batch.num_sequences, num_heads, constants["SIZE"], dtype=torch.float32, device=key_values.device
+    )
     turned_away = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
-    dims = triton.next_power_of_2(size)
-    tile = tile_of(dims)
     strides = cache.num_kv_heads, batch.block_table.stride(0), *key_values.stride()[:4]
-    constants = {
-        "FIRST_DIM": first_dim,
-        "SIZE": size,
-        "DIMS": dims,
-        "BLOCK_SIZE": cache.block_size,
-        "TILE": tile,
-        "num_warps": 8,
-    }
     tables = key_values, batch.block_table, batch.columns, anchors
     _anchor_kernel[(batch.num_sequences, num_heads)](*tables, *strides, **constants)
-    grid = (batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))
+    grid = (batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, constants["TILE"]))
     _distinctness_kernel[grid](*tables, turned_away, *strides, **constants)
     if pool == 1:
         return turned_away

@@ -7,7 +7,7 @@ import triton.language as tl
 from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.layout import StridedCache
 from vllm_qfilters.kernels.triton.columns import TOKEN_START
-from vllm_qfilters.kernels.triton.distinctness import first_and_size, load_vectors, tile_of, vectors_of_program
+from vllm_qfilters.kernels.triton.distinctness import constants_of, load_vectors, vectors_of_program
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
@@ -50,10 +50,8 @@ def value_norms(cache: StridedCache, batch: CompactionBatch) -> torch.Tensor:
     assert key_values.dtype.is_floating_point, f"values of dtype {key_values.dtype}: view an fp8 cache as such"
     num_heads = cache.num_layers * cache.num_kv_heads
     norms = torch.empty(num_heads * batch.num_tokens, dtype=torch.float32, device=key_values.device)
-    first_dim, size = first_and_size(cache, of_values=True)
-    dims = triton.next_power_of_2(size)
-    tile = tile_of(dims)
-    _value_norms_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, tile))](
+    constants = constants_of(cache, of_values=True)
+    _value_norms_kernel[(batch.num_sequences, num_heads, triton.cdiv(batch.max_resident, constants["TILE"]))](
         key_values,
         batch.block_table,
         batch.columns,
@@ -61,11 +59,6 @@ def value_norms(cache: StridedCache, batch: CompactionBatch) -> torch.Tensor:
         cache.num_kv_heads,
         batch.block_table.stride(0),
         *key_values.stride()[:4],
-        FIRST_DIM=first_dim,
-        SIZE=size,
-        DIMS=dims,
-        BLOCK_SIZE=cache.block_size,
-        TILE=tile,
-        num_warps=8,
+        **constants,
     )
     return norms
