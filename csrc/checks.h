@@ -24,13 +24,19 @@ inline void check_page_table(const at::Tensor& page_table, int64_t num_blocks, i
       num_tokens, " tokens, found ", page_table.size(0));
 }
 
-// Where the elements of keys, or of values, lie in the pages of one head.
+// Where the elements of keys, or of values, lie in the pages of one head; or the first elements of each key, whose
+// offsets lie in a row of those of the whole key.
 inline void check_offsets(const at::Tensor& offsets, int64_t block_size, int64_t page_elements) {
   TORCH_CHECK(
-      offsets.dim() == 2 && offsets.is_contiguous() && offsets.scalar_type() == at::kLong &&
-          offsets.size(0) == block_size && page_elements % block_size == 0 && offsets.numel() <= page_elements,
-      "offsets must be contiguous int64 for ", block_size, " slots, and no more than the ", page_elements,
-      " elements of a page, found ", offsets.scalar_type(), offsets.sizes());
+      offsets.dim() == 2 && offsets.stride(1) == 1 && offsets.size(1) <= offsets.stride(0) &&
+          offsets.scalar_type() == at::kLong && offsets.size(0) == block_size,
+      "offsets must be int64 for ", block_size, " slots, those of a slot side by side, found ", offsets.scalar_type(),
+      offsets.sizes(), " with strides ", offsets.strides());
+  const int64_t whole = block_size * offsets.stride(0);
+  TORCH_CHECK(
+      2 * whole == page_elements || whole == page_elements, "offsets must be those of half of the ", page_elements,
+      " elements of a page, or of all where keys stand alone, found ", offsets.sizes(), " with strides ",
+      offsets.strides());
 }
 
 }  // namespace vllm_qfilters

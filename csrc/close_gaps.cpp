@@ -229,9 +229,10 @@ void close_gaps(
     check_offsets(value_offsets, block_size, pages.size(3));
   }
   TORCH_CHECK(
-      key_offsets.numel() + value_offsets.numel() == pages.size(3),
-      "offsets of keys and values must cover the pages, of ", pages.size(3), " elements, found ", key_offsets.numel(),
-      " and ", value_offsets.numel());
+      key_offsets.is_contiguous() && value_offsets.is_contiguous() &&
+          key_offsets.numel() + value_offsets.numel() == pages.size(3),
+      "contiguous offsets of keys and values must cover the pages, of ", pages.size(3), " elements, found ",
+      key_offsets.numel(), " and ", value_offsets.numel());
   TORCH_CHECK(
       is_kept.is_contiguous() && is_kept.scalar_type() == at::kBool && is_kept.size(0) == pages.size(0) &&
           is_kept.size(1) == pages.size(2),

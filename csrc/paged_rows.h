@@ -37,13 +37,16 @@ ALWAYS_INLINE float dot(const float* one, const float* other, int64_t padded_siz
 // The keys or values of all layers and heads of a sequence.
 //
 // pages: [num_layers, num_blocks, num_kv_heads, block_size * (head_size + value_size)]
-// offsets: [block_size, size] int64, where their elements lie in the pages of a head
+// offsets: [block_size, size] int64, where their elements lie in the pages of a head; rows may lie apart
 // page_table: [num_pages] int64
 template <typename Element>
 class PagedRows {
  public:
   PagedRows(const at::Tensor& pages, const at::Tensor& offsets, const at::Tensor& page_table)
-      : pages_(pages), places_(places_of<Element>(offsets)), page_table_(page_table.const_data_ptr<int64_t>()) {}
+      : pages_(pages),
+        offsets_(offsets.contiguous()),
+        places_(places_of<Element>(offsets_)),
+        page_table_(page_table.const_data_ptr<int64_t>()) {}
 
   // Elements of a row, those that are 0 behind its end among them.
   int64_t padded_size() const {
@@ -68,6 +71,7 @@ class PagedRows {
 
  private:
   const at::Tensor& pages_;
+  const at::Tensor offsets_;
   const RowPlaces places_;
   const int64_t* page_table_;
 };

@@ -185,7 +185,7 @@ class PagedCache(_Planes):
         self.layout, self.head_size, self.value_size = layout, layout.keys.shape[1], layout.values.shape[1]
         self.num_layers, self.num_blocks, self.num_kv_heads = len(kv_caches), num_blocks, num_kv_heads
         self.block_size = block_size
-        self.value_places = layout.values if self.value_size else layout.keys[:, :latent_size].contiguous()
+        self.value_places = layout.values if self.value_size else layout.keys[:, :latent_size]
         self.key_scales = torch.ones(self.num_layers) if key_scales is None else key_scales
         layer_stride = _layer_stride(kv_caches)
         self.pages = first.as_strided(

@@ -34,7 +34,8 @@ needs_library = pytest.mark.skipif(kernels.IMPLEMENTATION != "C++", reason=f"{cp
 
 
 NO_PAGED_KEYS = [  # argument of an operator that reads keys, what it must not be, and the refusal
-    pytest.param(1, torch.zeros(16, 17, dtype=torch.int64), "offsets must be", id="other-layout"),
+    pytest.param(1, torch.zeros(8, 8, dtype=torch.int64), "offsets must be", id="other-layout"),
+    pytest.param(1, torch.zeros(16, 16, dtype=torch.int64)[:, ::2], "offsets must be", id="offsets-apart"),
     pytest.param(2, torch.tensor([4, 6]), "beyond the 6 there are", id="page-beyond"),
     pytest.param(3, 33, "for 33 tokens", id="too-few-pages"),
 ]
