@@ -715,7 +715,7 @@ def test_cuts_launch_nothing_that_was_not_warmed_up(num_rotations, dtype, is_sha
         Compactor(method, 8, is_shared).warm_up(RecentQueries(queries, 0, 0))
     assert len({name for name, *_ in warmed_up}) > 10
     with recorded() as launched:
-        for count, num_queries, bytes_at_once in ((3, 1, 1 << 30), (2, 17, 1)):
+        for count, num_queries, bytes_at_once in ((3, 1, 1 << 30), (2, 1, 1 << 30), (2, 17, 1)):
             compactions = [
                 dataclasses.replace(compaction, distinct_tokens=index, copied_pages=compaction.copied_pages[:index])
                 for index, compaction in enumerate(sequences.compactions[:count])

@@ -94,7 +94,7 @@ def _find_sources_kernel(
         num_kept += tl.sum(is_kept)
 
 
-@triton.jit(do_not_specialize=["num_layers", "block_table_stride"])
+@triton.jit(do_not_specialize=["num_layers", "block_table_stride"], do_not_specialize_on_alignment=["new_pages_ptr"])
 def _move_kernel(
     cache_ptr,  # [num_layers, num_blocks, num_kv_heads, block_size, content]
     planes_ptr,  # [num_layers, num_blocks, num_planes, num_kv_heads, block_size]
