@@ -108,9 +108,9 @@ class CompactionBatch:
         return any(compaction.distinct_tokens for compaction in self.compactions)
 
     @property
-    def keeps_distinct_everywhere(self) -> bool:
-        """Whether every sequence keeps distinct tokens."""
-        return all(compaction.distinct_tokens for compaction in self.compactions)
+    def has_observed_tokens(self) -> bool:
+        """Whether a prompt's queries have looked at any token."""
+        return any(compaction.unobserved_tokens < compaction.resident_tokens for compaction in self.compactions)
 
     @property
     def num_sequences(self) -> int:

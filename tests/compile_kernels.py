@@ -120,8 +120,8 @@ def launch_all(has_fp8: bool) -> None:
             (6, 12),
             shared_by_heads=True,
         )
-        for of_values in (False, True):
-            distinctness(cache, batch, of_values, 7)
+        for of_values, pool in ((False, 7), (True, 7), (True, 15)):
+            distinctness(cache, batch, of_values, pool)
         value_norms(cache, batch)
         mean_softmax(logits, batch, cache.num_layers, heads, 4)
         sizes, sinks = torch.ones(cache.num_layers, dtype=torch.int64), torch.zeros(cache.num_layers, heads * 4)

@@ -28,6 +28,7 @@ class Rule:
     shared_by_heads: bool
     keep_prompt: bool = False
     prompt_share: float = 0.0
+    distinct_share: float = 0.0
     method: str = "qfilters"
     filter: str = "static"
     rank: int = 0
@@ -117,7 +118,10 @@ def teacher_forced_logprobs(
                         sinks = max(rule.sinks, of_prompt)
                 window = resident - evicted - sinks if rule.method == "streaming" else window
                 distinct = max(0, resident - evicted - budget) if rule.method == "qfilters" else 0
-                if rule.observed and not is_observed_after_prompt and not distinct:
+                distinct += int(rule.distinct_share * rule.budget)
+                distinct = min(distinct, resident - evicted - sinks - window)
+                looks = position >= len(prompt) or not distinct
+                if rule.observed and not is_observed_after_prompt and looks:
                     observed, peaks = seen.attention(cache, rule, newer=max(0, position - len(prompt)))
                     is_observed_after_prompt = position >= len(prompt)
                     if rule.shared_by_heads:
@@ -495,7 +499,7 @@ def score(model, cache, filters, rule: Rule, position: int, observed) -> list[to
     return scores
 
 
-def unlikeness(vectors: torch.Tensor, neighbours: int = 3) -> torch.Tensor:
+def unlikeness(vectors: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Of ``[heads, tokens, size]``: how far a key or value turns away from the mean direction, averaged over its
     neighbours to either side."""
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
@@ -515,7 +519,7 @@ def evict(model, cache, scores, evicted: int, sinks: int, window: int, rule: Rul
             continue
         resident = layer.keys.shape[2]
         _, values = _keys_and_values(model, layer)
-        turned_away = unlikeness(values)
+        turned_away = unlikeness(values, neighbours=7 if rule.distinct_share else 3)
         rows, others = (values[:, sinks : resident - window] for values in (scores[index], turned_away))
         if rule.shared_by_heads:
             rows, others = (

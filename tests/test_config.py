@@ -57,6 +57,20 @@ REFUSED = {
     "prompt-share-flag": (dict(prompt_share=False), ("prompt_share=False:", "a fraction of the budget")),
     "prompt-share-tokens": (dict(prompt_share=256), ("prompt_share=256:", "a fraction of the budget")),
     "prompt-share-negative": (dict(prompt_share=-0.5), ("prompt_share=-0.5:", "a fraction of the budget")),
+    "distinct-share-whole": (dict(distinct_share=1.0), ("distinct_share=1.0:", "0 <= distinct_share < 1")),
+    "distinct-share-tokens": (dict(distinct_share=128), ("distinct_share=128:", "a fraction of the budget")),
+    "distinct-share-of-pages": (
+        dict(distinct_share=0.5, granularity="page"),
+        ("distinct_share=0.5 does nothing with granularity 'page'", "choose granularity 'layer' or 'head'"),
+    ),
+    "distinct-share-of-pages-beside-a-prompt": (
+        dict(distinct_share=0.5, granularity="page", scope="decode"),
+        ("distinct_share=0.5 does nothing with granularity 'page'", "choose granularity 'layer' or 'head'"),
+    ),
+    "distinct-share-of-streaming": (
+        dict(distinct_share=0.5, method="streaming"),
+        ("distinct_share=0.5 does nothing with method 'streaming'", "choose method 'qfilters'"),
+    ),
     "prompt-share-and-window": (
         dict(prompt_share=0.5, window=0.5),
         ("prompt_share=0.5 and window=0.5", "together are less than 1"),
@@ -493,8 +507,27 @@ def test_streaming_alone_keeps_recent_tokens_only(method):
 ])  # fmt: skip
 def test_what_a_prompt_holds_beyond_the_budget_is_distinct_for_qfilters_alone(method, granularity):
     limits = policy_of(**SMALL, granularity=granularity, method=method).request_limits(None, prompt_tokens=1000)
-    assert limits.distinct_tokens(kept=600) == (88 if method == "qfilters" and granularity != "page" else 0)
-    assert limits.distinct_tokens(kept=512) == limits.distinct_tokens(kept=400) == 0
+
+    def distinct_tokens(kept, reads_prompt=True):
+        return limits.distinct_tokens(kept, protected=68, reads_prompt=reads_prompt)
+
+    assert distinct_tokens(kept=600) == (88 if method == "qfilters" and granularity != "page" else 0)
+    assert distinct_tokens(kept=512) == distinct_tokens(kept=400) == distinct_tokens(kept=600, reads_prompt=False) == 0
+
+
+@pytest.mark.parametrize("method", ["expected", "sampled", "rotary", "static"])
+def test_a_share_of_the_budget_is_for_distinct_tokens(method):
+    options = {**SMALL, "filter": method, "distinct_share": 0.5}
+    limits = policy_of(**options).request_limits({"kv_budget": 256}, prompt_tokens=1000)
+    beside_prompt = policy_of(**options, scope="decode").request_limits(None, prompt_tokens=1000)
+
+    def distinct_tokens(kept, protected=68, reads_prompt=False):
+        return limits.distinct_tokens(kept, protected, reads_prompt)
+
+    assert distinct_tokens(kept=256) == distinct_tokens(kept=224) == 128
+    assert distinct_tokens(kept=300, reads_prompt=True) == 128 + 44
+    assert distinct_tokens(kept=224, protected=200) == 24  # no more than sinks and window leave room for
+    assert beside_prompt.distinct_tokens(1500, 1064, reads_prompt=False) == 256
 
 
 @pytest.mark.parametrize(
@@ -732,7 +765,7 @@ def test_a_budget_to_resume_from_holds_the_tokens_of_a_page_that_is_not_full():
 
 def test_every_option_of_some_is_read_by_a_method_that_is_not_told_to_drop_it():
     for entry in (*METHODS.values(), *QFILTERS.values()):
-        assert entry.options <= OPTIONS_OF_SOME == {"filter", "filters", "rank", "observed"}
+        assert entry.options <= OPTIONS_OF_SOME == {"filter", "filters", "rank", "observed", "distinct_share"}
     policy = policy_of(filter="expected", rank=3, observed=5, filters="a/b")
     assert (policy.filter, policy.rank, policy.observed, policy.filters) == ("expected", 3, 5, "a/b")
 

@@ -90,6 +90,30 @@ CASES = {
         100,
         300,
     ),
+    "expected-distinct-share": (
+        dict(budget=256, window=64, sinks=4, interval=32, chunk=256, prefill_interval=64, rank=0, distinct_share=0.5),
+        700,
+        300,
+    ),
+    "expected-head-distinct-share-beside-a-prompt": (
+        dict(
+            budget=256,
+            window=64,
+            sinks=4,
+            interval=32,
+            granularity="head",
+            scope="decode",
+            rank=0,
+            distinct_share=0.8,
+        ),
+        200,
+        500,
+    ),
+    "rotary-distinct-share-of-all-budgets": (
+        dict(budget=256, window=64, sinks=4, interval=64, chunk=256, filter="rotary", distinct_share=0.3),
+        900,
+        200,
+    ),
     "streaming-prompt-share": (
         dict(method="streaming", budget=192, sinks=4, interval=64, chunk=256, window=0, prompt_share=0.3),
         700,
@@ -147,6 +171,7 @@ def make_rule(options: dict, min_window: int = 0) -> Rule:
         shared_by_heads=options.get("granularity", "layer") == "layer",
         keep_prompt=options.get("scope") == "decode",
         prompt_share=options.get("prompt_share", 0.0),
+        distinct_share=options.get("distinct_share", 0.0),
         method=options.get("method", "qfilters"),
         filter=options.get("filter", "expected"),
         rank=options.get("rank", 0),

@@ -46,6 +46,7 @@ class RequestLimits:
             tokens of the window too, when the sequence evicts.
         recent_only: nothing is scored, the most recent tokens stay beside the sinks (StreamingLLM).
         keeps_distinct: what a prompt holds beyond the budget are the tokens whose values are most unlike the others.
+        distinct: tokens of the budget that are such tokens, too.
         elastic: the sequence is cut when pages are wanting, and else holds any number of tokens.
         pinned_prompt: tokens of the prompt that stay to the end, up to a page more so that whole pages go; 0: none, and
             tokens of the prompt compete with generated ones.
@@ -62,6 +63,7 @@ class RequestLimits:
     observed_queries: int = 0
     recent_only: bool = False
     keeps_distinct: bool = False
+    distinct: int = 0
     elastic: bool = False
     pinned_prompt: int = 0
     resumes: bool = False
@@ -134,13 +136,19 @@ class RequestLimits:
                 sinks = max(sinks, prompt_tokens - self.prompt_surplus(prompt_tokens, 0, block_size))
         return sinks, kept - sinks if self.recent_only else window
 
-    def distinct_tokens(self, kept: int) -> int:
-        """How many of ``kept`` tokens stay because their keys are unlike the others: all that the budget does not hold.
+    def distinct_tokens(self, kept: int, protected: int, reads_prompt: bool) -> int:
+        """How many of ``kept`` tokens stay because their values are unlike the others: those of the budget that are set
+        aside for it, and while a prompt is read all that the budget does not hold.
 
         What the end of a prompt will ask for shows in no query yet, but it is seldom what the rest of the prompt is
         like.
+
+        Args:
+            protected: those of ``kept`` that stay in any case, as sinks or window.
+            reads_prompt: more of the prompt is to come.
         """
-        return max(0, kept - self.budget) if self.keeps_distinct else 0
+        beyond = max(0, kept - self.budget) if self.keeps_distinct and reads_prompt else 0
+        return min(self.distinct + beyond, kept - protected)
 
     @property
     def private_window(self) -> bool:

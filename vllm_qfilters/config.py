@@ -59,6 +59,9 @@ class KVCompressionConfig:
             sequences evict from it alone until no more of it is left than that; from then on they evict from what was
             generated alone. A shorter prompt stays whole, and of a longer one what scores highest. Not with
             ``evict: pressure``. None, the default, becomes 0: all tokens compete.
+        distinct_share: the part of a budget, in [0, 1), that goes to tokens whose values are most unlike the others, as
+            far as sinks and window leave room: details that are stated once, long before anything asks for them, such
+            as numbers. The rest of the text is remembered less well. None, the default, becomes 0.
         chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block
             size. None, the default, becomes 2048.
         prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the
@@ -102,6 +105,7 @@ class KVCompressionConfig:
     prefill: str | None = None
     scope: str = "all"
     prompt_share: float | None = None
+    distinct_share: float | None = None
     chunk: int | None = None
     prefill_interval: int | None = None
     filter: str | None = None
@@ -128,8 +132,14 @@ class KVCompressionConfig:
             raise ValueError(
                 f"window={self.window!r}: give tokens (an integer >= 0) or a fraction of the budget (0 <= window < 1)"
             )
-        if self.prompt_share is not None:
-            self._check_prompt_share()
+        self._check_share("prompt_share")
+        self._check_share("distinct_share")
+        share, window = self.prompt_share, self.window
+        if share is not None and isinstance(window, float) and share + window >= 1:
+            raise ValueError(
+                f"prompt_share={share!r} and window={window!r} leave nothing to evict: lower one, so that both "
+                "together are less than 1"
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, least in _SMALLEST.items():
             value = getattr(self, name)
@@ -145,15 +155,12 @@ class KVCompressionConfig:
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: give true or false")
 
-    def _check_prompt_share(self) -> None:
-        share, window = self.prompt_share, self.window
+    def _check_share(self, name: str) -> None:
+        share = getattr(self, name)
+        if share is None:
+            return
         if isinstance(share, bool) or (share != 0 and not (isinstance(share, float) and 0 <= share < 1)):
-            raise ValueError(f"prompt_share={share!r}: give a fraction of the budget (0 <= prompt_share < 1)")
-        if isinstance(window, float) and share + window >= 1:
-            raise ValueError(
-                f"prompt_share={share!r} and window={window!r} leave nothing to evict: lower one, so that both "
-                "together are less than 1"
-            )
+            raise ValueError(f"{name}={share!r}: give a fraction of the budget (0 <= {name} < 1)")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "KVCompressionConfig":

@@ -36,6 +36,11 @@ PREFILL = "chunked"
 RANK = 8
 OBSERVED = 32
 FILTERS = "auto"
+# Neighbours whose values count with a token's own where values unlike the others are looked for: what stands out are
+# words and numbers of several tokens, until the prompt ends; in a part of the budget that is set aside for them, whole
+# statements, which nothing but their own words will recall.
+DISTINCT_POOL = 7
+DISTINCT_SHARE_POOL = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Policy:
     prefill: str
     scope: str
     prompt_share: float
+    distinct_share: float
     chunk: int
     prefill_interval: int
     filter: str | None
@@ -113,6 +119,11 @@ class Policy:
     def heads_keep_the_same(self) -> bool:
         """Whether the heads of a layer keep the same tokens."""
         return self.granularity == "layer"
+
+    @property
+    def distinct_pool(self) -> int:
+        """Neighbours whose values count with a token's own where values unlike the others are looked for, odd."""
+        return DISTINCT_SHARE_POOL if self.distinct_share else DISTINCT_POOL
 
     @property
     def resumes(self) -> bool:
@@ -244,7 +255,7 @@ class Policy:
     def _limits(self, budget: int, prompt_tokens: int, block_size: int) -> RequestLimits:
         """Of a budget in tokens that is allowed."""
         window = math.floor(self.window * budget) if isinstance(self.window, float) else self.window
-        sinks = self.sinks
+        sinks, distinct = self.sinks, math.floor(self.distinct_share * budget)
         if self.scope == "decode":
             # The prompt stays: it counts as sinks, and comes on top of the budget.
             sinks = max(sinks, prompt_tokens)
@@ -261,6 +272,7 @@ class Policy:
             observed_queries=self.observed_queries,
             recent_only=self.entry.recent_only,
             keeps_distinct=self.entry.keeps_distinct and not self.evicts_whole_pages,
+            distinct=distinct,
             pinned_prompt=max(sinks, math.floor(self.prompt_share * budget)) if self.prompt_share else 0,
             resumes=self._leaves_last_page,
         )
@@ -336,6 +348,7 @@ def resolve(
         prefill=PREFILL if config.prefill is None else config.prefill,
         scope=config.scope,
         prompt_share=config.prompt_share or 0.0,
+        distinct_share=config.distinct_share or 0.0,
         chunk=chunk,
         prefill_interval=prefill_interval,
         filter=filter,
@@ -422,14 +435,14 @@ def _unread_options(config: KVCompressionConfig, entry: Entry, filter: str | Non
     """Options that nothing reads, by name: what they do nothing with, and what to do if one is given."""
     unread = sorted(catalog.OPTIONS_OF_SOME - entry.options)
     reasons = {name: _unread_by_method(name, config, entry, filter) for name in unread}
+    if config.granularity == "page":
+        by_token = "drop it, or choose granularity 'layer' or 'head'"
+        reasons["prompt_share"] = f"granularity 'page', which evicts pages by score wherever they are: {by_token}"
+        if "distinct_share" in entry.options:
+            reasons["distinct_share"] = f"granularity 'page', which keeps pages by score alone: {by_token}"
     if config.scope == "decode":
         whole = "scope 'decode', which keeps prompts whole: drop it, or choose scope 'all'"
         return reasons | dict.fromkeys(("prompt_share", "prefill", "chunk", "prefill_interval"), whole)
-    if config.granularity == "page":
-        reasons["prompt_share"] = (
-            "granularity 'page', which evicts pages by score wherever they are: drop it, or choose granularity 'layer' "
-            "or 'head'"
-        )
     if config.prefill == "full":
         whole = "prefill 'full', which reads prompts whole: drop it, or choose prefill 'chunked'"
         reasons |= dict.fromkeys(("chunk", "prefill_interval"), whole)

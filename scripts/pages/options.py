@@ -81,9 +81,11 @@ def _read_by(option: str) -> str:
         filters = [name for name, entry in QFILTERS.items() if option in entry.options]
         of_filter = "" if len(filters) in (0, len(QFILTERS)) else f" with `filter` {_any_of(filters)}"
         others = [name for name, entry in METHODS.items() if option in entry.options and name != "qfilters"]
-        return ", ".join([f"`qfilters`{of_filter}"] * bool(filters) + [f"`{name}`" for name in others])
+        readers = ", ".join([f"`qfilters`{of_filter}"] * bool(filters) + [f"`{name}`" for name in others])
+    else:
+        readers = "all methods"
     needed = [text for text, settings in _SETTINGS.items() if not _is_read(option, settings)]
-    return f"all methods, with {_all_of(needed)}" if needed else "all methods"
+    return f"{readers}, with {_all_of(needed)}" if needed else readers
 
 
 def _is_read(option: str, settings: Mapping[str, Any]) -> bool:

@@ -386,7 +386,7 @@ class QFiltersManager(FullAttentionManager):
             block_ids=tuple(block.block_id for block in blocks),
             copied_pages=copied_pages,
             shared_pages_out=tuple(shared) if limits.private_window else (),
-            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens) if reads_prompt(request) else 0,
+            distinct_tokens=limits.distinct_tokens(resident - evicted_tokens, sinks + window, reads_prompt(request)),
             unobserved_tokens=unobserved,
         )
 

@@ -23,7 +23,7 @@ class Entry:
         recent_only: nothing is scored; the most recent tokens stay beside the sinks.
         expects_attention: scores go by the attention expected of each query head.
         keeps_distinct: what a prompt holds beyond its budget while it is read are the tokens whose values are most
-            unlike the others.
+            unlike the others; and the option ``distinct_share`` sets a part of the budget aside for such tokens.
         observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
         follows_decoding: the queries of generated tokens are kept likewise, for every cut.
         reads_latents: also works on caches of latents, whose keys have no values beside them (MLA).
@@ -53,7 +53,7 @@ _QFILTERS = "what the model's queries, known from calibration, will attend to (Q
 _EXPECTED = Entry(
     _QFILTERS,
     "qfilters.expected:ExpectedAttention",
-    options=frozenset({"filter", "filters", "rank", "observed"}),
+    options=frozenset({"filter", "filters", "rank", "observed", "distinct_share"}),
     stats=lambda observed: 1 if observed else 0,
     needs_filters=True,
     needs_query_statistics=True,
@@ -73,7 +73,7 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
     "rotary": Entry(
         _QFILTERS,
         "qfilters.rotary:RotaryFilter",
-        options=frozenset({"filter", "filters"}),
+        options=frozenset({"filter", "filters", "distinct_share"}),
         stats=_no_stats,
         needs_filters=True,
         needs_query_statistics=True,
@@ -83,7 +83,7 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
     "static": Entry(
         _QFILTERS,
         "qfilters.static:StaticFilter",
-        options=frozenset({"filter", "filters"}),
+        options=frozenset({"filter", "filters", "distinct_share"}),
         needs_filters=True,
         scores_are_final=True,
         keeps_distinct=True,

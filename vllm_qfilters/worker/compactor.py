@@ -13,9 +13,6 @@ from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Cache
 from vllm_qfilters.methods.base import Method, RecentQueries
 from vllm_qfilters.plan import RequestCompaction
 
-DISTINCT_POOL = (
-    7  # neighbours whose values count with a token's own: what stands out are words and numbers of several tokens
-)
 BYTES_AT_ONCE = 96 << 20  # that scores and what is made of them take, of as many layers as that allows
 
 
@@ -82,6 +79,7 @@ class Compactor:
         shared_by_heads: the heads of a layer keep the same tokens.
         mean_over_ranks: the mean of a tensor over ranks that hold other heads of the same layers.
         mean_over_copies: the mean of a tensor over ranks that hold copies of the same KV heads.
+        distinct_pool: neighbours whose values count with a token's own where values unlike the others are looked for.
         bytes_at_once: of scores and what is made of them; one layer of one sequence takes what it takes.
     """
 
@@ -92,6 +90,7 @@ class Compactor:
         shared_by_heads: bool,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
         mean_over_copies: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        distinct_pool: int = 7,
         bytes_at_once: int = BYTES_AT_ONCE,
     ) -> None:
         self.method = method
@@ -101,6 +100,7 @@ class Compactor:
         self.shared_by_heads = shared_by_heads
         self.mean_over_ranks = mean_over_ranks
         self.mean_over_copies = mean_over_copies
+        self.distinct_pool = distinct_pool
         self.bytes_at_once = bytes_at_once
 
     def apply(
@@ -188,7 +188,7 @@ class Compactor:
         scores = self._ranked_by(self.mean_over_copies(method.scores(batch, recent_queries)), cache, batch)
         if batch.has_distinct_tokens:
             best = self.ops.select_kept(scores, batch.evicting_distinct_tokens(), num_layers, num_heads)
-            of_heads = self.ops.distinctness(cache, batch, of_values=True, pool=DISTINCT_POOL)
+            of_heads = self.ops.distinctness(cache, batch, of_values=True, pool=self.distinct_pool)
             distinctness = self._ranked_by(of_heads, cache, batch)
             scores = distinctness.masked_fill_(best.bool(), math.inf)
         is_kept = self.ops.select_kept(scores, batch, num_layers, num_heads)

@@ -167,7 +167,8 @@ class CompressedModelRunner:
             num_heads = self.most_query_heads if self.compression.expects_attention else self.cache.num_kv_heads
             of_copies = functools.partial(mean_over_copies, num_kv_heads=self.identity.num_kv_heads)
             shared = self.compression.heads_keep_the_same
-            self.compactor = Compactor(method, num_heads, shared, mean_over_ranks, of_copies)
+            pool = self.compression.distinct_pool
+            self.compactor = Compactor(method, num_heads, shared, mean_over_ranks, of_copies, pool)
         if method.stat == TokenStat.NONE:
             return
         for index, layer in enumerate(self.layers):
@@ -489,15 +490,17 @@ class CompressedModelRunner:
         """The last queries of a sequence so far, no more than tokens up to them are held.
 
         Where they are those of prompts alone, they are handed out for the last time at the first eviction after the
-        prompt. None while there is room for distinct tokens: what looking costs buys nothing there, all that stays is
-        looked at again when the prompt ends.
+        prompt. None while a prompt with distinct tokens is read: what looking costs buys nothing there, all that stays
+        is looked at again when the prompt ends.
         """
-        if self.recorder is None or compaction.distinct_tokens:
+        if self.recorder is None:
             return None
         recent = self.recorder.get(compaction.req_id, compaction.position - compaction.resident_tokens)
         if recent is None:
             return None
-        if not self.compression.entry.follows_decoding and recent.have_read_prompt_at(compaction.position):
+        if not recent.have_read_prompt_at(compaction.position):
+            return None if compaction.distinct_tokens else recent
+        if not self.compression.entry.follows_decoding:
             self.recorder.forget([compaction.req_id])
         return recent
 
@@ -631,6 +634,7 @@ def describe(config: Policy, block_size: int, origin: str, kernels: str) -> str:
         f"scope {config.scope}",
         f"evict {config.evict}",
         *([f"prompt_share {config.prompt_share}"] if config.prompt_share else []),
+        *([f"distinct_share {config.distinct_share}"] if config.distinct_share else []),
         *([f"prefix {config.prefix}"] if config.resumes else []),
     ]
     if config.filter is not None:

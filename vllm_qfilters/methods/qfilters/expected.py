@@ -42,7 +42,7 @@ class ExpectedAttention(Method):
         attention = self.ops.expected_attention(
             self.cache, batch, bank.means, bank.factors, bank.turns(batch.positions), self.model.softmax
         )
-        if self.observes and not batch.keeps_distinct_everywhere:  # such sequences have not looked yet
+        if self.observes and (batch.has_observed_tokens or any(recent is not None for recent in recent_queries)):
             attention = mix_in_observed(attention, self._observed(batch, recent_queries))
         return attention * self.ops.value_norms(self.cache, batch)
 
