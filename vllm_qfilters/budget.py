@@ -148,7 +148,7 @@ class RequestLimits:
             reads_prompt: more of the prompt is to come.
         """
         beyond = max(0, kept - self.budget) if self.keeps_distinct and reads_prompt else 0
-        return min(self.distinct + beyond, kept - protected)
+        return max(0, min(self.distinct + beyond, kept - protected))
 
     @property
     def private_window(self) -> bool:

@@ -36,9 +36,9 @@ PREFILL = "chunked"
 RANK = 8
 OBSERVED = 32
 FILTERS = "auto"
-# Neighbours whose values count with a token's own where values unlike the others are looked for: what stands out are
-# words and numbers of several tokens, until the prompt ends; in a part of the budget that is set aside for them, whole
-# statements, which nothing but their own words will recall.
+# Neighbours whose values count with a token's own where values unlike the others are looked for. Until a prompt ends,
+# words and numbers of several tokens are to stand out, since its end looks at them and at what is around them. A part
+# of the budget that is set aside is for whole statements.
 DISTINCT_POOL = 7
 DISTINCT_SHARE_POOL = 15
 
