@@ -109,7 +109,7 @@ CASES = {
         200,
         500,
     ),
-    "rotary-distinct-share-of-all-budgets": (
+    "rotary-distinct-share": (
         dict(budget=256, window=64, sinks=4, interval=64, chunk=256, filter="rotary", distinct_share=0.3),
         900,
         200,

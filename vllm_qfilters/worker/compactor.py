@@ -12,6 +12,7 @@ from vllm_qfilters.kernels.batch import CompactionBatch
 from vllm_qfilters.kernels.ops import OBSERVATIONS_AT_ONCE, Cache
 from vllm_qfilters.methods.base import Method, RecentQueries
 from vllm_qfilters.plan import RequestCompaction
+from vllm_qfilters.policy import DISTINCT_POOL
 
 BYTES_AT_ONCE = 96 << 20  # that scores and what is made of them take, of as many layers as that allows
 
@@ -90,7 +91,7 @@ class Compactor:
         shared_by_heads: bool,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
         mean_over_copies: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-        distinct_pool: int = 7,
+        distinct_pool: int = DISTINCT_POOL,
         bytes_at_once: int = BYTES_AT_ONCE,
     ) -> None:
         self.method = method
