@@ -15,7 +15,7 @@ from vllm_qfilters.policy import resolve
 
 COLUMNS = {"plain": "plain vLLM", "qfilters": "qfilters", "streaming": "StreamingLLM"}  # by variant
 PREFIX_CACHE_PAGE = 16  # tokens: the block size of vLLM on GPUs
-_COMPARED = ("qfilters", "streaming")
+_COMPARED = ("qfilters", "qfilters:distinct_share=0.5", "streaming")
 _TASKS = {  # what a task of `vllm-qfilters eval` is, with the tokens of its prompts
     "streaming": "{count} texts of {length} tokens",
     "prompt": "text after a prompt of {length} tokens",
@@ -164,7 +164,7 @@ def _quality_table(measured: Results, tasks: Sequence[str], kind_of_budget: type
     budgets = sorted(given)
     rows = [
         [
-            f"{_name(measured, task)}{_of(measured, task)}, {method}",
+            f"{_name(measured, task)}{_of(measured, task)}, {method.replace(':', ' ')}",
             *(_quality_cell(measured, task, method, b) for b in budgets),
         ]
         for task in tasks

@@ -22,8 +22,6 @@ class Entry:
         scores_are_final: a token's score is known when it is written and stays, so that whole pages can be scored.
         recent_only: nothing is scored; the most recent tokens stay beside the sinks.
         expects_attention: scores go by the attention expected of each query head.
-        keeps_distinct: what a prompt holds beyond its budget while it is read are the tokens whose values are most
-            unlike the others; and the option ``distinct_share`` sets a part of the budget aside for such tokens.
         observed_queries: last queries of a prompt that are kept until its first cut behind the end; from ``observed``.
         follows_decoding: the queries of generated tokens are kept likewise, for every cut.
         reads_latents: also works on caches of latents, whose keys have no values beside them (MLA).
@@ -38,10 +36,15 @@ class Entry:
     scores_are_final: bool = False
     recent_only: bool = False
     expects_attention: bool = False
-    keeps_distinct: bool = False
     observed_queries: Callable[[int], int] = lambda observed: 0
     follows_decoding: bool = False
     reads_latents: bool = False
+
+    @property
+    def keeps_distinct(self) -> bool:
+        """Whether a prompt that is read holds, beyond its budget, the tokens whose values are most unlike the others.
+        Methods that know such tokens can set a part of the budget aside for them, too."""
+        return "distinct_share" in self.options
 
 
 def _no_stats(observed: int) -> int:
@@ -58,7 +61,6 @@ _EXPECTED = Entry(
     needs_filters=True,
     needs_query_statistics=True,
     expects_attention=True,
-    keeps_distinct=True,
     observed_queries=lambda observed: observed,
     reads_latents=True,
 )
@@ -77,7 +79,6 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
         stats=_no_stats,
         needs_filters=True,
         needs_query_statistics=True,
-        keeps_distinct=True,
         reads_latents=True,
     ),
     "static": Entry(
@@ -86,7 +87,6 @@ QFILTERS: Mapping[str, Entry] = {  # by the option `filter`
         options=frozenset({"filter", "filters", "distinct_share"}),
         needs_filters=True,
         scores_are_final=True,
-        keeps_distinct=True,
         reads_latents=True,
     ),
 }
