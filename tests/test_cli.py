@@ -19,7 +19,7 @@ from tests.models import HEAD_SIZE, NUM_KV_HEADS, NUM_LAYERS, VOCAB, tiny_identi
 from vllm_qfilters import commands, kv_compression
 from vllm_qfilters.commands import calibrate, engine
 from vllm_qfilters.commands.arguments import UsageError
-from vllm_qfilters.commands.evaluation.engine import serve
+from vllm_qfilters.commands.evaluation.engine import Progress, serve
 from vllm_qfilters.commands.generate.command import batch_generator
 from vllm_qfilters.commands.generate.offline import Refusal, Request
 from vllm_qfilters.filters.format import STORED_RANK
@@ -469,12 +469,16 @@ def test_eval_in_a_process_of_its_own(evaluate, tmp_path):
 
 
 def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, capsys):
-    starts = []
+    starts, progress = [], []
 
     def run_here(engine_args, requests):
         starts.append(engine_args)
-        return serve(engine_args, requests)
+        for event in serve(engine_args, requests):
+            if isinstance(event, Progress):
+                progress.append((event.tokens, sum(request.most_tokens for request in requests)))
+            yield event
 
+    monkeypatch.setattr("vllm_qfilters.commands.evaluation.engine.PROGRESS_SECONDS", 0)
     monkeypatch.setattr("vllm_qfilters.commands.evaluation.command.run_engine", run_here)
     evaluate += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M"]
     assert commands.main([*evaluate, "--methods", "streaming", "--no-plots"]) == 0
@@ -484,6 +488,8 @@ def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, cap
     first = json.loads((tmp_path / "quality.json").read_text())
     assert [cell["task"] for cell in first["cells"] if (cell["method"], cell["budget"]) == ("full", 0)] == list(names)
     assert len(first["cells"]) == 10
+    assert len(progress) > 100 and all(0 <= tokens <= total for tokens, total in progress)
+    assert max(tokens for tokens, _ in progress) > 448, "of requests that are not finished"
     streaming, prompt, rest = first["engines"]
     assert streaming["evicted_tokens"] == 2 * (448 - 96), "at 448 is the last cut"
     assert prompt["evicted_tokens"] == 160 and rest["evicted_tokens"] >= 4 * 160

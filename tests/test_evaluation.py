@@ -1,5 +1,6 @@
 """The evaluation without an engine: texts, needles, numbers, results, planning, tables."""
 
+import io
 import json
 import math
 import random
@@ -9,6 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from vllm_qfilters.commands.evaluation import (
     copying,
@@ -24,6 +26,7 @@ from vllm_qfilters.commands.evaluation.engine import (
     EngineError,
     EngineFinished,
     EngineStarted,
+    Progress,
     RequestFinished,
     run_engine,
 )
@@ -513,6 +516,34 @@ def run(path, engine, methods=METHODS, chosen=None, model="model"):
         results.start_run({"commit": "abc"})
         evaluate(jobs, results, ENGINE_ARGS, engine)
     return Results(path, model)
+
+
+def test_the_bar_moves_while_no_request_is_finished(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            shown.append(self.n)
+
+    monkeypatch.setattr("vllm_qfilters.commands.evaluation.evaluate.tqdm", Bar)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    task = loss_task()
+    of_requests = [request.most_tokens for budget in (0, *task.budgets) for request in task.requests(budget)]
+
+    def engine(engine_args, requests):
+        yield EngineStarted({})
+        for tokens in (100, 250, 50):  # one request is preempted
+            yield Progress(tokens)
+        for index, request in enumerate(requests):
+            yield RequestFinished(index, losses(len(request.token_ids), 2.0))
+            yield Progress(1 if index + 1 < len(requests) else 0)
+        yield EngineFinished(evicted_tokens=0)
+
+    run(tmp_path / "r.json", engine, METHODS[:1], [task])
+    assert shown[:3] == [100, 250, 50]
+    behind = [sum(of_requests[: index + 1]) for index in range(len(of_requests))]
+    assert shown[4::2] == [tokens + 1 for tokens in behind[:-1]] + behind[-1:]
 
 
 def test_every_cell_is_measured_once(tmp_path):

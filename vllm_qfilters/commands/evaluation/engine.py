@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, EvalRequest
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
     from vllm.engine.arg_utils import EngineArgs
+
+PROGRESS_SECONDS = 0.5  # between two events that say how far an engine has come
 
 
 class EngineError(Exception):
@@ -30,6 +33,18 @@ class EngineStarted:
     """
 
     configuration: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far the engine has come.
+
+    Attributes:
+        tokens: of prompts and answers of requests that are not finished, as many as were computed; fewer than before
+            where one was preempted.
+    """
+
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +70,7 @@ class EngineFinished:
     evicted_tokens: int
 
 
-EngineEvent = EngineStarted | RequestFinished | EngineFinished
+EngineEvent = EngineStarted | Progress | RequestFinished | EngineFinished
 
 
 def run_engine(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> Iterator[EngineEvent]:
@@ -103,13 +118,18 @@ def serve(engine_args: "EngineArgs", requests: Sequence[EvalRequest]) -> Iterato
     yield EngineStarted(_configuration(llm))
     for index, request in enumerate(requests):
         _add(llm, index, request)
+    core: Any = llm.llm_engine.engine_core  # holds the scheduler itself, since the engine runs in this process
+    scheduler = core.engine_core.scheduler
+    said = time.monotonic()
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             assert isinstance(output, RequestOutput), "the engine generates"
             if output.finished:
                 yield RequestFinished(int(output.request_id), _answer(output))
-    core: Any = llm.llm_engine.engine_core  # holds the scheduler itself, since the engine runs in this process
-    yield EngineFinished(core.engine_core.scheduler.compression_stats.evicted_tokens)
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            yield Progress(sum(request.num_computed_tokens for request in scheduler.requests.values()))
+            said = time.monotonic()
+    yield EngineFinished(scheduler.compression_stats.evicted_tokens)
 
 
 def _run_child(engine_args: "EngineArgs", requests: Sequence[EvalRequest], sender: Connection) -> None:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from vllm_qfilters.commands.evaluation.engine import EngineEvent, EngineFinished, EngineStarted, RequestFinished
+from vllm_qfilters.commands.evaluation.engine import (
+    EngineEvent,
+    EngineFinished,
+    EngineStarted,
+    Progress,
+    RequestFinished,
+)
 from vllm_qfilters.commands.evaluation.methods import FULL, Method
 from vllm_qfilters.commands.evaluation.results import Results
 from vllm_qfilters.commands.evaluation.tasks import EvalAnswer, EvalRequest, Task
@@ -50,8 +56,7 @@ class Job:
     @property
     def num_tokens(self) -> int:
         """Counts the tokens that are read and, at most, generated."""
-        requests = [request for cell in self.cells for request in cell.task.requests(cell.budget)]
-        return sum(len(request.token_ids) + request.max_tokens for request in requests)
+        return sum(request.most_tokens for cell in self.cells for request in cell.task.requests(cell.budget))
 
 
 def engine_options(method: Method, task: Task, block_size: int) -> dict[str, Any]:
@@ -129,16 +134,20 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
     requests = [request for of_cell in of_cells for request in of_cell]
     owners = [(cell_index, place) for cell_index, of_cell in enumerate(of_cells) for place in range(len(of_cell))]
     answers: list[dict[int, EvalAnswer]] = [{} for _ in of_cells]  # for each cell, by the places of its requests
+    finished_tokens = bar.n
     start = time.monotonic()
     for event in run_engine(engine_args, requests):
         match event:
             case EngineStarted():
                 results.start_engine(job.method.label, event.configuration)
                 startup_seconds, start = time.monotonic() - start, time.monotonic()
+            case Progress():
+                bar.update(finished_tokens + event.tokens - bar.n)
             case RequestFinished():
                 cell_index, place = owners[event.index]
                 answers[cell_index][place] = event.answer
-                bar.update(len(requests[event.index].token_ids) + requests[event.index].max_tokens)
+                finished_tokens += requests[event.index].most_tokens
+                bar.update(max(0, finished_tokens - bar.n))
                 if len(answers[cell_index]) == len(of_cells[cell_index]):
                     cell = job.cells[cell_index]
                     in_order = [answers[cell_index][place] for place in range(len(of_cells[cell_index]))]

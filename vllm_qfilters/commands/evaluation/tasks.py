@@ -38,6 +38,11 @@ class EvalRequest:
     wants_losses: bool = False
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"temperature": 0.0})
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that are read and, at most, generated."""
+        return len(self.token_ids) + self.max_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalAnswer:
