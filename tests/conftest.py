@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels' tests run on the CPU then
 
 import pytest
+from vllm import envs
 
 from tests import models
 from tests.engines import TEXT_ONLY, Engines, MLAEngines, make_empty_cache, register_qwen_vl
@@ -75,6 +76,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # vLLM collects garbage with every engine that ends: of some 600,000 objects of modules each time
+    gc.unfreeze = lambda: None  # which it would thaw before
 
 
 def pytest_unconfigure():
@@ -120,6 +122,7 @@ def empty_cache(tmp_path, monkeypatch):
     """Folder that takes the place of vLLM's cache, where filters that are calibrated at start are kept too."""
     folder = make_empty_cache(tmp_path / "cache")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(folder))
+    envs.disable_envs_cache()  # an engine of this process keeps the values of its start
     return folder
 
 

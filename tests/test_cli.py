@@ -5,10 +5,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import vllm
 from vllm.engine.arg_utils import EngineArgs
@@ -466,6 +469,22 @@ def test_eval_in_a_process_of_its_own(evaluate, tmp_path):
     assert "streaming: full cache " in done.stdout
     values = json.loads((tmp_path / "quality.json").read_text())
     assert [(cell["method"], cell["budget"]) for cell in values["cells"]] == [("full", 0), ("streaming", 96)]
+
+
+def test_a_terminated_eval_ends_its_engine(evaluate, tmp_path):
+    start = [sys.executable, "-c", "from vllm_qfilters.commands import main; raise SystemExit(main())", *evaluate]
+    start += ["--methods", "streaming", "--tasks", "streaming", "--no-plots", *ENGINE]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        parent = psutil.Process(process.pid)
+        for line in process.stdout:
+            if "starting an engine" in line:
+                break
+        while not (children := [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]):
+            time.sleep(0.05)
+        process.terminate()
+        printed = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in printed
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def test_eval_then_more_of_it(evaluate, tiny_filters, tmp_path, monkeypatch, capsys):

@@ -641,9 +641,20 @@ def test_page_granularity_needs_a_budget_of_whole_pages():
         ValueError, match=r"budget=160: at least 162 tokens are needed .* in whole pages of 32; raise budget"
     ):
         policy_of(**dict(options, budget=160)).check_block_size(32)
+    with pytest.raises(ValueError, match="budget=99: at least 100 tokens .*, and more in whole pages; raise"):
+        policy_of(**dict(options, budget=99))
     policy_of(**dict(options, budget=160, granularity="layer")).check_block_size(32)
     limits = policy.request_limits(None, prompt_tokens=1000, block_size=32)
     assert (limits.budget, limits.sinks) == (220, 32)
+
+
+def test_a_share_of_the_prompt_needs_a_budget_of_whole_pages():
+    options = dict(budget=512, window=64, interval=128, prompt_share=0.6)
+    with pytest.raises(ValueError, match="budget=400: at least 478 tokens .*, and more in whole pages; raise"):
+        policy_of(**dict(options, budget=400))
+    with pytest.raises(ValueError, match="budget=512: at least 796 tokens .*, in whole pages of 128; raise"):
+        policy_of(**options).check_block_size(128)
+    policy_of(**dict(options, budget=796)).check_block_size(128)
 
 
 @pytest.mark.parametrize(

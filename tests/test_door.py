@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm import envs
 from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment, parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -110,6 +111,7 @@ def groups_of(vllm_config, specs):
 )
 def test_what_the_door_accepts_no_worker_refuses(architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    envs.disable_envs_cache()  # an engine of this process keeps the values of its start
     # vLLM gives later engines of a process the embeddings made here, which have no data.
     monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
     config = CONFIG_MAPPING[MODEL_TYPES[architecture]]().to_dict()

@@ -593,6 +593,11 @@ def test_a_file_that_does_not_fit_is_refused_and_kept(tmp_path):
     before = path.read_text()
     with pytest.raises(ValueError, match=r"has streaming with other settings \(tokens\)"):
         run(path, FakeEngine(), METHODS, [loss_task(tokens=700)])
+    results = Results(path, "model")
+    results.start_engine("streaming", {"dtype": "bfloat16"})
+    results.check_dtype("bfloat16")
+    with pytest.raises(ValueError, match="in bfloat16, and this run is in float32: give --dtype bfloat16, or"):
+        results.check_dtype("float32")
     with pytest.raises(ValueError, match="has results of model, not of other"):
         run(path, FakeEngine(), METHODS, [loss_task()], model="other")
     assert path.read_text() == before

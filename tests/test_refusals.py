@@ -64,16 +64,19 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
     engine.assert_idle()
 
 
-@pytest.mark.parametrize("key", ["kv_buget", "kv-budget", "KV_BUDGET", "kvBudget", "kv_window", "k_budget", "budget"])
-def test_a_misspelt_kv_budget_is_refused_with_the_right_name(key, engines):
+@pytest.mark.parametrize(
+    "key", ["kv_buget", "kv-budget", "kV_evikt", "kvBudget", "kv_window", "k_budget", "budget", "distinct_share"]
+)
+def test_what_a_request_cannot_set_is_refused_with_what_it_can(key, engines):
     engine = engines.get(**OPTIONS)
-    with pytest.raises(VLLMValidationError, match=f"unknown extra argument '{key}': .* is given as 'kv_budget'"):
+    names = "is given as 'kv_budget', .* evicts as 'kv_evict'; everything else is for the server"
+    with pytest.raises(VLLMValidationError, match=f"unknown extra argument '{key}': .* {names}"):
         engine.add(random_prompt(10, seed=0), extra_args={key: 100})
     engine.assert_idle()
 
 
 @pytest.mark.parametrize(
-    "key", ["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id", "token_budget"]
+    "key", ["kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id", "token_budget", "window"]
 )
 def test_extra_arguments_of_others_pass(key):
     config = SimpleNamespace(cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=None))

@@ -60,8 +60,8 @@ class KVCompressionConfig:
             generated alone. A shorter prompt stays whole, and of a longer one what scores highest. Not with
             ``evict: pressure``. None, the default, becomes 0: all tokens compete.
         distinct_share: the part of a budget, in [0, 1), that goes to tokens whose values are most unlike the others, as
-            far as sinks and window leave room: details that are stated once, long before anything asks for them, such
-            as numbers. The rest of the text is remembered less well. None, the default, becomes 0.
+            far as sinks, window and interval leave room: details that are stated once, long before anything asks for
+            them, such as numbers. The rest of the text is remembered less well. None, the default, becomes 0.
         chunk: tokens a sequence holds beside its budget while its prompt is read, at most; a multiple of the block
             size. None, the default, becomes 2048.
         prefill_interval: prompt tokens between two cuts of ``chunked`` prefill, at most ``chunk``; a multiple of the
@@ -201,7 +201,10 @@ def check_budget(name: str, value: Any) -> None:
         return
     if isinstance(value, float) and 0 < value <= 1:
         return
-    other = {REQUEST_BUDGET_KEY: " or 0 to switch compression off", "max_budget": f" or {UNLIMITED!r}"}.get(name, "")
+    other = {
+        REQUEST_BUDGET_KEY: " or 0 to switch compression off where the server lets you",
+        "max_budget": f" or {UNLIMITED!r}",
+    }.get(name, "")
     raise ValueError(
         f"{name}={value!r}: give tokens (an integer > 0), a fraction of the prompt (0 < {name} <= 1.0){other}"
     )

@@ -298,7 +298,9 @@ class Policy:
         """Refuses a number of tokens that is too small; fractions are raised to the smallest budget instead."""
         least = self.min_budget(block_size)
         if is_int(budget) and budget < least:
-            pages = f", in whole pages of {block_size}" if self.evicts_whole_pages else ""
+            pages = ""
+            if self.min_budget(block_size=2) > self.min_budget():
+                pages = f", in whole pages of {block_size}" if block_size > 1 else ", and more in whole pages"
             window = f"window {self.window}"
             if self.min_window:
                 window += f" (at least {self.min_window}, which the model's sliding windows reach back)"
@@ -306,9 +308,10 @@ class Policy:
                 window += f" (at least {last_page}, as many as a page that is not full has with prefix='resume')"
             if self.prompt_share:
                 window += f" + prompt_share {self.prompt_share}"
+            others = "" if name == REQUEST_BUDGET_KEY else " or lower those"
             raise ValueError(
                 f"{name}={budget}: at least {least} tokens are needed for {window} + sinks {self.sinks} + "
-                f"interval {self.interval}{pages}; raise {name} or lower those"
+                f"interval {self.interval}{pages}; raise {name}{others}"
             )
 
 

@@ -1,15 +1,18 @@
 """The command ``vllm-qfilters``: imports the command that is named, runs it, and returns its exit status.
 
-The exit status is 0, or 1 if lines of the input failed, 2 if the user has to change something, which one line says, or
-130 after an interruption. Importing this package imports none of its commands, so that help and version are quick; vLLM
-is imported only once a command is named.
+The exit status is 0, or 1 if lines of the input failed, 2 if the user has to change something, which one line says, 130
+after an interruption, or 143 after a signal to terminate. Importing this package imports none of its commands, so that
+help and version are quick; vLLM is imported only once a command is named.
 """
 
 import argparse
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from types import FrameType
+from typing import NamedTuple, NoReturn, cast
 
 from vllm_qfilters import __version__
 from vllm_qfilters.commands import engine
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         _parser().parse_args(argv)  # prints help, version or an error, and exits in any case
     name = argv[0]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         command = load(name)
         return command.run(engine.parse(name, command, argv[1:]))
@@ -47,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vllm-qfilters {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the command as an exception does, so that engines in processes of their own end with it."""
+    raise SystemExit(128 + number)
 
 
 def load(name: str) -> Command:

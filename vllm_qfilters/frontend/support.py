@@ -15,7 +15,13 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_qfilters import cpu
 from vllm_qfilters.budget import cdiv
-from vllm_qfilters.config import EVICT_PRESSURE, FP8_CACHE_DTYPES, REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY
+from vllm_qfilters.config import (
+    EVICT_PRESSURE,
+    FP8_CACHE_DTYPES,
+    REQUEST_BUDGET_KEY,
+    REQUEST_EVICT_KEY,
+    KVCompressionConfig,
+)
 from vllm_qfilters.filters.format import ModelIdentity, kv_shapes
 from vllm_qfilters.filters.load import AUTO, given_file
 from vllm_qfilters.frontend.engine_args import CPU_WORKER_CLS, GPU_WORKER_CLS
@@ -39,6 +45,8 @@ NOT_SUPPORTED = {
 }
 HAS_NARROW_VALUES = frozenset({"MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "MiMoV2OmniForCausalLM"})
 BUDGET_BESIDE_STATES = 8192  # tokens: what such models lose with less is in docs/budget.md
+# Options that a request cannot set, but for those whose names others may use for arguments of their own.
+_OPTIONS_OF_SERVERS = frozenset(field.name for field in dataclasses.fields(KVCompressionConfig) if "_" in field.name)
 _ALIKE = 0.8  # of 1: "budget" is as like "kv_budget", "token_budget" is not
 
 
@@ -381,7 +389,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         if _is_misspelt(key):
             raise VLLMValidationError(
                 f"unknown extra argument {key!r}: the budget of a request is given as {REQUEST_BUDGET_KEY!r}, e.g. "
-                f'"vllm_xargs": {{"{REQUEST_BUDGET_KEY}": 1024}}'
+                f'"vllm_xargs": {{"{REQUEST_BUDGET_KEY}": 1024}}, when it evicts as {REQUEST_EVICT_KEY!r}; everything '
+                "else is for the server to set"
             )
     prompt_tokens = (
         len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
@@ -432,4 +441,5 @@ def _is_misspelt(key: str) -> bool:
     if key in (REQUEST_BUDGET_KEY, REQUEST_EVICT_KEY) or key in _KEYS_OF_VLLM:
         return False
     lower = key.lower()
-    return lower.startswith("kv") or bool(difflib.get_close_matches(lower, [REQUEST_BUDGET_KEY], cutoff=_ALIKE))
+    is_alike = bool(difflib.get_close_matches(lower, [REQUEST_BUDGET_KEY], cutoff=_ALIKE))
+    return lower.startswith("kv") or is_alike or lower in _OPTIONS_OF_SERVERS

@@ -169,6 +169,7 @@ def _measure(args: argparse.Namespace, engine_args: "EngineArgs") -> Results:
         seed = engine_args.seed + HELD_BACK_SEEDS * args.held_back
         chosen = make_tasks(args, model_config, seed)
         results.check_settings(chosen)
+        results.check_dtype(str(model_config.dtype).removeprefix("torch."))
         jobs = plan(methods, chosen, results, engine_args.block_size)
     except (ValueError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
@@ -180,6 +181,11 @@ def _measure(args: argparse.Namespace, engine_args: "EngineArgs") -> Results:
             evaluate(jobs, results, engine_args, run_engine)
         except EngineError as error:
             raise UsageError(f"{error}; the same command continues") from error
+        except KeyboardInterrupt:
+            print(f"{args.output} has what was measured; the same command continues", file=sys.stderr)
+            raise
+    else:
+        print(f"{args.output} has all of this already: nothing is measured", file=sys.stderr)
     if args.judge and unjudged(results, args.judge):
         if not jobs:
             results.start_run(describe_run())

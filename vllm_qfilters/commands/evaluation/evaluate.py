@@ -123,11 +123,14 @@ def evaluate(jobs: Sequence[Job], results: Results, engine_args: "EngineArgs", r
     with tqdm(total=sum(job.num_tokens for job in jobs), unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
         for number, job in enumerate(jobs, start=1):
             names = ", ".join(dict.fromkeys(cell.task.name for cell in job.cells))
-            bar.set_description(f"{number}/{len(jobs)} {job.method.label} ({names})")
-            _run_job(job, results, engine_args, run_engine, bar)
+            description = f"{number}/{len(jobs)} {job.method.label} ({names})"
+            bar.set_description(f"{description}, starting an engine")
+            _run_job(job, results, engine_args, run_engine, bar, description)
 
 
-def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: RunEngine, bar: tqdm) -> None:
+def _run_job(
+    job: Job, results: Results, engine_args: "EngineArgs", run_engine: RunEngine, bar: tqdm, description: str
+) -> None:
     engine_args = copy.copy(engine_args)
     apply_kv_compression(engine_args, job.method.name, job.options)
     of_cells = [cell.task.requests(cell.budget) for cell in job.cells]
@@ -141,6 +144,8 @@ def _run_job(job: Job, results: Results, engine_args: "EngineArgs", run_engine: 
             case EngineStarted():
                 results.start_engine(job.method.label, event.configuration)
                 startup_seconds, start = time.monotonic() - start, time.monotonic()
+                bar.unpause()  # the start does not count in the rate
+                bar.set_description(description)
             case Progress():
                 bar.update(finished_tokens + event.tokens - bar.n)
             case RequestFinished():

@@ -49,6 +49,15 @@ class Results:
                     f"{self.path} has {task.name} with other settings ({changed}): choose another --output"
                 )
 
+    def check_dtype(self, dtype: str) -> None:
+        """Raises ValueError if there is anything that was measured in another dtype than ``dtype``."""
+        for engine in self._values["engines"]:
+            if engine.get("dtype", dtype) != dtype:
+                raise ValueError(
+                    f"{self.path} was measured in {engine['dtype']}, and this run is in {dtype}: give --dtype "
+                    f"{engine['dtype']}, or choose another --output"
+                )
+
     def start_run(self, run: Mapping[str, Any]) -> None:
         """Begins a run, which all cells added from now on belong to; ``run`` says where and how it measures."""
         self._values["runs"].append(dict(run))
