@@ -76,11 +76,11 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # vLLM collects garbage with every engine that ends: of some 600,000 objects of modules each time
-    gc.unfreeze = lambda: None  # which it would thaw before
 
 
 def pytest_unconfigure():
-    gc.freeze()  # and with every engine that ends with the process
+    gc.freeze()  # and with every engine that ends with the process, which would thaw all before
+    gc.unfreeze = lambda: None  # not sooner: what ended engines held would have stayed in memory
 
 
 def pytest_report_header():
