@@ -649,13 +649,13 @@ def test_report(tmp_path):
     assert "streaming: difference to streaming (paired standard error)" in printed
     assert "\nqfilters  -0.5000 (0.0000)  -0.5000 (0.0000)\n" in printed
     assert "budget 128, increase by text" in printed and "text1" in printed
-    assert "passkey-400: share found by budget (standard error); full cache 1.00 (0.00)" in printed
+    assert "passkey-400: share found of 4 by budget (standard error); full cache 1.00 (0.00)" in printed
 
 
 def test_report_of_scores(tmp_path):
     printed = report(run(tmp_path / "r.json", FakeEngine(), chosen=[question_task()]))
-    assert "mean score by budget, lost to the full cache (paired standard error); full cache 0.500" in printed
-    assert "qfilters   0.500 +0.000 (0.000)" in printed and "streaming  0.000 +0.500 (0.289)" in printed
+    assert "ruler-400: mean score of 4 questions by budget, over the full cache (paired standard error); " in printed
+    assert "qfilters   0.500 +0.000 (0.000)" in printed and "streaming  0.000 -0.500 (0.289)" in printed
     assert "ruler-400, budget 0.5, score by kind" in printed
 
 

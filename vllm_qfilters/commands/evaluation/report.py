@@ -125,7 +125,8 @@ def _retrieval_tables(results: Results, task: str) -> Iterable[str]:
         return "-" if cell is None else "{:.2f} ({:.2f})".format(*found(cell))
 
     rows = [[m, *(accuracy(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
-    title = f"{task}: share found by budget (standard error); full cache {accuracy(full)}"
+    trials = max(cell["trials"] for cell in results.cells(task))
+    title = f"{task}: share found of {trials} by budget (standard error); full cache {accuracy(full)}"
     return [table(title, ["", *map(str, budgets)], rows)]
 
 
@@ -135,12 +136,18 @@ def _score_tables(results: Results, task: str) -> Iterable[str]:
     def score(cell: Cell | None) -> str:
         if cell is None:
             return "-"
-        lost = "" if full is None else " {:+.3f} ({:.3f})".format(*(score_loss(cell, full)))
-        return f"{cell['mean']:.3f}{lost}"
+        if full is None:
+            return f"{cell['mean']:.3f}"
+        lost, error = score_loss(cell, full)
+        return f"{cell['mean']:.3f} {0 - lost:+.3f} ({error:.3f})"
 
     rows = [[method, *(score(results.get(task, method, budget)) for budget in budgets)] for method in methods]
     mean = "not measured" if full is None else f"{full['mean']:.3f}"
-    title = f"{task}: mean score by budget, lost to the full cache (paired standard error); full cache {mean}"
+    questions = max(cell["trials"] for cell in results.cells(task))
+    title = (
+        f"{task}: mean score of {questions} questions by budget, over the full cache (paired standard error); "
+        f"full cache {mean}"
+    )
     tables = [table(title, ["", *map(str, budgets)], rows)]
     kinds = results.settings(task)["kinds"]
     if len(kinds) > 1:
