@@ -69,7 +69,7 @@ def test_a_kv_budget_of_too_few_pages_is_refused(engines):
 )
 def test_what_a_request_cannot_set_is_refused_with_what_it_can(key, engines):
     engine = engines.get(**OPTIONS)
-    names = "is given as 'kv_budget', .* evicts as 'kv_evict'; everything else is for the server"
+    names = "is given as 'kv_budget', .* evicts as 'kv_evict'; other options of KV compression are for the server"
     with pytest.raises(VLLMValidationError, match=f"unknown extra argument '{key}': .* {names}"):
         engine.add(random_prompt(10, seed=0), extra_args={key: 100})
     engine.assert_idle()

@@ -389,8 +389,8 @@ def check_request(policy: Policy, vllm_config: VllmConfig, request: Any) -> None
         if _is_misspelt(key):
             raise VLLMValidationError(
                 f"unknown extra argument {key!r}: the budget of a request is given as {REQUEST_BUDGET_KEY!r}, e.g. "
-                f'"vllm_xargs": {{"{REQUEST_BUDGET_KEY}": 1024}}, when it evicts as {REQUEST_EVICT_KEY!r}; everything '
-                "else is for the server to set"
+                f'"vllm_xargs": {{"{REQUEST_BUDGET_KEY}": 1024}}, when it evicts as {REQUEST_EVICT_KEY!r}; other '
+                "options of KV compression are for the server to set"
             )
     prompt_tokens = (
         len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
