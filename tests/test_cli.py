@@ -461,20 +461,23 @@ def evaluate(model_with_tokenizer, tmp_path):
     return [str(argument) for argument in argv]
 
 
-def test_eval_in_a_process_of_its_own(evaluate, tmp_path):
+@pytest.fixture
+def start_of_eval(evaluate):
+    """The command line of a process that evaluates one method on one task."""
     start = [sys.executable, "-c", "from vllm_qfilters.commands import main; raise SystemExit(main())", *evaluate]
-    start += ["--methods", "streaming", "--tasks", "streaming", "--no-plots", *ENGINE]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
+    return [*start, "--methods", "streaming", "--tasks", "streaming", "--no-plots", *ENGINE]
+
+
+def test_eval_in_a_process_of_its_own(start_of_eval, tmp_path):
+    done = subprocess.run(start_of_eval, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "streaming: full cache " in done.stdout
     values = json.loads((tmp_path / "quality.json").read_text())
     assert [(cell["method"], cell["budget"]) for cell in values["cells"]] == [("full", 0), ("streaming", 96)]
 
 
-def test_a_terminated_eval_ends_its_engine(evaluate, tmp_path):
-    start = [sys.executable, "-c", "from vllm_qfilters.commands import main; raise SystemExit(main())", *evaluate]
-    start += ["--methods", "streaming", "--tasks", "streaming", "--no-plots", *ENGINE]
-    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+def test_a_terminated_eval_ends_its_engine(start_of_eval):
+    with subprocess.Popen(start_of_eval, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         parent = psutil.Process(process.pid)
         for line in process.stdout:
             if "starting an engine" in line:

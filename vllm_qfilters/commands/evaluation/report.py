@@ -125,8 +125,8 @@ def _retrieval_tables(results: Results, task: str) -> Iterable[str]:
         return "-" if cell is None else "{:.2f} ({:.2f})".format(*found(cell))
 
     rows = [[m, *(accuracy(results.get(task, m, b)) for b in budgets)] for m in results.methods(task)]
-    trials = max(cell["trials"] for cell in results.cells(task))
-    title = f"{task}: share found of {trials} by budget (standard error); full cache {accuracy(full)}"
+    questions = _num_questions(results, task)
+    title = f"{task}: share found of {questions} by budget (standard error); full cache {accuracy(full)}"
     return [table(title, ["", *map(str, budgets)], rows)]
 
 
@@ -143,7 +143,7 @@ def _score_tables(results: Results, task: str) -> Iterable[str]:
 
     rows = [[method, *(score(results.get(task, method, budget)) for budget in budgets)] for method in methods]
     mean = "not measured" if full is None else f"{full['mean']:.3f}"
-    questions = max(cell["trials"] for cell in results.cells(task))
+    questions = _num_questions(results, task)
     title = (
         f"{task}: mean score of {questions} questions by budget, over the full cache (paired standard error); "
         f"full cache {mean}"
@@ -156,6 +156,11 @@ def _score_tables(results: Results, task: str) -> Iterable[str]:
             rows = [[name, *(f"{cell['kinds'][kind]['mean']:.3f}" for kind in kinds)] for name, cell in named if cell]
             tables.append(table(f"{task}, budget {budget}, score by kind", ["", *kinds], rows))
     return tables
+
+
+def _num_questions(results: Results, task: str) -> int:
+    """That every cell of a task was asked."""
+    return int(results.cells(task)[0]["trials"])
 
 
 def _generation_tables(results: Results, task: str) -> Iterable[str]:
