@@ -307,11 +307,11 @@ def _origin(files: Sequence[File]) -> str:
         return " / ".join(dict.fromkeys(str(run.get(name, "unknown")) for run in runs))
 
     rounds = {len(file.rounds) for file in files if file.rounds}
-    text = f"{each('cpu')} ({each('isa')}), vLLM {each('vllm')}, commit {each('commit')}"
+    text = f"{each('cpu')} ({each('isa')}), vLLM {each('vllm')}, commit {each('commit')}.\n"
     if rounds:
-        text += f"; speed: medians of {' / '.join(map(str, sorted(rounds)))} rounds, quality: one run"
+        text += f"Speed: medians of {' / '.join(map(str, sorted(rounds)))} rounds, quality: one run. "
     remarks = dict.fromkeys(remark for file in files for remark in file.remarks)
     if len({run["commit"] for run in runs}) > 1:
         remarks["several commits"] = None
     warning = f" **{', '.join(remarks)}**" if remarks else ""
-    return f"{text}.\nThe best of each row is bold, often within noise.{warning}"
+    return f"{text}The best of each row is bold, often within noise.{warning}"
