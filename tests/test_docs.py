@@ -274,7 +274,7 @@ def test_the_table_of_readme_is_made_from_the_files_of_results(measured):
     assert f"|**0**|0.100|{NOT_MEASURED}|" in made
     assert "of 2, prompts of 8,000|**2**|**2**|1|" in made, "0.256 of 8,000 tokens is the budget"
     assert f"RULER's, prompts of 8,000|**0.75**|0.50|{NOT_MEASURED}|" in made
-    assert "A CPU, 2 cores (AVX2), vLLM 0.32.0, commit abc1234; speed: medians of 3 rounds, quality: one run" in made
+    assert "A CPU, 2 cores (AVX2), vLLM 0.32.0, commit abc1234.\nSpeed: medians of 3 rounds, quality: one run. " in made
     assert not re.search(r"\*\*[a-z]", made), "nothing to warn of"
 
 
