@@ -300,6 +300,13 @@ def test_the_results_page_has_every_file_and_no_folder_of_the_machine(measured):
     assert "`python -m benchmarks decode M --budget 2048`" in page and "/home" not in page
 
 
+def test_the_commands_in_files_of_results_name_no_folder_of_the_machine():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        values = json.loads(path.read_text())
+        for run in values.get("runs", [values.get("run", {})]):
+            assert not any(word.startswith(("/", "~")) for word in run.get("command", "").split()), path.name
+
+
 def test_a_page_cannot_mark_a_part_that_nobody_makes():
     with pytest.raises(ValueError, match="'plots'"):
         fill_in(README, {"results": ""})
