@@ -14,7 +14,7 @@ import yaml
 
 from scripts import make_docs
 from scripts.pages import readme, results
-from scripts.pages.markdown import NOT_MEASURED, fill_in, without_parts
+from scripts.pages.markdown import NOT_MEASURED, fill_in, without_folders, without_parts
 from vllm_qfilters import __version__
 from vllm_qfilters.commands import COMMANDS
 from vllm_qfilters.config import KVCompressionConfig
@@ -301,10 +301,9 @@ def test_the_results_page_has_every_file_and_no_folder_of_the_machine(measured):
 
 
 def test_the_commands_in_files_of_results_name_no_folder_of_the_machine():
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        values = json.loads(path.read_text())
-        for run in values.get("runs", [values.get("run", {})]):
-            assert not any(word.startswith(("/", "~")) for word in run.get("command", "").split()), path.name
+    for file in results.read(ROOT / "benchmarks" / "results"):
+        for run in file.runs:
+            assert without_folders(run["command"]) == run["command"], file.path.name
 
 
 def test_a_page_cannot_mark_a_part_that_nobody_makes():
