@@ -3,9 +3,9 @@
 #
 # `--max-kv-size` (max_kv_size) bounds mlx-lm's cache: it rotates, and keeps the first 4 tokens, without which a model that was trained
 # with all of its text falls apart (StreamingLLM, arXiv 2309.17453). We guessed that it does so for every model that attends to all of
-# its text, and for every request. A model that makes its own cache never sees the option, and Llama is one of them since layers of some
-# Llamas slide: its cache grows without a word. So do 53 of the 137 files of models; the docstring of `make_prompt_cache` says it, the
-# help of the option does not. For other models the option works for one sequence. The cache of a batch (`BatchGenerator`, and
+# its text, and for every request. A model that makes its own cache, as 53 of the 137 files of mlx_lm/models do, never sees the option.
+# Llama is one of them, since layers of some Llamas slide: its cache grows without a word. The docstring of `make_prompt_cache` says it,
+# the help of the option does not. For other models the option works for one sequence. The cache of a batch (`BatchGenerator`, and
 # `batch_generate` with max_kv_size) has the size and keeps no first tokens, so that they are the first to go.
 #
 # Seen with the same weights as a Llama and as a Qwen2 whose biases are 0: nats per token of a text, and tokens that the first layer
@@ -74,15 +74,13 @@ def forced(tokens):
 def alone(model, prompt, after, size):
     """Nats per token of what follows, and how many tokens the first layer holds in the end."""
     cache = make_prompt_cache(model, size)
-    steps = generate_step(
-        mx.array(prompt), model, max_tokens=len(after), prompt_cache=cache, sampler=forced([*after, 0])
-    )
+    steps = generate_step(mx.array(prompt), model, max_tokens=len(after), prompt_cache=cache, sampler=forced([*after, 0]))
     loss = statistics.fmean(-logprobs[token].item() for token, (_, logprobs) in zip(after, steps))
     return loss, cache[0].size()
 
 
-def in_a_batch(model, prompt, after, size):
-    generator = BatchGenerator(model, max_kv_size=size)
+def in_a_batch(model, prompt, after):
+    generator = BatchGenerator(model, max_kv_size=SIZE)
     generator.insert([prompt], [len(after)], samplers=[forced([*after, 0, 0])])
     losses = []
     while responses := generator.next_generated():
@@ -91,14 +89,13 @@ def in_a_batch(model, prompt, after, size):
     return statistics.fmean(losses)
 
 
-found = {}
+prompt, after, found = text[:PROMPT], text[PROMPT : PROMPT + AFTER], {}
 for kind in ("llama", "qwen2"):
     model, _ = load(f"{sys.argv[1]}/{kind}")
-    prompt, after = text[:PROMPT], text[PROMPT : PROMPT + AFTER]
     for size in (None, SIZE):
         loss, held = found[kind, size] = alone(model, prompt, after, size)
         print(f"{kind}, max_kv_size {size}: {loss:.2f} nats, {held} tokens held", flush=True)
-    found[kind, "batch"] = in_a_batch(model, prompt, after, SIZE)
+    found[kind, "batch"] = in_a_batch(model, prompt, after)
     print(f"{kind}, max_kv_size {SIZE}, in a batch: {found[kind, 'batch']:.2f} nats", flush=True)
 assert found["llama", SIZE] == found["llama", None] and found["llama", SIZE][1] == PROMPT + AFTER, found
 assert abs(found["llama", None][0] - found["qwen2", None][0]) < 0.01 and found["qwen2", SIZE][1] == SIZE, found
