@@ -1,5 +1,6 @@
 """The generated part of docs/peers.md: other engines that were measured beside vLLM and ours."""
 
+import pathlib
 import statistics
 from collections.abc import Sequence
 
@@ -28,7 +29,8 @@ def _table(file: File) -> str:
     columns = [key for key in _COLUMNS if any(key in rounds[0] for rounds in measured.values())]
     rows = [[variant, *(_median(rounds, key) for key in columns)] for variant, rounds in measured.items()]
     options, run = file.values["options"], file.runs[0]
-    title = f"{options['sequences']} prompts of {number(options['context'])} tokens, budget {number(options['budget'])}"
+    shape = f"{options['sequences']} prompts of {number(options['context'])} tokens, budget {number(options['budget'])}"
+    title = f"{pathlib.PurePath(options['model']).name}, {shape}"
     rounds = "a single round" if len(file.rounds) == 1 else f"median of {len(file.rounds)} rounds"
     origin = ", ".join(filter(None, [run["cpu"], run.get("isa"), f"vLLM {run['vllm']}", rounds]))
     link = f"[{file.path.name}](results.md#{anchor(file)})"
