@@ -1,6 +1,5 @@
 """The generated part of docs/peers.md: other engines that were measured beside vLLM and ours."""
 
-import pathlib
 import statistics
 from collections.abc import Sequence
 
@@ -30,7 +29,7 @@ def _table(file: File) -> str:
     rows = [[variant, *(_median(rounds, key) for key in columns)] for variant, rounds in measured.items()]
     options, run = file.values["options"], file.runs[0]
     shape = f"{options['sequences']} prompts of {number(options['context'])} tokens, budget {number(options['budget'])}"
-    title = f"{pathlib.PurePath(options['model']).name}, {shape}"
+    title = f"{file.model}, {shape}"
     rounds = "a single round" if len(file.rounds) == 1 else f"median of {len(file.rounds)} rounds"
     origin = ", ".join(filter(None, [run["cpu"], run.get("isa"), f"vLLM {run['vllm']}", rounds]))
     link = f"[{file.path.name}](results.md#{anchor(file)})"

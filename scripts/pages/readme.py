@@ -98,7 +98,7 @@ def results(files: Sequence[File]) -> str:
     rows = _case_rows(files, budget) + _quality_rows(files, budget) + _follow_up_rows(files)
     if not rows:
         rows = [Row(label, {}) for label in _MISSING_ROWS]
-    models = {pathlib.Path((file.values.get("options") or file.values)["model"]).name for file in files}
+    models = {file.model for file in files}
     header = [", ".join([*sorted(models), f"budget {number(budget)}"]), *COLUMNS.values()]
     return "\n\n".join(filter(None, [table(header, [row.cells() for row in rows]), _origin(files)]))
 

@@ -46,6 +46,11 @@ class File:
         return "cells" in self.values
 
     @property
+    def model(self) -> str:
+        """The name of the model that was measured, without its folder."""
+        return pathlib.Path((self.values.get("options") or self.values)["model"]).name
+
+    @property
     def runs(self) -> list[Values]:
         """Machine, versions, commit and command of every run that wrote into the file."""
         if self.is_quality:
@@ -60,7 +65,7 @@ class File:
     @property
     def summary(self) -> str:
         if self.is_quality:
-            return f"what compression costs in quality, {pathlib.Path(self.values['model']).name}: `vllm-qfilters eval`"
+            return f"what compression costs in quality, {self.model}: `vllm-qfilters eval`"
         case = self.values.get("case", self.path.stem)
         return f"{CASES[case]}: `python -m benchmarks {case}`" if case in CASES else _LOAD
 
